@@ -1,1 +1,1 @@
-"""Safety at inference: the policy (policy.py, needs no torch), the guard around a model (guard.py), `psa-fast generate`."""
+"""Safety at inference: the policy (policy.py, needs no torch), the guard (guard.py) and `psa-fast generate`."""

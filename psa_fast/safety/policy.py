@@ -1,4 +1,4 @@
-"""The safety policy: (type, level) probabilities of the concept head -> allow, hint, refuse or block. Needs no torch."""
+"""The safety policy: (type, level) probabilities of the concept head -> allow, hint, refuse or block."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Responses(_Strict):
 
 
 class Policy(_Strict):
-    """A validated policy file (docs/policy.md); `Policy.load()` gives the shipped one, which follows the paper's table."""
+    """A validated policy file (docs/policy.md); `Policy.load()` gives the shipped one, the paper's table."""
 
     version: int
     unsafe_threshold: float = Field(gt=0.0, le=1.0)
@@ -160,15 +160,17 @@ class Policy(_Strict):
             type_probs: 7 probabilities in the order of RISK_TYPES.
             level_probs: 4 probabilities in the order of RISK_LEVELS.
 
-        The heads need not agree: max(1 - p(clean), 1 - p(none)) >= unsafe_threshold makes the request unsafe; its type is
-        then the likeliest risky type and its level the likeliest of low, medium, high (the higher one if equal). Switched
-        off types take their part of the risk with them: what the enabled types keep must itself reach the threshold.
-        Probabilities that are not finite are blocked. Raises ValueError for a wrong number of them or a sum other than 1.
+        The heads need not agree: max(1 - p(clean), 1 - p(none)) >= unsafe_threshold makes the request unsafe. Its type
+        is then the likeliest risky type and its level the likeliest of low, medium, high (the higher one if equal).
+        Switched off types take their part of the risk with them: what the enabled types keep must itself reach the
+        threshold. Probabilities that are not finite are blocked.
+
+        Raises ValueError for a wrong number of probabilities, a negative one, or a sum other than 1.
         """
         types, levels = [float(p) for p in type_probs], [float(p) for p in level_probs]
         if not all(map(math.isfinite, types + levels)):
-            response = self.responses.unchecked
-            return Decision("block", None, None, "not_finite: the concept head gave no number", None, response=response)
+            rule = "not_finite: the concept head gave no number"
+            return Decision("block", None, None, rule, None, response=self.responses.unchecked)
         for name, probs, count in (("type", types, len(RISK_TYPES)), ("level", levels, len(RISK_LEVELS))):
             if len(probs) != count or min(probs) < 0.0 or abs(sum(probs) - 1.0) > 1e-3:
                 raise ValueError(f"{name}_probs must be {count} probabilities that sum to 1, not {probs}")
@@ -178,7 +180,6 @@ class Policy(_Strict):
         # sums of the risky entries, not 1 - p: a small risk keeps its digits, which a ranking by score needs
         by_type, by_level = sum(types[i] for i in risky_ids), sum(levels[1:])
         score = max(by_type, by_level)
-        likeliest = max(risky_ids, key=lambda i: types[i])
         level = max(range(1, len(levels)), key=lambda i: (levels[i], i))
         if score < self.unsafe_threshold:
             return Decision("allow", CLEAN, 0, "clean", score)
@@ -186,14 +187,15 @@ class Policy(_Strict):
         enabled_by_type = sum(types[i] for i in enabled)
         share = enabled_by_type / by_type if by_type > 0.0 else float(bool(enabled))
         if not enabled or max(enabled_by_type, by_level * share) < self.unsafe_threshold:
-            return Decision("allow", likeliest, level, f"type_off: {RISK_TYPES[likeliest]} is switched off", score)
+            off = max((i for i in risky_ids if i not in enabled), key=lambda i: types[i])
+            return Decision("allow", off, level, f"type_off: {RISK_TYPES[off]} is switched off", score)
 
         kind = max(enabled, key=lambda i: types[i])
         unsafe_heads = [name for name, p in (("type", by_type), ("level", by_level)) if p >= self.unsafe_threshold]
         rule = f"{RISK_LEVELS[level]}: unsafe by {' and '.join(unsafe_heads)}"
         action = self.levels[RISK_LEVELS[level]].action
         hint = self.hint(kind, level) if action == "hint" else None
-        response = None
+        response: str | None = None
         if action in ("refuse", "block"):
             response = getattr(self.responses, action).format(type=RISK_TYPES[kind])
         return Decision(action, kind, level, rule, score, hint, response)
