@@ -1,0 +1,51 @@
+# `make demo` and `make test` work in a fresh clone: they make .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+# quieter, and no look-ups for models that are never on a hub
+export TOKENIZERS_PARALLELISM := false
+export DS_ACCELERATOR_LOG := 0
+
+DEMO := runs/demo
+# the world the demo reports on; never used to choose anything
+DEMO_SEED := 20261
+
+.PHONY: help demo test lint bench clean
+help:
+	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
+	@echo "make test   lint, types, import rule and tests"
+	@echo "make clean  remove runs/ (the virtual environment and the sandbox cache stay)"
+
+.PHONY: prerequisites
+prerequisites:
+	@command -v $(PYTHON) >/dev/null || { echo "psa-fast needs python >= 3.10 (set PYTHON=/path/to/python)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "psa-fast needs python >= 3.10; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=/path/to/a/newer/python"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module (on Debian: apt-get install python3-venv)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "psa-fast needs g++: DeepSpeed compiles a small CPU operator at first use (on Debian: apt-get install g++)"; exit 1; }
+
+# plain `torch` would pull gigabytes of CUDA packages onto a machine without a GPU
+$(STAMP): setup.py pyproject.toml | prerequisites
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@if ! command -v nvidia-smi >/dev/null && ! $(VENV)/bin/python -c 'import torch' 2>/dev/null; then \
+		echo "no NVIDIA GPU found: installing torch 2.13.0"; $(VENV)/bin/pip install --quiet torch==2.13.0; fi
+	$(VENV)/bin/pip install --quiet --editable '.[test]'
+	@touch $@
+
+demo: $(STAMP)
+	deepspeed train.py --stage 1 --resume auto
+	deepspeed train.py --stage 2 --resume auto
+	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --out $(DEMO)/world
+	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO)
+	@echo; echo "report: $(DEMO)/report.md"
+
+test: $(STAMP) lint
+	OMP_NUM_THREADS=2 python -m pytest -m "not gpu"
+
+lint: $(STAMP)
+	ruff check .
+	ruff format --check .
+	mypy
+
+clean:
+	rm -rf runs

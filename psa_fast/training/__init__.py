@@ -1,0 +1,1 @@
+"""The two training stages on DeepSpeed: configuration, the loop, checkpoints, metrics."""

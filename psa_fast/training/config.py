@@ -1,0 +1,219 @@
+"""Training options: dataclass defaults <- YAML recipe <- command line, in that order of precedence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def option(default: Any, help: str, **kwargs: Any) -> Any:
+    """A dataclass field with its help text and, for a closed set of values, its `choices`."""
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class TrainConfig:
+    """Every option of `train.py`. A recipe sets them under `common:`, `stage1:` and `stage2:`."""
+
+    stage: int = option(1, "1 trains the safety modules beside a frozen model, 2 tunes the language model", choices=[1, 2])
+    recipe: str = option("sandbox", "name of a shipped recipe or path of a YAML file")
+
+    model_name_or_path: str | None = option(None, "base VLM: a Hugging Face id or folder ('sandbox': the embedded one)")
+    addon: str | None = option(None, "add-on folder to start from; stage 2 takes OUTPUT_DIR/stage1 unless told otherwise")
+    data_path: str | None = option(None, "JSONL records ('sandbox': the embedded world)")
+    image_folder: str | None = option(None, "folder that the records' image paths are relative to")
+    output_dir: str = option("runs/demo", "stages are written to OUTPUT_DIR/stage1 and OUTPUT_DIR/stage2")
+    on_bad_sample: str = option("error", "what a bad record does", choices=["error", "skip"])
+    clean_samples: int | None = option(None, "at most this many clean records, classes balanced (default: all records as they are)")
+    max_length: int = option(4096, "longest row in tokens, image tokens included")
+
+    num_safety_tokens: int = option(64, "safety tokens before each image's tokens in the language model")
+    num_head_tokens: int = option(64, "safety tokens before the features in the concept attention")
+    num_attention_heads: int = option(8, "heads of the concept attention")
+    query: str = option("prompt", "concept query: the prompt's text, or its first position as in the paper", choices=["prompt", "first"])
+
+    tune_type_llm: str = option("lora", "stage 2: how the language model is tuned", choices=["lora", "full"])
+    tune_type_connector: str = option("frozen", "stage 2: the VLM's own projector", choices=["frozen", "full"])
+    lora_r: int = option(256, "LoRA rank")
+    lora_alpha: float = option(16.0, "LoRA alpha (the update is scaled by alpha / r)")
+    lora_dropout: float = option(0.05, "LoRA dropout")
+    hint_rate: float = option(0.0, "stage 2: share of risky records whose prompt gets the policy's hint")
+    policy: str | None = option(None, "policy file the hints come from (default: the shipped one)")
+
+    concept_loss_weight: float = option(1.0, "weight of the type and level losses (the paper writes 1, its code uses 10)")
+    lm_loss_weight: float = option(1.0, "weight of the language-model loss")
+    label_smoothing: float = option(0.0, "label smoothing of the concept losses")
+
+    num_train_epochs: float = option(3.0, "passes over the records, unless max_steps is given")
+    max_steps: int | None = option(None, "optimizer steps (overrides num_train_epochs)")
+    global_batch_size: int = option(128, "rows per optimizer step over all ranks and accumulation steps")
+    micro_batch_size: int = option(8, "rows per rank and forward pass")
+    learning_rate: float = option(1e-5, "safety projector, attention and heads in stage 1; language model in stage 2")
+    token_learning_rate: float | None = option(None, "the safety tokens of the language model (default: learning_rate)")
+    safety_learning_rate: float | None = option(None, "stage 2: the concept bottleneck, trained while concept_loss_weight > 0 (default: learning_rate)")
+    connector_learning_rate: float | None = option(None, "stage 2: the VLM's own projector (default: learning_rate)")
+    lr_scheduler_type: str = option("cosine", "a scheduler name of transformers.get_scheduler")
+    warmup_steps: int = option(20, "steps of linear warm-up")
+    weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
+    adam_beta1: float = option(0.9, "AdamW beta 1")
+    adam_beta2: float = option(0.999, "AdamW beta 2")
+    max_grad_norm: float = option(1.0, "gradient clipping over all trained parameters (0: off)")
+    gradient_checkpointing: bool = option(False, "recompute the language model's activations in the backward pass")
+
+    deepspeed_config: str = option("ds_configs/zero3.json", "DeepSpeed JSON; 'auto' values are filled from these options")
+    dtype: str = option("auto", "compute dtype: bf16 on GPUs, fp32 on CPU unless told otherwise", choices=["auto", "fp32", "bf16"])
+    seed: int = option(0, "initialisation, sample order, hints")
+    dataloader_num_workers: int = option(0, "processes that decode and tokenise ahead")
+    save_steps: int = option(500, "optimizer steps between checkpoints (0: only at the end)")
+    save_total_limit: int = option(2, "checkpoints kept")
+    resume: str = option("none", "'none', 'auto' (newest checkpoint of the output folder) or a checkpoint folder")
+    overwrite_output_dir: bool = option(False, "delete an earlier run of this stage first")
+    local_rank: int = option(-1, "set by the deepspeed launcher")
+
+    @property
+    def stage_dir(self) -> Path:
+        """Where this stage's checkpoints, metrics and final add-on go."""
+        return Path(self.output_dir) / f"stage{self.stage}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values."""
+        return dataclasses.asdict(self)
+
+
+# a resumed run may change these; any other difference would change the trajectory
+RESUME_MAY_DIFFER = {
+    "output_dir", "save_steps", "save_total_limit", "resume", "overwrite_output_dir", "local_rank", "dataloader_num_workers",
+    "micro_batch_size", "gradient_checkpointing", "addon",
+}  # fmt: skip
+
+STAGE_2_ONLY = ("tune_type_llm", "tune_type_connector", "hint_rate", "connector_learning_rate", "safety_learning_rate", "addon")
+
+
+def find_recipe(name: str) -> Path:
+    """Path of a shipped recipe by name, or of a YAML file. Raises ValueError naming the choices."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"}:
+        if path.is_file():
+            return path
+        raise ValueError(f"--recipe {name}: no such file")
+    shipped = RECIPES / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    choices = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise ValueError(f"--recipe {name}: unknown; shipped recipes are {choices}, or give the path of a .yaml file")
+
+
+def read_recipe(name: str, stage: int) -> dict[str, Any]:
+    """The recipe's options for one stage (`common` overlaid by `stageN`), checked against `TrainConfig`."""
+    path = find_recipe(name)
+    raw = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(raw, dict) or set(raw) - {"description", "common", "stage1", "stage2"}:
+        raise ValueError(f"{path}: expected only description, common, stage1 and stage2 at the top level")
+    values = {**(raw.get("common") or {}), **(raw.get(f"stage{stage}") or {})}
+    types = {f.name: str(f.type) for f in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(values) - set(types) | set(values) & {"stage", "recipe", "local_rank"})
+    if unknown:
+        raise ValueError(f"{path}: not a training option: {', '.join(unknown)}")
+    return {key: _coerce(value, types[key], f"{path}: {key}") for key, value in values.items()}
+
+
+def _coerce(value: Any, kind: str, where: str) -> Any:
+    """YAML value -> option value; YAML reads 1e-5 as a string, so numbers are converted here."""
+    if value is None:
+        if "None" in kind:
+            return None
+        raise ValueError(f"{where} has no value")
+    base = kind.split("|")[0].strip()
+    try:
+        if base == "bool":
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        if base == "int":
+            if isinstance(value, bool) or int(value) != float(value):
+                raise ValueError
+            return int(value)
+        if base == "float":
+            return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} is {value!r}, expected {base}") from None
+    return str(value)
+
+
+def parse_args(argv: list[str] | None = None) -> TrainConfig:
+    """Resolve defaults, recipe and command line. Raises ValueError for options that do not fit together."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        TrainConfig,
+        prog="train.py",
+        description="Train PSA-VLM: deepspeed train.py --stage 1, then --stage 2. Without further options the sandbox recipe runs.",
+        allow_abbrev=False,
+    )
+    # first pass only to learn which recipe supplies the defaults of the second
+    chosen = parser.parse_args(argv)
+    parser.set_defaults(**read_recipe(chosen.recipe, chosen.stage))
+    given = parser.parse_args(argv)
+    config = TrainConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(TrainConfig)})
+    typed = {a.split("=")[0].lstrip("-") for a in (argv if argv is not None else _sys_argv()) if a.startswith("--")}
+    check(config, typed)
+    return config
+
+
+def _sys_argv() -> list[str]:
+    import sys
+
+    return sys.argv[1:]
+
+
+def check(config: TrainConfig, typed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    """Refuse, with one sentence, options that cannot work together. `typed`: option names given on the command line."""
+    for name in STAGE_2_ONLY:
+        if config.stage == 1 and name in typed and name != "addon":
+            raise ValueError(f"--{name} only acts in stage 2; stage 1 keeps the whole VLM frozen")
+    for name in ("model_name_or_path", "data_path"):
+        if getattr(config, name) is None:
+            raise ValueError(f"--{name} is needed: the recipe {config.recipe!r} does not set it")
+    if config.data_path != "sandbox" and config.image_folder is None:
+        raise ValueError("--image_folder is needed with --data_path: image paths in the records are relative to it")
+    if config.data_path == "sandbox" and config.image_folder is not None:
+        raise ValueError("--image_folder has no effect on the sandbox's own records; give --data_path too")
+    if not 0.0 <= config.hint_rate <= 1.0:
+        raise ValueError(f"--hint_rate is {config.hint_rate}; it is a share between 0 and 1")
+    if config.stage == 1 and config.concept_loss_weight <= 0:
+        raise ValueError("--concept_loss_weight must be positive in stage 1: it is what trains the concept bottleneck")
+    if config.concept_loss_weight < 0 or config.lm_loss_weight < 0:
+        raise ValueError("--concept_loss_weight and --lm_loss_weight cannot be negative")
+    if config.stage == 2 and config.lm_loss_weight <= 0:
+        raise ValueError("--lm_loss_weight must be positive in stage 2: it is what tunes the language model")
+    if config.global_batch_size < 1 or config.micro_batch_size < 1:
+        raise ValueError("--global_batch_size and --micro_batch_size must be at least 1")
+    if config.max_steps is not None and config.max_steps < 1:
+        raise ValueError("--max_steps must be at least 1")
+    if config.tune_type_llm == "full" and typed & {"lora_r", "lora_alpha", "lora_dropout"}:
+        raise ValueError("--lora_* has no effect with --tune_type_llm full")
+    if config.tune_type_connector == "frozen" and "connector_learning_rate" in typed:
+        raise ValueError("--connector_learning_rate has no effect while --tune_type_connector is frozen")
+    if config.stage == 2 and config.concept_loss_weight == 0 and "safety_learning_rate" in typed:
+        raise ValueError("--safety_learning_rate has no effect in stage 2 with --concept_loss_weight 0")
+    if config.resume != "none" and config.overwrite_output_dir:
+        raise ValueError("--resume and --overwrite_output_dir exclude each other")
+    read_deepspeed_config(config.deepspeed_config)
+
+
+def read_deepspeed_config(name: str) -> dict[str, Any]:
+    """The DeepSpeed JSON as a dict. Relative paths are tried from here, then beside train.py."""
+    for path in (Path(name), Path(__file__).resolve().parents[2] / name):
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--deepspeed_config {path}: not JSON ({error})") from None
+    raise ValueError(f"--deepspeed_config {name}: no such file")

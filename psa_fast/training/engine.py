@@ -1,0 +1,108 @@
+"""DeepSpeed set-up: the resolved configuration, the optimizer, the schedule and the engine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from .config import TrainConfig, read_deepspeed_config
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """bf16 on GPUs that have it, fp32 elsewhere, unless `--dtype` says otherwise."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+
+
+def accumulation_steps(config: TrainConfig, world_size: int) -> int:
+    """Micro-batches per optimizer step and rank. Raises ValueError when the global batch does not divide."""
+    per_pass = config.micro_batch_size * world_size
+    if config.global_batch_size % per_pass:
+        raise ValueError(
+            f"--global_batch_size {config.global_batch_size} is not a multiple of --micro_batch_size "
+            f"{config.micro_batch_size} x {world_size} ranks"
+        )
+    return config.global_batch_size // per_pass
+
+
+def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """Fill the JSON's "auto" values from the options; a number there that contradicts an option is refused."""
+    ds = read_deepspeed_config(config.deepspeed_config)
+    on_gpu = torch.cuda.is_available()
+    values = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_clipping": config.max_grad_norm,
+        "train_batch_size": config.global_batch_size,
+    }
+    for key, value in values.items():
+        if ds.get(key, "auto") not in ("auto", value):
+            raise ValueError(f"{config.deepspeed_config}: {key} is {ds[key]}, but the training options say {value}; use \"auto\"")
+        ds[key] = value
+    if ds.get("fp16", {}).get("enabled"):
+        raise ValueError(f"{config.deepspeed_config}: fp16 is not supported; use bf16 or fp32 (--dtype)")
+    bf16 = ds.setdefault("bf16", {})
+    wanted = compute_dtype(config) == torch.bfloat16
+    if bf16.get("enabled", "auto") not in ("auto", wanted):
+        raise ValueError(f"{config.deepspeed_config}: bf16.enabled contradicts --dtype {config.dtype}; use \"auto\"")
+    bf16["enabled"] = wanted
+    for key in ("optimizer", "scheduler"):
+        if key in ds:
+            raise ValueError(f"{config.deepspeed_config}: remove {key!r}; train.py builds it from its own options")
+    zero = ds.setdefault("zero_optimization", {"stage": 0})
+    # without streams (CPU) there is nothing to overlap
+    if zero.get("overlap_comm", "auto") == "auto":
+        zero["overlap_comm"] = on_gpu
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.get(section, {}).get("pin_memory") == "auto":
+            zero[section]["pin_memory"] = on_gpu
+    return ds
+
+
+def build_optimizer(groups: list[dict], config: TrainConfig, ds_config: dict[str, Any]) -> torch.optim.Optimizer:
+    """torch AdamW; DeepSpeed's CPU Adam where a GPU run offloads its optimizer."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    if torch.cuda.is_available():
+        if ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            return DeepSpeedCPUAdam(groups, lr=config.learning_rate, betas=betas, adamw_mode=True)
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
+
+
+def build_engine(model: torch.nn.Module, groups: list[dict], config: TrainConfig, ds_config: dict[str, Any], total_steps: int):
+    """`deepspeed.initialize` with our optimizer and a transformers schedule counted in optimizer steps."""
+    import deepspeed
+    from transformers import get_scheduler
+
+    optimizer = build_optimizer(groups, config, ds_config)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps)
+    trainable = [p for group in groups for p in group["params"]]
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, model_parameters=trainable, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config
+    )
+    return engine
+
+
+def init_distributed() -> tuple[int, int]:
+    """Join the process group the launcher described (or a group of one) and return (rank, world size)."""
+    import deepspeed
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ:
+        defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update(defaults)
+    deepspeed.init_distributed(verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -1,0 +1,277 @@
+"""The training loop of both stages: one path for every rank, from records to a finished add-on."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from psa_fast.data import GlobalBatchSampler, PsaDataset, balance, collate, load_records
+from psa_fast.models import PsaVLM, load_processor
+from psa_fast.taxonomy import IGNORE_INDEX
+
+from . import checkpoint
+from .config import TrainConfig
+from .engine import accumulation_steps, build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
+from .metrics import MetricsLog
+from .stages import optimizer_groups, prepare, print_table
+
+HintFor = Callable[[int, int], str | None]
+
+
+def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console | None = None) -> None:
+    """Run one stage to its end, or until SIGTERM, which saves first.
+
+    Args:
+        config: resolved options; `model_name_or_path`, `data_path` and `image_folder` name real files.
+        hint_for: (type id, level id) -> the policy's hint text, mixed into prompts at `hint_rate`.
+        console: where rank 0 prints.
+
+    Raises:
+        ValueError: options, records or checkpoints that do not fit, before any training.
+        FloatingPointError: a loss that is not finite, naming the step and the rows of the batch.
+    """
+    rank, world_size = init_distributed()
+    console = console or Console()
+    console.quiet = rank != 0
+    try:
+        _run(config, hint_for, console, rank, world_size)
+    finally:
+        # gloo ranks may abort at exit otherwise
+        dist.destroy_process_group()
+
+
+def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> None:
+    ds_config = resolve_deepspeed_config(config, world_size)
+    resume_from = checkpoint.find_resume(config)
+    if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
+        checkpoint.read_state(config.stage_dir, config, world_size)
+        console.print(f"stage {config.stage} is already finished in {config.stage_dir}")
+        return
+    state = checkpoint.read_state(resume_from, config, world_size) if resume_from else None
+    _claim_output_dir(config, rank)
+
+    torch.manual_seed(config.seed)
+    model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon)
+    parts = prepare(model, config)
+    if config.gradient_checkpointing:
+        model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    processor = load_processor(config.model_name_or_path, model.config)
+    dataset = build_dataset(config, processor, hint_for)
+    sampler = GlobalBatchSampler(len(dataset), config.global_batch_size, seed=config.seed)
+    total_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * len(dataset) / config.global_batch_size))
+    print_table(model, parts, config.weight_decay, console)
+    zero = ds_config["zero_optimization"]["stage"]
+    console.print(
+        f"stage {config.stage}: {len(dataset)} records, {total_steps} steps of {config.global_batch_size} rows, {world_size} rank(s), "
+        f"ZeRO-{zero}, {str(compute_dtype(config)).removeprefix('torch.')}, attention {model.vlm.config._attn_implementation}"
+    )
+
+    engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)
+    del keep_alive
+    start = 0
+    if state is not None:
+        checkpoint.restore(engine, resume_from)
+        start = state["step"]
+        console.print(f"resumed from {resume_from} at step {start}")
+    else:
+        # every rank draws its own dropout from here on; a checkpoint keeps each rank's state
+        torch.manual_seed(config.seed + rank)
+
+    log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}") if rank == 0 else None
+    stop = _StopFlag()
+    batches = micro_batches(dataset, sampler, config, rank, world_size, start, total_steps, processor)
+    engine.train()
+    saved = resume_from
+    try:
+        for step in range(start + 1, total_steps + 1):
+            row, stopping = train_step(engine, batches, config, world_size, step, stop)
+            if log:
+                log.write(row)
+            due = config.save_steps and step % config.save_steps == 0
+            if due or stopping or step == total_steps:
+                saved = checkpoint.save_checkpoint(engine, config, step, total_steps)
+            if stopping and step < total_steps:
+                console.print(f"SIGTERM: saved {saved}; continue with --resume auto")
+                return
+    finally:
+        stop.restore()
+        if log:
+            log.close()
+    if rank == 0:
+        assert saved is not None
+        checkpoint.finish(config, saved)
+    dist.barrier()
+    console.print(f"stage {config.stage} finished: {config.stage_dir}")
+
+
+def train_step(
+    engine: Any, batches: Iterator[dict], config: TrainConfig, world_size: int, step: int, stop: _StopFlag
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step over all ranks. Losses are means over the *global* batch's supervised tokens and concept rows.
+
+    Returns the metrics row (`metrics.FIELDS`) and whether any rank was asked to stop.
+    """
+    began = time.perf_counter()
+    device = engine.device
+    micros = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+    counts = torch.zeros(4, dtype=torch.float64)
+    for batch in micros:
+        supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        concept_rows = ((batch["safe_type"] != IGNORE_INDEX) & (batch["image_counts"] > 0)).sum()
+        counts += torch.stack([supervised, concept_rows, batch["attention_mask"].sum(), torch.tensor(0)])
+    counts[3] = float(stop.requested)
+    counts = _all_reduce(counts, device)
+    # the engine averages gradients over ranks, so each rank divides by the per-rank share of the global count
+    num_items = max(counts[0].item(), 1.0) / world_size
+    num_rows = max(counts[1].item(), 1.0) / world_size
+
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for index, batch in enumerate(micros):
+        inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        out = engine(
+            **inputs,
+            num_items=num_items,
+            num_concept_rows=num_rows,
+            concept_loss_weight=config.concept_loss_weight,
+            lm_loss_weight=config.lm_loss_weight,
+            label_smoothing=config.label_smoothing,
+        )
+        engine.backward(out.loss, scale_wrt_gas=False)
+        parts = torch.stack([out.loss, out.loss_lm, out.loss_type, out.loss_level]).detach().double()
+        sums += parts
+        if index == len(micros) - 1:
+            _stop_if_not_finite(sums, micros, step)
+        engine.step()
+    means = (_all_reduce(sums, device) / world_size).tolist()
+    norm = engine.get_global_grad_norm()
+    row = {
+        "step": step,
+        **dict(zip(("loss", "loss_lm", "loss_type", "loss_level"), means, strict=True)),
+        "grad_norm": float(norm) if norm is not None else 0.0,
+        "lr": engine.get_lr()[0],
+        "tokens": int(counts[2]),
+        "supervised_tokens": int(counts[0]),
+        "seconds": time.perf_counter() - began,
+    }
+    return row, bool(counts[3])
+
+
+def _stop_if_not_finite(sums: torch.Tensor, micros: list[dict], step: int) -> None:
+    """Before the optimizer step: every rank learns of a bad loss on any rank, and the error names that rank's rows."""
+    bad = [] if torch.isfinite(sums).all() else [where for batch in micros for where in batch["where"]]
+    found = _all_reduce(torch.tensor([float(bool(bad))], dtype=torch.float64), sums.device)
+    if found.item():
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, bad)
+        rows = ", ".join(where for rank_rows in gathered for where in rank_rows)
+        raise FloatingPointError(f"the loss is not finite at step {step}; rows of the batch: {rows}")
+
+
+def _all_reduce(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    tensor = tensor.to(device)
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def build_model(config: TrainConfig, ds_config: dict, addon: str | None) -> tuple[PsaVLM, Any]:
+    """The PSA model on its base, from an add-on or new. The second value must outlive loading (it tells transformers of ZeRO-3)."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep_alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+    overrides = {
+        "num_safety_tokens": config.num_safety_tokens,
+        "num_head_tokens": config.num_head_tokens,
+        "num_attention_heads": config.num_attention_heads,
+        "query": config.query,
+    }
+    model = PsaVLM.from_pretrained(config.model_name_or_path, addon, dtype=compute_dtype(config), **({} if addon else overrides))
+    if addon:
+        differing = [f"{k} {getattr(model.config, k)!r} != {v!r}" for k, v in overrides.items() if getattr(model.config, k) != v]
+        if differing:
+            raise ValueError(f"{addon}: the add-on was built with other options ({', '.join(differing)})")
+    return model, keep_alive
+
+
+def build_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | None) -> PsaDataset:
+    """Validated records, balanced if asked, as a dataset of encoded rows."""
+    records = load_records(config.data_path, config.image_folder, on_bad_sample=config.on_bad_sample)
+    if config.clean_samples is not None:
+        records = balance(records, clean_samples=config.clean_samples, seed=config.seed)
+    return PsaDataset(
+        records,
+        config.image_folder,
+        processor,
+        hint_for=hint_for,
+        hint_rate=config.hint_rate,
+        seed=config.seed,
+        max_length=config.max_length,
+    )
+
+
+class _Schedule(torch.utils.data.Sampler):
+    """This rank's micro-batches as lists of (index, epoch), from any step on: resuming needs only the step number."""
+
+    def __init__(self, sampler: GlobalBatchSampler, config: TrainConfig, rank: int, world_size: int, start: int, stop: int):
+        self.sampler, self.config, self.rank, self.world_size, self.start, self.stop = sampler, config, rank, world_size, start, stop
+
+    def __iter__(self) -> Iterator[list]:
+        micro = self.config.micro_batch_size
+        for step in range(self.start, self.stop):
+            rows = self.sampler.batch(step)
+            for first in range(self.rank * micro, len(rows), micro * self.world_size):
+                yield rows[first : first + micro]
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * accumulation_steps(self.config, self.world_size)
+
+
+def micro_batches(
+    dataset: PsaDataset, sampler: GlobalBatchSampler, config: TrainConfig, rank: int, world_size: int, start: int, stop: int, processor: Any
+) -> Iterator[dict]:
+    """Collated micro-batches of this rank for steps start+1..stop."""
+    from functools import partial
+
+    tokenizer = processor.tokenizer
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=_Schedule(sampler, config, rank, world_size, start, stop),
+        collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        num_workers=config.dataloader_num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def _claim_output_dir(config: TrainConfig, rank: int) -> None:
+    """Refuse to mix two runs in one folder."""
+    used = config.stage_dir.exists() and any(config.stage_dir.iterdir())
+    dist.barrier()
+    if used and config.resume == "none" and not config.overwrite_output_dir:
+        raise ValueError(f"{config.stage_dir} holds an earlier run; --resume auto continues it, --overwrite_output_dir deletes it")
+    if rank == 0:
+        if used and config.overwrite_output_dir:
+            shutil.rmtree(config.stage_dir)
+        config.stage_dir.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+
+
+class _StopFlag:
+    """Turns SIGTERM into a request that the loop honours after the current step."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous = signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        self.requested = True
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,101 @@
+"""What each stage trains, at which learning rate: freezing, optimizer groups, and the table printed before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from psa_fast.models import PsaVLM, add_lora
+
+from .config import TrainConfig
+
+
+@dataclass
+class Part:
+    """A named part of the model with one learning rate. `modules` are dotted names below PsaVLM."""
+
+    name: str
+    modules: tuple[str, ...]
+    learning_rate: float
+
+
+def trained_parts(model: PsaVLM, config: TrainConfig) -> list[Part]:
+    """The parts the stage trains (paper, section 3.3: stage 1 the safety modules, stage 2 the language model)."""
+    token_lr = config.token_learning_rate if config.token_learning_rate is not None else config.learning_rate
+    tokens = Part("safety tokens (LLM)", ("safety_tokens",), token_lr)
+    if config.stage == 1:
+        return [Part("concept bottleneck", ("bottleneck",), config.learning_rate), tokens]
+    names = model.family.module_names
+    if config.tune_type_llm == "lora":
+        parts = [Part(f"LoRA r={config.lora_r} on the language model", (f"vlm.{names['language']}",), config.learning_rate), tokens]
+    else:
+        parts = [Part("language model", (f"vlm.{names['language']}", f"vlm.{names['lm_head']}"), config.learning_rate), tokens]
+    if config.concept_loss_weight > 0:
+        lr = config.safety_learning_rate
+        parts.append(Part("concept bottleneck", ("bottleneck",), config.learning_rate if lr is None else lr))
+    if config.tune_type_connector == "full":
+        lr = config.connector_learning_rate
+        parts.append(Part("VLM projector", (f"vlm.{names['connector']}",), config.learning_rate if lr is None else lr))
+    return parts
+
+
+def prepare(model: PsaVLM, config: TrainConfig) -> list[Part]:
+    """Freeze everything, add LoRA where asked, and unfreeze the stage's parts. A learning rate of 0 leaves a part frozen."""
+    model.requires_grad_(False)
+    if config.stage == 2 and config.tune_type_llm == "lora":
+        if model.has_adapter:
+            raise ValueError(
+                f"--addon {config.addon} already holds a stage-2 LoRA adapter; start from a stage-1 add-on, or --resume a run"
+            )
+        add_lora(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
+    parts = [part for part in trained_parts(model, config) if part.learning_rate > 0]
+    lora = config.stage == 2 and config.tune_type_llm == "lora"
+    for part in parts:
+        for name, parameter in part_parameters(model, part):
+            if lora and part.name.startswith("LoRA") and ".lora_" not in name:
+                continue
+            parameter.requires_grad_(True)
+    return parts
+
+
+def part_parameters(model: PsaVLM, part: Part) -> list[tuple[str, torch.nn.Parameter]]:
+    """The named parameters below a part's modules, frozen ones included."""
+    prefixes = tuple(f"{module}." for module in part.modules)
+    return [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefixes)]
+
+
+def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float) -> list[dict]:
+    """AdamW groups, one or two per part: weight decay acts on matrices only, not on biases, norms or tokens."""
+    groups = []
+    for part in parts:
+        trained = [(name, p) for name, p in part_parameters(model, part) if p.requires_grad]
+        matrices = [p for name, p in trained if _shape_of(p)[1:] and "tokens" not in name]
+        known = {id(p) for p in matrices}
+        others = [p for _, p in trained if id(p) not in known]
+        for params, decay in ((matrices, weight_decay), (others, 0.0)):
+            if params:
+                groups.append({"params": params, "lr": part.learning_rate, "weight_decay": decay, "name": part.name})
+    return groups
+
+
+def _shape_of(parameter: torch.nn.Parameter) -> torch.Size:
+    # under ZeRO-3 the local tensor is an empty shard and ds_shape holds the true shape
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def print_table(model: PsaVLM, parts: list[Part], weight_decay: float, console: Console) -> None:
+    """The table of what is trained, with its size and learning rate, and what stays frozen."""
+    table = Table(title="What is trained")
+    for column, justify in (("part", "left"), ("parameters", "right"), ("learning rate", "right"), ("weight decay", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    trained = 0
+    for part in parts:
+        count = sum(_shape_of(p).numel() for _, p in part_parameters(model, part) if p.requires_grad)
+        trained += count
+        table.add_row(part.name, f"{count:,}", f"{part.learning_rate:g}", f"{weight_decay:g}")
+    total = sum(_shape_of(p).numel() for p in model.parameters())
+    table.add_row("frozen", f"{total - trained:,}", "-", "-")
+    console.print(table)

@@ -1,0 +1,74 @@
+"""The rooms and the one way imports may go."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# room -> rooms it may import
+ALLOWED = {
+    "taxonomy": set(),
+    "ops": {"taxonomy"},
+    "models": {"taxonomy", "ops"},
+    "data": {"taxonomy"},
+    "training": {"taxonomy", "ops", "models", "data"},
+    "safety": {"taxonomy", "models", "data"},
+    "evaluation": {"taxonomy", "models", "data", "safety"},
+    "sandbox": {"taxonomy", "data"},
+    "cli": {"data", "evaluation", "safety", "sandbox", "training"},
+}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of psa_fast that a file imports, at any depth of its code."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level] if node.level else ()
+            stem = ".".join((*base, *([node.module] if node.module else [])))
+            names = [stem, *(f"{stem}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("psa_fast.")}
+    return found & set(ALLOWED)
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_imports_go_one_way(room):
+    place = ROOT / "psa_fast" / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    assert files
+    for file in files:
+        wrong = rooms_imported(file) - ALLOWED[room] - {room}
+        assert not wrong, f"{file.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_every_room_has_a_rule():
+    rooms = {p.stem for p in (ROOT / "psa_fast").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert rooms - {"__init__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("psa_fast.ops", ["triton", "transformers", "deepspeed"]),
+        ("psa_fast.safety.policy", ["torch", "transformers"]),
+        ("psa_fast.data.records", ["torch", "transformers"]),
+        ("psa_fast.cli", ["torch", "transformers", "deepspeed"]),
+    ],
+)
+def test_light_imports_stay_light(module, heavy):
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_kernels_folder_does_not_shadow_hugging_faces_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
