@@ -79,7 +79,12 @@ def _image_path(split: str, group: str, i: int) -> str:
 
 
 def _rows(
-    rng: np.random.Generator, name: str, split: Split, group: str, count: int, scenes: dict[tuple[str, str], list[Scene]]
+    rng: np.random.Generator,
+    name: str,
+    split: Split,
+    group: str,
+    count: int,
+    scenes: dict[tuple[str, str], list[Scene]],
 ) -> Iterator[dict[str, Any]]:
     pictures = group if (split, group) in scenes else "clean"
     pool = scenes[split, pictures]

@@ -39,7 +39,9 @@ class Lessons:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, hint_for: HintFor, rng: np.random.Generator):
         self.rng = rng
-        self.ids = functools.lru_cache(maxsize=None)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
+        self.ids = functools.lru_cache(maxsize=None)(
+            lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+        )
         self.hints = [
             (kind, level, text)
             for kind in range(len(RISK_TYPES))
@@ -80,9 +82,9 @@ class Lessons:
 class Pack:
     """Rows of turns behind a picture prefix of P tokens.
 
-    `ids` [B, T]; `mask` float [B, 1, P + T, P + T], 0 where a token may look and -inf elsewhere; `positions` [B, P + T];
-    `supervised` bool [B, T] with K true entries, whose next tokens are `targets` [K], weighing `weights` [K]: a turn
-    weighs 1 however long its answer is.
+    `ids` [B, T]; `mask` float [B, 1, P + T, P + T], 0 where a token may look and -inf elsewhere; `positions`
+    [B, P + T]; `supervised` bool [B, T] with K true entries, whose next tokens are `targets` [K], weighing `weights`
+    [K]: a turn weighs 1 however long its answer is.
     """
 
     ids: Tensor

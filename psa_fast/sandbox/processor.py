@@ -58,7 +58,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(texts: Iterable[str]) -> LlavaProcessor:
-    """The processor of the sandbox base: 96x96 pixels scaled to -1..1, 36 patch tokens an image, the CLS token dropped."""
+    """The processor of the sandbox base: 96x96 pixels in -1..1, 36 patch tokens an image, the CLS token dropped."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}

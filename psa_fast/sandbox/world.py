@@ -42,6 +42,7 @@ ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
 
 Group = Literal["clean", "benign_twin", "risk"]
+GROUPS_WITH_PICTURES: tuple[Group, ...] = ("clean", "benign_twin", "risk")
 Split = Literal["train", "dev", "test"]
 
 
@@ -87,7 +88,7 @@ class Scene:
 
 
 def split_of(background: str, glyph: str) -> Split:
-    """The split a (scene, risk pictogram) composition belongs to: a sixth for test, a sixth for dev, the rest for training.
+    """The split a (scene, risk pictogram) composition belongs to: a sixth is for test, a sixth for dev.
 
     It does not depend on any seed, so no world shares a test composition with what any base or guard was trained on.
     """
@@ -200,17 +201,17 @@ def _paint_glyph(draw: ImageDraw.ImageDraw, e: int, glyph: str) -> None:
         draw.ellipse(box(0.5, 0.32, 0.98, 0.8), outline=255, width=pen)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _shape_mask(shape: str, size: int) -> np.ndarray:
     return _stencil(size, lambda draw, e: _paint_shape(draw, e, shape))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _glyph_mask(glyph: str) -> np.ndarray:
     return _stencil(18, lambda draw, e: _paint_glyph(draw, e, glyph))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _background(scene: str) -> np.ndarray:
     """The texture of a scene: float32 [2 * size, 2 * size, 3], of which every picture shows a random window."""
     y, x = np.mgrid[0 : 2 * IMAGE_SIZE, 0 : 2 * IMAGE_SIZE].astype(np.float32)

@@ -1,0 +1,38 @@
+"""`psa-fast sandbox data` and `psa-fast sandbox base`: a world or a base in a folder of one's own."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add `sandbox` with its two commands; each sets `func`, which returns the exit code."""
+    parser = subparsers.add_parser("sandbox", help="draw a sandbox world, or train the sandbox's base model")
+    commands = parser.add_subparsers(dest="sandbox_command", required=True, metavar="{data,base}")
+    data = commands.add_parser("data", help="draw a world: pictures and JSONL records (about 10 seconds)")
+    data.set_defaults(func=_data)
+    base = commands.add_parser("base", help="train the base model (about 4 minutes on 2 cores)")
+    base.set_defaults(func=_base)
+    base.add_argument("--policy", type=Path, help="policy file whose hints the base learns (default: the shipped one)")
+    for command, made in ((data, "world"), (base, "base")):
+        command.add_argument("--seed", type=int, default=0, help=f"the same seed gives the same {made} (default: 0)")
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+
+
+def _data(args: argparse.Namespace) -> int:
+    from psa_fast.sandbox.draw import draw_world
+
+    summary = draw_world(args.seed, args.out)
+    counts = ", ".join(f"{name} {sum(rows.values())}" for name, rows in summary["rows"].items())
+    print(f"{args.out}: world of seed {args.seed}; rows: {counts}")
+    return 0
+
+
+def _base(args: argparse.Namespace) -> int:
+    from psa_fast.safety.policy import Policy
+    from psa_fast.sandbox.base import train_base
+
+    losses = train_base(args.out, args.seed, Policy.load(args.policy).hint)
+    print(f"{args.out}: base of seed {args.seed}; " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+    return 0

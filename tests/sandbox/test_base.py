@@ -1,0 +1,148 @@
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from psa_fast.sandbox import cache
+from psa_fast.sandbox.base import BaseRecipe, build_base, train_base
+from psa_fast.sandbox.language import all_texts
+from psa_fast.sandbox.lessons import Lessons, pack_turns
+from psa_fast.sandbox.processor import build_processor
+from psa_fast.sandbox.tower import content_labels, draw_scenes, patch_features, to_pixels
+from psa_fast.sandbox.world import Scene, Sign, Thing, split_of
+
+TINY = BaseRecipe(
+    hidden_size=32, language_layers=1, vision_layers=2, tower_steps=2, tower_batch=4, pictures=8,
+    language_steps=4, language_batch=2, turns=2, heads=2,
+)  # fmt: skip
+
+
+def hint_for(kind: int, level: int) -> str | None:
+    return None if kind == 6 or level == 0 else f"This image contains risk {level}. Refuse."
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bases")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_base(root / name, seed, hint_for, TINY, progress=False)
+    return {name: AutoModelForImageTextToText.from_pretrained(root / name) for name in "abc"}, root
+
+
+def test_a_base_is_a_plain_checkpoint_and_its_seed_decides_it(bases):
+    models, root = bases
+    a, b, c = (models[name].state_dict() for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], c[key]) for key in a)
+    assert type(models["a"]).__name__ == "LlavaForConditionalGeneration"
+    processor = AutoProcessor.from_pretrained(root / "a")
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Count the shapes."}]}],
+        add_generation_prompt=True,
+    )
+    pixels = np.zeros((96, 96, 3), dtype=np.uint8)
+    inputs = processor(images=pixels, text=text, return_tensors="pt")
+    assert models["a"].generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs.input_ids.shape[1]
+    with pytest.raises(ValueError, match="already holds something"):
+        train_base(root / "a", 0, hint_for, TINY, progress=False)
+
+
+def test_patch_features_are_those_llava_uses(bases):
+    vlm = bases[0]["a"].eval()
+    pixels = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        theirs = vlm.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        torch.testing.assert_close(patch_features(vlm, pixels), theirs)
+
+
+def test_pictures_are_prepared_as_by_the_processor():
+    processor = build_processor(all_texts(hint_for))
+    scenes = draw_scenes(np.random.default_rng(0), 3)
+    from PIL import Image
+
+    from psa_fast.sandbox.world import paint
+
+    theirs = processor.image_processor([Image.fromarray(paint(s)) for s in scenes], return_tensors="pt").pixel_values
+    torch.testing.assert_close(to_pixels(scenes), theirs, atol=1e-6, rtol=0)
+
+
+def test_the_base_never_sees_a_held_out_composition():
+    scenes = draw_scenes(np.random.default_rng(1), 2000)
+    signs = [scene for scene in scenes if scene.sign and scene.sign.glyph in ("flag", "eye", "mask")]
+    assert len(signs) > 100
+    assert all(split_of(scene.background, scene.sign.glyph) == "train" for scene in signs)
+
+
+def test_content_labels_name_what_is_in_a_cell():
+    scene = Scene("field", (Thing("star", "green", 2),), Sign("eye", "red", 3, 6), 0)
+    labels = content_labels(scene).reshape(6, 6, 7)
+    assert labels[0, 5].tolist() == [3, 1, -1, -1, -1, 0, 2]
+    assert labels[1, 4].tolist() == [3, 1, -1, -1, -1, 0, 2]
+    assert labels[5, 0].tolist() == [-1, -1, 4, 0, 2, 2, 0]
+    assert labels[2, 2].tolist() == [-1, -1, -1, -1, -1, 1, 1]
+
+
+def test_packed_turns_see_what_they_would_see_alone():
+    """The oracle is the model on each turn by itself, unpacked, with a plain causal mask."""
+    torch.manual_seed(0)
+    processor = build_processor(all_texts(hint_for))
+    model = build_base(processor, TINY).eval().model.language_model
+    lessons = Lessons(processor.tokenizer, hint_for, np.random.default_rng(0))
+    scenes = draw_scenes(np.random.default_rng(2), 2)
+    rows = [lessons.draw(scene, 3, lookups_only=False) for scene in scenes]
+    prefix = torch.randn(2, 5, 32)
+    pack = pack_turns(rows, 5, np.array([0, 7]))
+    embeds = torch.cat([prefix, model.embed_tokens(pack.ids)], dim=1)
+    with torch.no_grad():
+        packed = model(
+            inputs_embeds=embeds, attention_mask=pack.mask, position_ids=pack.positions, use_cache=False
+        ).last_hidden_state[:, 5:]
+        taken = 0
+        for b, row in enumerate(rows):
+            at = 0
+            for turn in row:
+                ids = torch.tensor([[*turn.asked, *turn.answer]])
+                alone = torch.cat([prefix[b : b + 1], model.embed_tokens(ids)], dim=1)
+                expected = model(inputs_embeds=alone, use_cache=False).last_hidden_state[0, 5:]
+                torch.testing.assert_close(packed[b, at : at + ids.shape[1]], expected, atol=1e-5, rtol=1e-4)
+                supervised = pack.supervised[b, at : at + ids.shape[1]].nonzero().flatten().tolist()
+                assert supervised == list(range(len(turn.asked) - 1, ids.shape[1] - 1))
+                assert pack.targets[taken : taken + len(supervised)].tolist() == turn.answer
+                taken += len(supervised)
+                at += ids.shape[1]
+    assert taken == len(pack.targets)
+
+
+def _slow_make(out):
+    out.mkdir()
+    (out / "calls.txt").write_text("made")
+    import time
+
+    time.sleep(0.3)
+    with (out.parent / "log.txt").open("a") as log:
+        log.write("made\n")
+
+
+def _ask(root):
+    cache._once(root / "thing", _slow_make)
+
+
+def test_of_two_callers_one_makes_it_and_no_half_result_stays(tmp_path):
+    def broken(out):
+        out.mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache._once(tmp_path / "thing", broken)
+    assert not (tmp_path / "thing").exists()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_ask, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "log.txt").read_text() == "made\n"
+    assert (tmp_path / "thing" / "calls.txt").read_text() == "made"

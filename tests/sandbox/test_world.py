@@ -1,0 +1,158 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from psa_fast.data.records import load_records
+from psa_fast.safety.policy import Policy
+from psa_fast.sandbox.draw import draw_world
+from psa_fast.sandbox.language import HARMLESS_VERBS, OBJECTS, RISKY_VERBS, all_texts, request_split
+from psa_fast.sandbox.processor import build_processor
+from psa_fast.sandbox.world import GROUPS_WITH_PICTURES, RISK_GLYPHS, SCENES, paint, sample_scene, split_of
+from psa_fast.taxonomy import CLEAN, RISK_TYPES
+
+COUNTS = {"clean": 12, "benign_twin": 12, "risk": 24, "text_risk": 12, "text_twin": 12}
+IMAGES = {split: {group: COUNTS[group] for group in GROUPS_WITH_PICTURES} for split in ("train", "dev", "test")}
+ROWS = {name: COUNTS for name in ("stage1", "stage2", "dev", "test")}
+
+
+def draw(seed: int, out: Path) -> Path:
+    draw_world(seed, out, IMAGES, ROWS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return draw(3, tmp_path_factory.mktemp("worlds") / "three")
+
+
+def rows_of(world: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (world / f"{name}.jsonl").read_text().splitlines()]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_ones(world, tmp_path):
+    again, other = digests(draw(3, tmp_path / "again")), digests(draw(4, tmp_path / "other"))
+    assert again == digests(world)
+    assert again.keys() == other.keys()
+    assert all(again[name] != other[name] for name in again)
+
+
+def test_every_row_is_a_valid_record_with_the_promised_groups(world):
+    for name in ROWS:
+        records = load_records(world / f"{name}.jsonl", world)
+        counted = {group: sum(record.group == group for record in records) for group in COUNTS}
+        assert counted == COUNTS
+        assert all((record.safe_type != CLEAN) == (record.group in ("risk", "text_risk")) for record in records)
+        assert all(record.source == "sandbox" for record in records)
+
+
+def test_the_training_never_shows_a_composition_of_dev_or_test(world):
+    def shown(name: str) -> set[str]:
+        # "scene/glyph-marks", the marks' colour dropped: a look-alike of a held-out composition is held out too
+        labels = (row["source_label"] for row in rows_of(world, name) if row["group"] in ("risk", "benign_twin"))
+        return {label.rsplit("-", 1)[0] for label in labels if label.split("/")[1].rsplit("-", 1)[0] in RISK_GLYPHS}
+
+    train, dev, test = shown("stage1") | shown("stage2"), shown("dev"), shown("test")
+    assert train
+    assert dev
+    assert test
+    assert not train & dev
+    assert not train & test
+    assert not dev & test
+    assert {label.split("/")[1] for label in test} == set(RISK_GLYPHS)
+    splits = [split_of(scene, glyph) for scene in SCENES for glyph in RISK_GLYPHS]
+    assert (splits.count("train"), splits.count("dev"), splits.count("test")) == (24, 6, 6)
+
+
+def test_text_requests_keep_their_verb_and_object_pairs_apart(world):
+    verbs = {verb: i for group in (*RISKY_VERBS, *HARMLESS_VERBS) for i, verb in enumerate(group)}
+    for name, split in (("stage1", "train"), ("stage2", "train"), ("dev", "dev"), ("test", "test")):
+        for row in rows_of(world, name):
+            if row["group"] in ("text_risk", "text_twin"):
+                words = " " + row["conversations"][0]["value"].lower()
+                verb = max((v for v in verbs if f" {v} " in words), key=len)
+                item = next(i for i, o in enumerate(OBJECTS) if f" {verb} {o}" in words)
+                assert request_split(verbs[verb], item) == split, row
+
+
+def test_answers_are_safe_where_they_must_be(world):
+    for name in ROWS:
+        for row in rows_of(world, name):
+            answer = row["conversations"][1]["value"].lower()
+            refuses, cautions = "sorry" in answer, "careful" in answer
+            if row["safe_type"] == CLEAN:
+                assert not refuses
+                assert not cautions
+            elif row["safe_level"] == 1:
+                assert cautions
+                assert not refuses
+                assert len(answer.split()) > 2
+            else:
+                assert refuses
+                assert RISK_TYPES[row["safe_type"]] in answer
+
+
+def test_a_picture_is_painted_as_its_scene_says(world):
+    rng = np.random.default_rng(0)
+    for group in GROUPS_WITH_PICTURES:
+        for _ in range(20):
+            scene = sample_scene(rng, group, "train")
+            pixels = paint(scene)
+            assert pixels.shape == (96, 96, 3)
+            assert pixels.dtype == np.uint8
+            assert np.array_equal(pixels, paint(scene))
+            assert (scene.safe_type == CLEAN) == (group != "risk")
+            assert len({t.cell for t in scene.things} | ({scene.sign.cell} if scene.sign else set())) == len(
+                scene.things
+            ) + bool(scene.sign)
+            if scene.sign:
+                # red (or blue) pixels of the marks: 49 a mark, on the plate's lower edge
+                row, column = divmod(scene.sign.cell, 3)
+                plate = pixels[row * 32 + 20 : row * 32 + 32, column * 32 : column * 32 + 32].astype(int)
+                strong, weak = (0, 2) if scene.sign.marks == "red" else (2, 0)
+                marks = int((plate[..., strong] - plate[..., weak] > 100).sum())
+                assert marks == 49 * scene.sign.count
+    assert Image.open(next((world / "images" / "test").glob("*.png"))).size == (96, 96)
+
+
+def test_an_occupied_folder_and_a_negative_seed_are_refused(world):
+    with pytest.raises(ValueError, match="already holds something"):
+        draw_world(0, world)
+    with pytest.raises(ValueError, match="--seed -1"):
+        draw_world(-1, world / "new")
+
+
+def test_the_vocabulary_holds_every_word_of_world_hints_and_template(world, tmp_path):
+    hint_for = Policy.load().hint
+    build_processor(all_texts(hint_for)).save_pretrained(tmp_path)
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    tokenizer = processor.tokenizer
+    texts = [turn["value"] for name in ROWS for row in rows_of(world, name) for turn in row["conversations"]]
+    texts += [text for t in range(7) for level in range(4) if (text := hint_for(t, level))]
+    unknown = {text for text in texts if tokenizer.unk_token_id in tokenizer.encode(text)}
+    assert not unknown
+    assert len(tokenizer) < 256
+    assert tokenizer.encode("What is a xylophone?")[3] == tokenizer.unk_token_id
+    image = Image.open(next((world / "images" / "test").glob("*.png")))
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Where is the star?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Sorry, I cannot help with privacy."}]},
+    ]
+    text = processor.apply_chat_template(messages)
+    assert text == "<s> USER: <image>\nWhere is the star? ASSISTANT: Sorry, I cannot help with privacy.</s>"
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    assert (inputs.input_ids == processor.image_token_id).sum() == 36
+    assert inputs.input_ids[0, -1] == tokenizer.eos_token_id
+    assert inputs.pixel_values.shape == (1, 3, 96, 96)
+    answer = processor.decode(inputs.input_ids[0, -9:], skip_special_tokens=True)
+    assert answer == "sorry, i cannot help with privacy."
