@@ -1,0 +1,185 @@
+"""`psa-fast evaluate`: base and add-ons on the same records, side by side in report.json and report.md."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psa_fast.evaluation.refusal import LISTS, MODES, get_list
+
+if TYPE_CHECKING:
+    from psa_fast.data.records import Record
+
+STAGE_DIRS = ("stage1", "stage2")
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command `evaluate`."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure safety, over-refusal and ability of the base and of each stage",
+        description="Answer the records of a split with the base and with each add-on, guarded and unguarded, and "
+        "write report.json, report.md and the answers (answers-STAGE.jsonl) to --out.",
+    )
+    parser.add_argument("--data", required=True, metavar="PATH", help="folder with SPLIT.jsonl, or a JSONL file")
+    parser.add_argument("--split", default="test", help="SPLIT.jsonl of the data folder (default: test)")
+    parser.add_argument("--image_folder", metavar="DIR", help="where image paths start (default: the data folder)")
+    parser.add_argument("--run", metavar="DIR", help="training output: evaluates its stage1 and stage2 folders")
+    parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-ons' configs name)")
+    parser.add_argument("--stage1", metavar="DIR", help="add-on folder, short for --stage stage1=DIR")
+    parser.add_argument("--stage2", metavar="DIR", help="add-on folder, short for --stage stage2=DIR")
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on; may be given several times"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
+    parser.add_argument("--policy", metavar="FILE", help="policy YAML of the guarded runs (default: the shipped one)")
+    parser.add_argument("--batch_size", type=int, default=128, metavar="N", help="requests at once (default: 128)")
+    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N rows, spread evenly over the file")
+    parser.add_argument("--refusal_list", choices=sorted(LISTS), default="psa", help="keywords (default: psa)")
+    parser.add_argument("--refusal_mode", choices=MODES, default="contains", help="how they match (default: contains)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.set_defaults(func=evaluate)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate: the base and the add-ons by stage name, in the report's order."""
+
+    base: str
+    addons: dict[str, str]
+
+
+def plan(run: str | None, base: str | None, stages: Sequence[tuple[str, str]]) -> Plan:
+    """Find the add-ons and their base. Raises ValueError if there is nothing to evaluate or the bases differ."""
+    from psa_fast.safety.load import CONFIG, base_of
+
+    addons: dict[str, str] = {}
+    if run is not None:
+        addons = {name: str(Path(run) / name) for name in STAGE_DIRS if (Path(run) / name / CONFIG).is_file()}
+        if not addons:
+            raise ValueError(f"--run {run} holds no add-on: neither {' nor '.join(STAGE_DIRS)} has a {CONFIG}")
+    for name, folder in stages:
+        if not name.replace("_", "").replace("-", "").isalnum() or name == "base":
+            raise ValueError(f"{name!r} cannot name a stage: use letters, digits, - and _, and not 'base'")
+        if name in addons:
+            raise ValueError(f"stage {name} was given twice: {addons[name]} and {folder}")
+        addons[name] = folder
+    bases = {name: base_of(folder) for name, folder in addons.items()} if base is None else {"": base}
+    if not bases:
+        raise ValueError("nothing to evaluate: give --run, --base, --stage1, --stage2 or --stage NAME=DIR")
+    if len(set(bases.values())) > 1:
+        named = ", ".join(f"{name}: {path}" for name, path in bases.items())
+        raise ValueError(f"the add-ons name different bases ({named}); give one with --base")
+    return Plan(next(iter(bases.values())), addons)
+
+
+def find_data(data: str, split: str, image_folder: str | None) -> tuple[Path, Path]:
+    """The JSONL file and the image folder of --data. Raises ValueError if they do not exist."""
+    path = Path(data)
+    file = path / f"{split}.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"--data {data}: there is no file {file}")
+    return file, Path(image_folder) if image_folder is not None else file.parent
+
+
+def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
+    """`limit` records at even distances, so that a file sorted by group keeps all of its groups."""
+    if limit is None or limit >= len(records):
+        return list(records)
+    return [records[i * len(records) // limit] for i in range(limit)]
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Run the evaluation. Raises ValueError, with a sentence, for input that cannot be used."""
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; expected at least 1")
+    named = [(name, folder) for name in STAGE_DIRS if (folder := getattr(args, name)) is not None]
+    for item in args.stage:
+        name, equals, folder = item.partition("=")
+        if not (name and equals and folder):
+            raise ValueError(f"--stage {item}: expected NAME=DIR")
+        named.append((name, folder))
+    _evaluate(args, plan(args.run, args.base, named))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from psa_fast.data.records import load_records
+    from psa_fast.evaluation.evaluate import compute_metrics, per_type, run_stage
+    from psa_fast.evaluation.metrics import BOOTSTRAP_SAMPLES
+    from psa_fast.evaluation.report import StageReport, data_provenance, environment, write_report
+    from psa_fast.safety.load import addon_hash, default_dtype, load_guard, load_plain
+    from psa_fast.safety.policy import DEFAULT_POLICY, Policy
+
+    policy = Policy.load(args.policy)
+    refusals = get_list(args.refusal_list)
+    file, image_folder = find_data(args.data, args.split, args.image_folder)
+    everything = load_records(file, image_folder, decode=False)
+    records = spread(everything, args.limit)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    reports: dict[str, StageReport] = {}
+    columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        for stage in ("base", *todo.addons):
+            task = progress.add_task(stage, total=len(records))
+            addon = todo.addons.get(stage)
+            guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
+            start = time.perf_counter()
+            results = run_stage(
+                guard,
+                records,
+                image_folder,
+                refusals,
+                args.refusal_mode,
+                args.max_new_tokens,
+                args.batch_size,
+                advance=lambda rows, task=task: progress.advance(task, rows),  # type: ignore[misc]
+            )
+            facts: dict[str, Any] = {
+                "path": addon or todo.base,
+                "sha256": None if addon is None else addon_hash(addon),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+            reports[stage] = StageReport(compute_metrics(results, guard.has_head, args.seed), per_type(results), facts)
+            with (out / f"answers-{stage}.jsonl").open("w", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(result.to_json(), ensure_ascii=False) + "\n" for result in results)
+            del guard  # one model at a time: two copies of a large base do not fit
+            gc.collect()
+
+    provenance = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "base": todo.base,
+        "split": args.split if Path(args.data).is_dir() else None,
+        "data": data_provenance(file, image_folder, records, len(everything)),
+        "policy": {"path": args.policy or f"shipped ({DEFAULT_POLICY.name})", "sha256": policy.hash},
+        "refusal": {
+            "list": refusals.name,
+            "mode": args.refusal_mode,
+            "refusals": list(refusals.refusals),
+            "cautions": list(refusals.cautions),
+        },
+        "decoding": {
+            "method": "greedy",
+            "max_new_tokens": args.max_new_tokens,
+            "batch_size": args.batch_size,
+            "dtype": str(default_dtype()).removeprefix("torch."),
+        },
+        "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": args.seed, "interval": 0.95},
+        **environment(),
+    }
+    write_report(out, reports, provenance)
+    print(f"wrote {out / 'report.md'} and {out / 'report.json'}")

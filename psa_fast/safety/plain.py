@@ -1,0 +1,36 @@
+"""A base VLM without an add-on behind the surface of PsaVLM: the reference that safety is compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class PlainVLM(nn.Module):
+    """A stock Hugging Face VLM, run by its own `generate`. Its "features" are the pixel values: it sees them once."""
+
+    def __init__(self, vlm: nn.Module) -> None:
+        super().__init__()
+        self.vlm = vlm
+
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixel values [N, 3, H, W] as they are."""
+        return pixel_values
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        features: torch.Tensor | None,
+        image_counts: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """New token ids [B, t] for left-padded `input_ids` [B, T]; `features` are the pixel values of all images."""
+        if (0 if features is None else len(features)) != int(image_counts.sum()):
+            raise ValueError(f"{int(image_counts.sum())} images announced, but not as many given")
+        ids = self.vlm.generate(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=features, **kwargs
+        )
+        return ids[:, input_ids.shape[1] :]
