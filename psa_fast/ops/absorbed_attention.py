@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def absorbed_attention(
@@ -100,7 +100,7 @@ class _AbsorbedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out):
+    def backward(ctx, grad_out):
         query, tokens, features, in_proj_weight, qh, u, p, z = ctx.saved_tensors
         need = ctx.needs_input_grad
         h = ctx.num_heads

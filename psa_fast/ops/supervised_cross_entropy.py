@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 _CHUNK_ELEMENTS = 1 << 24  # logits per chunk: 64 MB in fp32, 524 rows of a 32k vocabulary
 
@@ -79,7 +79,7 @@ class _SupervisedLinearCrossEntropy(torch.autograd.Function):
             w = weight.to(dtype)
             b = None if bias is None else bias.to(wide)
             loss = hidden.new_zeros((), dtype=wide)
-            d_h = torch.empty_like(h) if need_hidden else None
+            d_h: Tensor | None = torch.empty_like(h) if need_hidden else None
             d_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
             d_bias = torch.zeros_like(bias, dtype=wide) if need_bias else None
             step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[0]))
@@ -99,8 +99,8 @@ class _SupervisedLinearCrossEntropy(torch.autograd.Function):
                 if scale is not None:
                     grad.mul_(scale[part])
                 low = grad.to(dtype)
-                if need_hidden:
-                    torch.mm(low, w, out=d_h[part])
+                if d_h is not None:
+                    d_h[part] = low @ w
                 if need_weight:
                     d_weight += low.t() @ h[part]
                 if need_bias:
@@ -113,7 +113,7 @@ class _SupervisedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_out):
+    def backward(ctx, grad_out):
         rows, norm, d_h, d_weight, d_bias = ctx.saved_tensors
         factor = grad_out / norm
         hidden_grad = weight_grad = bias_grad = None

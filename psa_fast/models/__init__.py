@@ -1,0 +1,26 @@
+"""The concept bottleneck and PsaVLM, composed around a stock Hugging Face vision-language model."""
+
+from psa_fast.models.attention import ConceptAttention
+from psa_fast.models.bottleneck import ConceptBottleneck
+from psa_fast.models.config import PsaConfig
+from psa_fast.models.families import Family, ImageFeatures, get_family
+from psa_fast.models.lora import add_lora
+from psa_fast.models.processor import load_processor
+from psa_fast.models.projector import SafetyProjector
+from psa_fast.models.psa import PsaOutput, PsaVLM
+from psa_fast.models.tokens import SafetyTokens
+
+__all__ = [
+    "ConceptAttention",
+    "ConceptBottleneck",
+    "Family",
+    "ImageFeatures",
+    "PsaConfig",
+    "PsaOutput",
+    "PsaVLM",
+    "SafetyProjector",
+    "SafetyTokens",
+    "add_lora",
+    "get_family",
+    "load_processor",
+]

@@ -1,0 +1,197 @@
+"""Files of an add-on: everything a PsaVLM has beyond its base, which stays untouched on disk.
+
+psa_config.json            PsaConfig
+psa.safetensors            safety projector, tokens, attention, heads
+adapter/                   a PEFT adapter, loadable on the stock base too (after stage 2 with LoRA)
+llm/model.safetensors      base weights that were trained in full, under the base's own names (after stage 2 in full)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from psa_fast.models.config import PsaConfig
+
+if TYPE_CHECKING:
+    from psa_fast.models.psa import PsaVLM
+
+CONFIG, WEIGHTS, ADAPTER, CHANGED = "psa_config.json", "psa.safetensors", "adapter", "llm/model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+_SAMPLE = 1 << 16
+
+
+def base_identity(vlm: PreTrainedModel) -> dict[str, str | None]:
+    """Name, hub revision and content fingerprint of a base, as PsaConfig keeps them."""
+    name = getattr(vlm.config, "_name_or_path", "") or None
+    return {
+        "base_model_name_or_path": name,
+        "base_revision": getattr(vlm.config, "_commit_hash", None),
+        "base_fingerprint": fingerprint(name) if name and Path(name).is_dir() else None,
+    }
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 over the size and 64 evenly spread 64 KB samples of each weight file: quick, but sees retraining."""
+    digest = hashlib.sha256()
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no .safetensors file")
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= 64 * _SAMPLE:
+                digest.update(stream.read())
+                continue
+            for i in range(64):
+                stream.seek((size - _SAMPLE) * i // 63)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:32]
+
+
+def save(psa: PsaVLM, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the add-on. `state_dict`: gathered tensors named as in `psa.named_parameters()`; None: the model's own."""
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = dict(psa.state_dict()) if state_dict is None else state_dict
+    names = list(psa.psa_state_dict())
+    changed = _changed_base_weights(psa)
+    _require(state, [*names, *("vlm." + name for name in changed)], "state_dict")
+    psa.config.to_json_file(folder / CONFIG)
+    _write({name: state[name] for name in names}, folder / WEIGHTS)
+    if getattr(psa.vlm, "peft_config", None):
+        _save_adapter(psa.vlm, folder / ADAPTER, state)
+    if changed:
+        (folder / CHANGED).parent.mkdir(exist_ok=True)
+        _write({name: state["vlm." + name] for name in changed}, folder / CHANGED)
+
+
+def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: str | Path | None, dtype: Any) -> PsaVLM:
+    """See PsaVLM.from_pretrained."""
+    config = None
+    if addon is not None:
+        for name in (CONFIG, WEIGHTS):
+            if not (Path(addon) / name).is_file():
+                raise ValueError(f"{addon} is not a PSA add-on: it has no {name}")
+        config = PsaConfig.from_json_file(Path(addon) / CONFIG)
+        base = base if base is not None else config.base_model_name_or_path
+    if base is None:
+        raise ValueError("no base model is given" + ("" if addon is None else f" and {addon}/{CONFIG} names none"))
+    if isinstance(base, PreTrainedModel):
+        vlm: Any = base
+    else:
+        vlm = AutoModelForImageTextToText.from_pretrained(str(base), dtype="auto" if dtype is None else dtype)
+    if addon is None or config is None:
+        return cls.build(vlm)
+
+    found = base_identity(vlm)["base_fingerprint"]
+    if found and config.base_fingerprint and found != config.base_fingerprint:
+        raise ValueError(
+            f"{addon} was trained on another base than {base}: fingerprint {config.base_fingerprint}, found {found}"
+        )
+    psa = cls.build(vlm, config)
+    file = Path(addon) / WEIGHTS
+    _copy_into(dict(psa.named_parameters()), load_file(file), list(psa.psa_state_dict()), file)
+    if (Path(addon) / ADAPTER).is_dir():
+        _load_adapter(vlm, Path(addon) / ADAPTER)
+    if (Path(addon) / CHANGED).is_file():
+        file = Path(addon) / CHANGED
+        tensors = load_file(file)
+        parameters = _base_parameters(vlm)
+        _copy_into(parameters, tensors, [n for n in tensors if n in parameters], file)
+        psa.changed_base_weights = set(tensors)
+    return psa
+
+
+def _base_parameters(vlm: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's own parameters under the names they have without an adapter."""
+    return {n.replace(".base_layer.", "."): p for n, p in vlm.named_parameters() if ".lora_" not in n}
+
+
+def _changed_base_weights(psa: PsaVLM) -> list[str]:
+    """Base weights that are trained in full now or were when the add-on was loaded."""
+    trained = {n for n, p in psa.vlm.named_parameters() if p.requires_grad and ".lora_" not in n}
+    return sorted(trained | psa.changed_base_weights)
+
+
+def _save_adapter(vlm: Any, folder: Path, state: dict[str, Tensor]) -> None:
+    from peft import get_peft_model_state_dict
+
+    folder.mkdir(exist_ok=True)
+    names = vlm.active_adapters()
+    if len(names) != 1:
+        raise ValueError(f"exactly one adapter must be active to be saved, got {names}")
+    own = {name.removeprefix("vlm."): t for name, t in state.items() if name.startswith("vlm.")}
+    tensors = get_peft_model_state_dict(vlm, state_dict=own, adapter_name=names[0], save_embedding_layers=False)
+    if not tensors:
+        raise ValueError("state_dict holds no adapter weights")
+    config = vlm.peft_config[names[0]]
+    mode, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = mode
+    _write({_PEFT_PREFIX + name: t for name, t in tensors.items()}, folder / ADAPTER_WEIGHTS)
+
+
+def _load_adapter(vlm: Any, folder: Path) -> None:
+    """Through add_adapter, not load_adapter, which only logs missing and unexpected keys."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False
+    vlm.add_adapter(config)
+    adapter = vlm.active_adapters()[0]
+    parameters = {_PEFT_PREFIX + n.replace(f".{adapter}.", "."): p for n, p in vlm.named_parameters() if ".lora_" in n}
+    file = folder / ADAPTER_WEIGHTS
+    _copy_into(parameters, load_file(file), list(parameters), file)
+
+
+def _copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], wanted: list[str], file: Path) -> None:
+    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
+    if missing or unexpected:
+        raise ValueError(f"{file} does not fit: missing keys {missing or 'none'}, unexpected {unexpected or 'none'}")
+    for name in wanted:
+        parameter = parameters[name]
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model {shape}")
+        with torch.no_grad(), _gathered(parameter):
+            if parameter.numel() or not tensors[name].numel():
+                parameter.copy_(tensors[name])
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    """Write access to a parameter that ZeRO-3 may have partitioned."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def _require(state: dict[str, Tensor], names: list[str], what: str) -> None:
+    missing = sorted(set(names) - set(state))
+    if missing:
+        raise ValueError(f"{what} lacks {missing}")
+
+
+def _write(tensors: dict[str, Tensor], file: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 and tensor.shape[:1] != (0,):
+            raise ValueError(f"{name} is empty: a ZeRO-3 shard must be gathered before it is saved")
+    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def weight_names(file: str | Path) -> list[str]:
+    """Tensor names of a safetensors file, without reading the tensors."""
+    with safe_open(str(file), framework="pt") as opened:
+        return sorted(opened.keys())

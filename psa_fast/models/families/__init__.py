@@ -1,0 +1,22 @@
+"""One small adapter per VLM family: the only code that knows how a family's model and processor are laid out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from psa_fast.models.families.base import Family, ImageFeatures
+from psa_fast.models.families.llava import LlavaFamily
+
+FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily}
+
+
+def get_family(vlm_or_config: Any) -> Family:
+    """The adapter for a Hugging Face VLM (or its config). ValueError for a family that has none."""
+    config = getattr(vlm_or_config, "config", vlm_or_config)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(f"model type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[model_type](config)
+
+
+__all__ = ["FAMILIES", "Family", "ImageFeatures", "get_family"]

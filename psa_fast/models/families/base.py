@@ -1,0 +1,75 @@
+"""What psa-fast asks of a VLM family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class ImageFeatures(NamedTuple):
+    """One vision pass: vision = h_o [N, S, Dv], projected = h_i [N, S, E] (arXiv 2411.11543, section 3)."""
+
+    vision: Tensor
+    projected: Tensor
+
+
+class Family(ABC):
+    """Adapter of one family; stateless but for the config, the model is an argument."""
+
+    #: dotted names inside the VLM: vision, connector, language, lm_head
+    module_names: dict[str, str]
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int:
+        """Id of the image placeholder."""
+
+    @property
+    @abstractmethod
+    def vision_hidden_size(self) -> int:
+        """Dv, width of the vision features."""
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """E, width of the language model."""
+
+    @abstractmethod
+    def image_tokens(self, config: Any | None = None) -> int:
+        """S, tokens of one image."""
+
+    @abstractmethod
+    def blank_image(self, device: torch.device) -> Tensor:
+        """One image of zeros [1, 3, H, W], which keeps a rank without images in step with the others."""
+
+    @abstractmethod
+    def encode_images(self, vlm: nn.Module, pixel_values: Tensor) -> ImageFeatures:
+        """One vision pass over [N, 3, H, W]."""
+
+    @abstractmethod
+    def embed(self, vlm: nn.Module, input_ids: Tensor) -> Tensor:
+        """Word embeddings [B, T, E]."""
+
+    @abstractmethod
+    def hidden_states(
+        self, vlm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """Last hidden states [B, T, E] of the language model, without a cache."""
+
+    @abstractmethod
+    def generate(self, vlm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """New ids only, [B, t]."""
+
+    @abstractmethod
+    def extend_processor(self, processor: Any, num_safety_tokens: int) -> Any:
+        """Make every image expand to num_safety_tokens + S placeholders. Calling it twice changes nothing."""
+
+    def module(self, vlm: nn.Module, part: str) -> nn.Module:
+        """The module of one part: vision, connector, language or lm_head."""
+        return vlm.get_submodule(self.module_names[part])

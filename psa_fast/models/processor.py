@@ -1,0 +1,23 @@
+"""The base's processor, with room for the safety tokens in front of every image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoProcessor
+
+from psa_fast.models.config import PsaConfig
+from psa_fast.models.families import get_family
+
+
+def load_processor(base: str | Path, config: PsaConfig | None = None) -> Any:
+    """AutoProcessor of `base` whose `<image>` expands to num_safety_tokens + S placeholders.
+
+    Args:
+        base: folder or hub name of the base model.
+        config: the add-on's; None: the bare base, without safety tokens.
+    """
+    processor = AutoProcessor.from_pretrained(str(base))
+    family = get_family(AutoConfig.from_pretrained(str(base)))
+    return family.extend_processor(processor, 0 if config is None else config.num_safety_tokens)

@@ -1,0 +1,96 @@
+"""The safety projector: Honeybee's C-Abstractor (arXiv 2312.06742), in channels-last.
+
+RegStage -> AdaptiveAvgPool2d to the query grid (here the input grid: an identity) -> RegStage -> Linear, SiLU, Linear.
+A RegStage block is RegNet's bottleneck as timm builds it with bottle_ratio 1, group size 1, se_ratio 0.25 and LayerNorm
+over channels: every 1x1 convolution is a Linear here, every norm a plain LayerNorm on the last dimension.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EPS = 1e-6  # timm's LayerNorm2d
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate from the mean over the grid; reduced width as timm: a quarter of the block's input channels."""
+
+    def __init__(self, channels: int, reduced: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, reduced)
+        self.fc2 = nn.Linear(reduced, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, H, W, C] -> [N, H, W, C]."""
+        gate = self.fc2(F.silu(self.fc1(x.mean(dim=(1, 2)))))
+        return x * torch.sigmoid(gate)[:, None, None, :]
+
+
+class DepthwiseConv3x3(nn.Conv2d):
+    """3x3 convolution of every channel by itself on [N, H, W, C]."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1, groups=channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, H, W, C] -> [N, H, W, C]; the permutes are views of a channels-last tensor."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class RegBlock(nn.Module):
+    """1x1, depthwise 3x3, squeeze-excite, 1x1; norm after every convolution, SiLU after all but the last; residual."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.conv1 = nn.Linear(in_channels, channels, bias=False)
+        self.norm1 = nn.LayerNorm(channels, eps=_EPS)
+        self.conv2 = DepthwiseConv3x3(channels)
+        self.norm2 = nn.LayerNorm(channels, eps=_EPS)
+        self.se = SqueezeExcite(channels, max(1, round(in_channels * 0.25)))
+        self.conv3 = nn.Linear(channels, channels, bias=False)
+        self.norm3 = nn.LayerNorm(channels, eps=_EPS)
+        self.downsample: nn.Module = nn.Identity()
+        if in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Linear(in_channels, channels, bias=False), nn.LayerNorm(channels, eps=_EPS)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, H, W, in_channels] -> [N, H, W, channels]."""
+        y = F.silu(self.norm1(self.conv1(x)))
+        y = self.se(F.silu(self.norm2(self.conv2(y))))
+        return F.silu(self.norm3(self.conv3(y)) + self.downsample(x))
+
+
+class SafetyProjector(nn.Module):
+    """g(h_o): vision features to the language model's width, on the same grid.
+
+    Args:
+        vision_hidden_size: Dv.
+        hidden_size: E.
+        width: channels inside the stages.
+        depth: blocks in each of the two stages.
+    """
+
+    def __init__(self, vision_hidden_size: int, hidden_size: int, width: int, depth: int = 3):
+        super().__init__()
+        self.stage1 = _stage(vision_hidden_size, width, depth)
+        self.stage2 = _stage(width, width, depth)
+        self.readout = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, S, Dv] -> [N, S, E]; S must be a square grid."""
+        n, s, width = features.shape
+        side = isqrt(s)
+        if side * side != s:
+            raise ValueError(f"the safety projector needs a square grid of features, got {s}")
+        x = self.stage2(self.stage1(features.reshape(n, side, side, width)))
+        return self.readout(x.reshape(n, s, x.shape[-1]))
+
+
+def _stage(in_channels: int, channels: int, depth: int) -> nn.Sequential:
+    return nn.Sequential(*(RegBlock(in_channels if i == 0 else channels, channels) for i in range(depth)))

@@ -1,0 +1,345 @@
+"""PsaVLM: a stock Hugging Face VLM with safety tokens and a concept bottleneck around it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from psa_fast.models import addon as addon_files
+from psa_fast.models.bottleneck import ConceptBottleneck, first_query, prompt_query
+from psa_fast.models.config import PsaConfig
+from psa_fast.models.families import Family, ImageFeatures, get_family
+from psa_fast.models.lm_head import supervise
+from psa_fast.models.tokens import SafetyTokens
+from psa_fast.taxonomy import IGNORE_INDEX
+
+
+@dataclass
+class PsaOutput(ModelOutput):
+    """What PsaVLM.forward returns; a part that was not asked for is None.
+
+    Attributes:
+        loss: weighted sum of the losses below.
+        loss_lm: next-token loss; None without labels.
+        loss_type, loss_level: concept losses; None without concept targets.
+        concept_logits: [R, 7 + 4] for the R rows that have an image.
+        concept_rows: int64 [R], their row numbers.
+    """
+
+    loss: Tensor | None = None
+    loss_lm: Tensor | None = None
+    loss_type: Tensor | None = None
+    loss_level: Tensor | None = None
+    concept_logits: Tensor | None = None
+    concept_rows: Tensor | None = None
+
+
+class PsaVLM(nn.Module):
+    """PSA-VLM (arXiv 2411.11543) composed around a stock model: `vlm`, `bottleneck`, `safety_tokens`.
+
+    Build one with `PsaVLM.build` or `PsaVLM.from_pretrained`.
+    """
+
+    def __init__(self, vlm: PreTrainedModel, config: PsaConfig):
+        super().__init__()
+        self.config = config
+        self.family: Family = get_family(vlm)
+        _check_fit(config, self.family)
+        supervise(self.family.module(vlm, "lm_head"))
+        self.vlm = vlm
+        self.bottleneck = ConceptBottleneck(config)
+        self.safety_tokens = SafetyTokens(config.num_safety_tokens, config.hidden_size)
+        #: names in `vlm` of base weights that an add-on has changed, see addon.py
+        self.changed_base_weights: set[str] = set()
+
+    @classmethod
+    def build(cls, vlm: PreTrainedModel, config: PsaConfig | None = None, **overrides: Any) -> PsaVLM:
+        """A new, untrained add-on for a loaded base, in the base's dtype and on its device.
+
+        Args:
+            vlm: the base, LlavaForConditionalGeneration for one.
+            config: the whole configuration; None: taken from the base.
+            overrides: PsaConfig fields that differ from the base's or the default value.
+        """
+        if config is None:
+            family = get_family(vlm)
+            fields: dict[str, Any] = {
+                "vision_hidden_size": family.vision_hidden_size,
+                "hidden_size": family.hidden_size,
+                "image_tokens": family.image_tokens(),
+                **addon_files.base_identity(vlm),
+            }
+            config = PsaConfig(**{**fields, **overrides})
+        elif overrides:
+            raise ValueError("give either a config or single fields, not both")
+        psa = cls(vlm, config)
+        for module in (psa.bottleneck, psa.safety_tokens):
+            module.to(device=vlm.device, dtype=vlm.dtype)
+        return psa
+
+    @classmethod
+    def from_pretrained(
+        cls, base: str | Path | PreTrainedModel | None, addon: str | Path | None = None, dtype: Any = None
+    ) -> PsaVLM:
+        """Load a base and, if given, an add-on (with its adapter or changed base weights) on it.
+
+        Args:
+            base: path, hub name or loaded model; None: the one that the add-on names.
+            addon: folder written by `save_addon`; None: a new add-on.
+            dtype: of the base; None: as stored.
+
+        Raises:
+            ValueError: the add-on does not fit the base, or has missing or unexpected keys.
+        """
+        return addon_files.load(cls, base, addon, dtype)
+
+    def save_addon(self, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write everything but the untouched base: see addon.py for the files.
+
+        Args:
+            directory: created if absent.
+            state_dict: full tensors named as in `named_parameters()`, where the model's own are sharded (ZeRO-3).
+        """
+        addon_files.save(self, directory, state_dict)
+
+    def psa_state_dict(self) -> dict[str, Tensor]:
+        """The safety modules' tensors, named as in `named_parameters()`."""
+        return {name: p for name, p in self.state_dict().items() if not name.startswith("vlm.")}
+
+    def encode_images(self, pixel_values: Tensor) -> ImageFeatures:
+        """The one vision pass: [N, 3, H, W] -> h_o [N, S, Dv] and h_i [N, S, E]."""
+        return self.family.encode_images(self.vlm, pixel_values)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_counts: Tensor | None = None,
+        labels: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        safe_type: Tensor | None = None,
+        safe_level: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        num_concept_rows: float | Tensor | None = None,
+        concept_loss_weight: float = 1.0,
+        lm_loss_weight: float = 1.0,
+        class_weights: Tensor | Sequence[Tensor | None] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> PsaOutput:
+        """Losses of one batch from one vision pass. Every rank runs the same modules, whatever its batch holds.
+
+        Args:
+            input_ids: int64 [B, T]; each image has num_safety_tokens + image_tokens placeholders.
+            attention_mask: [B, T], 1 = real; left or right padding. None: no padding.
+            pixel_values: [N, 3, H, W], the batch's images in order; None: no row has an image.
+            image_counts: int64 [B], images of each row (kept on the CPU it costs no synchronisation); None: counted.
+            labels: int64 [B, T], unshifted as in transformers; -100 ignored. None: the language model is not run.
+            query_mask: bool [B, T], the prompt's text positions; None: all text that is not padding and has no label.
+            safe_type, safe_level: int64 [B], -100 = none. Rows without an image never count. If both are None but
+                labels are given, the bottleneck is not run.
+            num_items, num_concept_rows: divisors of the summed losses, for batches spread over ranks or accumulation
+                steps; None: this batch's own counts. num_concept_rows may be one value per head [2].
+            concept_loss_weight: w in L = L_LM + w (L_type + L_level); the paper writes 1, its code uses 10.
+            lm_loss_weight: factor of L_LM.
+            class_weights, label_smoothing: of the concept losses, see ops.concept_loss.
+
+        Raises:
+            ValueError: images, image_counts and placeholders do not agree.
+        """
+        counts = self._image_counts(input_ids, pixel_values, image_counts)
+        has_images = any(counts)
+        if pixel_values is None or not has_images:
+            pixel_values = self.family.blank_image(input_ids.device)
+        features = self.encode_images(pixel_values)
+        embeds = self.family.embed(self.vlm, input_ids)
+        out = PsaOutput()
+        losses = []
+
+        if labels is None or safe_type is not None or safe_level is not None:
+            rows = [row for row, count in enumerate(counts) if count] or [0]  # row 0 stands in, unlabelled
+            query = self._query_embeds(embeds, input_ids, attention_mask, labels, query_mask)
+            index = torch.tensor(rows, device=input_ids.device)
+            vision, mask = _by_row(features.vision, [counts[row] for row in rows] if has_images else [1])
+            pooled = self.bottleneck(vision, query[index], mask)
+            none = index.new_full((len(rows),), IGNORE_INDEX)
+            picked = [
+                none if t is None or not has_images else t.to(index.device)[index] for t in (safe_type, safe_level)
+            ]
+            concept = self.bottleneck.loss(
+                pooled, torch.stack(picked, 1), class_weights, label_smoothing, num_items=num_concept_rows
+            )
+            out.concept_rows = index if has_images else index[:0]
+            out.concept_logits = concept.logits if has_images else concept.logits[:0]
+            if safe_type is not None or safe_level is not None:
+                out.loss_type, out.loss_level = concept.losses.unbind()
+                # the zero keeps every parameter in the graph of a rank whose rows have no target
+                losses.append(concept_loss_weight * concept.loss + 0.0 * concept.logits.sum().to(concept.loss.dtype))
+
+        if labels is not None:
+            inputs_embeds = self._insert_images(embeds, input_ids, features.projected, counts, has_images)
+            positions = None if attention_mask is None else _position_ids(attention_mask)
+            hidden = self.family.hidden_states(self.vlm, inputs_embeds, attention_mask, positions)
+            aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            head: Any = self.family.module(self.vlm, "lm_head")
+            out.loss_lm = head(hidden, labels=aligned, num_items=num_items)
+            losses.append(lm_loss_weight * out.loss_lm)
+
+        if losses:
+            out.loss = torch.stack([loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in losses]).sum()
+        return out
+
+    def concept_logits(
+        self,
+        features: ImageFeatures | None,
+        image_counts: Tensor | Sequence[int],
+        input_ids: Tensor,
+        query_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B, 7 + 4] logits from features already computed; a row without an image (image_counts 0) gets zeros."""
+        counts = _as_list(image_counts)
+        rows = [row for row, count in enumerate(counts) if count]
+        logits = torch.zeros(
+            len(counts), sum(self.config.head_sizes), device=input_ids.device, dtype=self.bottleneck.heads.weight.dtype
+        )
+        if not rows:
+            return logits
+        if features is None or features.vision.shape[0] != sum(counts):
+            raise ValueError(f"image_counts names {sum(counts)} images, features hold another number")
+        embeds = self.family.embed(self.vlm, input_ids)
+        query = self._query_embeds(embeds, input_ids, attention_mask, None, query_mask)
+        index = torch.tensor(rows, device=input_ids.device)
+        vision, mask = _by_row(features.vision, [counts[row] for row in rows])
+        heads = self.bottleneck.heads(self.bottleneck(vision, query[index], mask))
+        return logits.index_copy(0, index, heads.to(logits.dtype))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        features: ImageFeatures | None = None,
+        image_counts: Tensor | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """New ids only, [B, t], greedy unless asked otherwise.
+
+        Args:
+            input_ids: [B, T], left padded.
+            attention_mask: [B, T]; None: no padding.
+            features: from `encode_images`, all images of the batch in order; None: no images.
+            image_counts: int [B]; None: counted from the placeholders.
+            kwargs: transformers' generation options, such as max_new_tokens.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if not bool(attention_mask[:, -1].all()):
+            raise ValueError("generate needs left padding: the last position of every row must be a token")
+        images = None if features is None else features.projected
+        counts = self._image_counts(input_ids, images, image_counts)
+        embeds = self.family.embed(self.vlm, input_ids)
+        if images is not None and any(counts):
+            embeds = self._insert_images(embeds, input_ids, images, counts, True)
+        if not kwargs.setdefault("do_sample", False):
+            kwargs = {"temperature": None, "top_p": None, "top_k": None, **kwargs}  # a base may have sampling defaults
+        return self.family.generate(self.vlm, embeds, attention_mask, **kwargs)
+
+    def _image_counts(
+        self, input_ids: Tensor, images: Tensor | None, image_counts: Tensor | Sequence[int] | None
+    ) -> list[int]:
+        """Images of each row, checked against the number of images and, on the CPU, against the placeholders."""
+        span = self.config.num_safety_tokens + self.config.image_tokens
+        n = 0 if images is None else images.shape[0]
+        if image_counts is None:
+            placeholders = (input_ids == self.family.image_token_id).sum(1).tolist()
+            counts = [p // span for p in placeholders]
+        else:
+            counts = _as_list(image_counts)
+        if len(counts) != input_ids.shape[0]:
+            raise ValueError(f"image_counts has {len(counts)} entries for {input_ids.shape[0]} rows")
+        if sum(counts) != n:
+            raise ValueError(f"the batch has {n} images, its rows ask for {sum(counts)} ({counts})")
+        found = (input_ids == self.family.image_token_id).sum(1)
+        if input_ids.is_cuda:  # a wrong count stops the device without costing every step a synchronisation
+            wanted = torch.tensor([c * span for c in counts]).pin_memory().to(found.device, non_blocking=True)
+            torch._assert_async((found == wanted).all(), "image placeholders and image_counts disagree")
+        elif found.tolist() != [c * span for c in counts]:
+            raise ValueError(
+                f"each image needs {span} placeholders ({self.config.num_safety_tokens} safety tokens + "
+                f"{self.config.image_tokens}): rows have {found.tolist()} placeholders for {counts} images"
+            )
+        return counts
+
+    def _insert_images(
+        self, embeds: Tensor, input_ids: Tensor, projected: Tensor, counts: list[int], has_images: bool
+    ) -> Tensor:
+        """Put [s_llm ; h_i] in place of the placeholders."""
+        tokens = self.safety_tokens(projected.shape[0]).to(embeds.dtype)
+        visual = torch.cat([tokens, projected.to(embeds.dtype)], dim=1)
+        if not has_images:  # same modules, same graph as on a rank that has images
+            return embeds + 0.0 * visual.sum()
+        mask = (input_ids == self.family.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(mask, visual)
+
+    def _query_embeds(
+        self,
+        embeds: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        query_mask: Tensor | None,
+    ) -> Tensor:
+        """What the concept attention asks with, [B, E]; never from an answer's tokens, that would leak the label."""
+        if self.config.query == "first":
+            return first_query(embeds, attention_mask)
+        text = input_ids != self.family.image_token_id
+        if query_mask is not None:
+            return prompt_query(embeds, query_mask & text)
+        if attention_mask is not None:
+            text = text & attention_mask.bool()
+        if labels is not None:
+            text = text & (labels == IGNORE_INDEX)
+        return prompt_query(embeds, text)
+
+
+def _as_list(counts: Tensor | Sequence[int]) -> list[int]:
+    return [int(c) for c in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+
+
+def _position_ids(attention_mask: Tensor) -> Tensor:
+    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def _by_row(vision: Tensor, counts: list[int]) -> tuple[Tensor, Tensor | None]:
+    """[N, S, Dv] of all images -> [R, max images * S, Dv] and its mask (None where every row has as many)."""
+    s, width = vision.shape[1:]
+    most = max(counts)
+    if min(counts) == most:
+        return vision.reshape(len(counts), most * s, width), None
+    index, valid, start = [], [], 0
+    for count in counts:  # the places of a row with fewer images show its first one, masked
+        index += list(range(start, start + count)) + [start] * (most - count)
+        valid += [True] * count + [False] * (most - count)
+        start += count
+    rows = vision[torch.tensor(index, device=vision.device)].reshape(len(counts), most * s, width)
+    mask = torch.tensor(valid, device=vision.device).view(len(counts), most).repeat_interleave(s, dim=1)
+    return rows, mask
+
+
+def _check_fit(config: PsaConfig, family: Family) -> None:
+    for name, wanted in (
+        ("vision_hidden_size", family.vision_hidden_size),
+        ("hidden_size", family.hidden_size),
+        ("image_tokens", family.image_tokens()),
+    ):
+        if getattr(config, name) != wanted:
+            raise ValueError(f"the add-on has {name} {getattr(config, name)}, the base {wanted}: they do not fit")
