@@ -2,3 +2,49 @@
 
 Importing this package is light: `records`, `images` and `sampler` need neither torch nor transformers.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psa_fast.data.chat import Encoded, encode, prepare_images, stop_token_ids
+    from psa_fast.data.dataset import PsaDataset, collate
+    from psa_fast.data.images import ImageError, load_image
+    from psa_fast.data.records import DataError, Problem, Record, Turn, find_problems, load_records
+    from psa_fast.data.sampler import GlobalBatchSampler, balance
+
+_HOME = {
+    "chat": ("Encoded", "encode", "prepare_images", "stop_token_ids"),
+    "dataset": ("PsaDataset", "collate"),
+    "images": ("ImageError", "load_image"),
+    "records": ("DataError", "Problem", "Record", "Turn", "find_problems", "load_records"),
+    "sampler": ("GlobalBatchSampler", "balance"),
+}
+
+__all__ = [
+    "DataError",
+    "Encoded",
+    "GlobalBatchSampler",
+    "ImageError",
+    "Problem",
+    "PsaDataset",
+    "Record",
+    "Turn",
+    "balance",
+    "collate",
+    "encode",
+    "find_problems",
+    "load_image",
+    "load_records",
+    "prepare_images",
+    "stop_token_ids",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,331 @@
+"""Conversations as tokens, through the model's own chat template, with only the answers supervised.
+
+One function serves training and inference, so that the two can never drift apart. Its rules:
+- an answer begins where the generation prompt ends and closes with the special token that the template puts after it
+  (`<|im_end|>`, say); a template that puts none (LLaVA-1.5's) gets the EOS token there, or the model would never learn
+  to stop. Earlier answers in a prompt are closed in the same way;
+- an image mark becomes what the processor makes of it: safety tokens plus image tokens;
+- special tokens typed into a text are broken up by a blank: a user cannot close a turn or smuggle in an image.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from psa_fast.data.records import IMAGE_MARK, Record, Turn
+from psa_fast.taxonomy import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row as the model takes it.
+
+    `input_ids`, `labels` (unshifted, -100 where nothing is supervised) and `query_mask` (prompt text, which the concept
+    query is made of) have the same length. `pixel_values` is [image_count, 3, H, W], None if no images were given.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    query_mask: list[bool]
+    pixel_values: Tensor | None = None
+    image_count: int = 0
+    safe_type: int = IGNORE_INDEX
+    safe_level: int = IGNORE_INDEX
+    where: str = ""
+
+
+class ImageInputs(NamedTuple):
+    """Images after the processor: [N, 3, H, W] and the placeholder text of each. Reusable for several prompts."""
+
+    pixel_values: Tensor
+    placeholders: tuple[str, ...]
+
+
+def prepare_images(images: Sequence[Image.Image], processor: Any) -> ImageInputs:
+    """Run the image processor once on `images` (at least one)."""
+    processed = processor.image_processor(images=list(images), return_tensors="pt")
+    placeholders = tuple(processor.replace_image_token(processed, image_idx=i) for i in range(len(images)))
+    return ImageInputs(processed["pixel_values"], placeholders)
+
+
+def encode(
+    record_or_turns: Record | Sequence[Turn],
+    processor: Any,
+    *,
+    images: Sequence[Image.Image] | ImageInputs | None = None,
+    hint: str | None = None,
+    add_generation_prompt: bool = False,
+    max_length: int | None = None,
+) -> Encoded:
+    """Token ids, labels and query mask of a conversation.
+
+    Args:
+        record_or_turns: a record, or turns that begin with the user's.
+        processor: the model's processor, which expands an image to safety tokens + image tokens.
+        images: one per `<image>` mark, as PIL images or already prepared. None: `pixel_values` stays None, which is
+            possible if all images have the same number of tokens.
+        hint: a line before the text of the last user's turn, no part of the concept query (it would tell the label).
+        add_generation_prompt: the prompt for the next answer, nothing supervised; a last answer is left out.
+        max_length: cut the end of a longer conversation, never an image; images behind the cut are dropped.
+
+    Raises ValueError, naming the record's file and line, if marks and images do not agree, if no supervised token is
+    left, if a prompt is longer than max_length, or for a chat template whose answers cannot be told from the rest.
+    """
+    where = record_or_turns.where if isinstance(record_or_turns, Record) else ""
+    turns = list(record_or_turns.turns if isinstance(record_or_turns, Record) else record_or_turns)
+    try:
+        encoded = _encode(turns, processor, images, hint, add_generation_prompt, max_length)
+    except ValueError as error:
+        if not where:
+            raise
+        raise ValueError(f"{where}: {error}") from error
+    if not isinstance(record_or_turns, Record):
+        return encoded
+    labels = {"safe_type": record_or_turns.safe_type, "safe_level": record_or_turns.safe_level}
+    known = {name: value for name, value in labels.items() if value is not None}
+    return Encoded(**{**encoded.__dict__, **known, "where": where})
+
+
+def stop_token_ids(processor: Any) -> list[int]:
+    """Ids that end an answer: EOS and the token with which the chat template closes a turn (they may differ)."""
+    template = _Template(processor)
+    turns = [Turn("user", "a"), Turn("assistant", "b")]
+    text, (span,), _ = template.render(turns, hint=None, add_generation_prompt=False, placeholders=())
+    closing = template.tokenizer(text[: span[1]], add_special_tokens=False)["input_ids"][-1]
+    return sorted({closing, template.tokenizer.eos_token_id})
+
+
+def _encode(
+    turns: list[Turn],
+    processor: Any,
+    images: Sequence[Image.Image] | ImageInputs | None,
+    hint: str | None,
+    add_generation_prompt: bool,
+    max_length: int | None,
+) -> Encoded:
+    if add_generation_prompt and turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    if not turns or turns[0].role != "user":
+        raise ValueError("a conversation begins with a user's turn")
+    marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+    pixel_values, placeholders = _image_inputs(images, marks, processor)
+    template = _Template(processor)
+    text, answers, silent = template.render(turns, hint, add_generation_prompt, placeholders)
+    input_ids, offsets = template.tokenize(text)
+    in_answer = _covered(offsets, answers)
+    in_image = _covered(offsets, silent.images)
+    query = [not (a or i or h) for a, i, h in zip(in_answer, in_image, _covered(offsets, silent.hints), strict=True)]
+    if add_generation_prompt:
+        if max_length is not None and len(input_ids) > max_length:
+            raise ValueError(f"the prompt has {len(input_ids)} tokens, more than max_length {max_length}")
+        return Encoded(input_ids, [IGNORE_INDEX] * len(input_ids), query, pixel_values, marks)
+
+    length = len(input_ids) if max_length is None else min(max_length, len(input_ids))
+    while 0 < length < len(input_ids) and in_image[length] and in_image[length - 1]:
+        length -= 1
+    supervised = [i for i in range(length) if in_answer[i]]
+    if not supervised:
+        cut = (
+            "" if length == len(input_ids) else f" within max_length {max_length} (the row has {len(input_ids)} tokens)"
+        )
+        raise ValueError(f"no supervised token{cut}")
+    if length < len(input_ids):  # what is left of an unanswered turn is of no use
+        length = supervised[-1] + 1
+    labels = [token if answer else IGNORE_INDEX for token, answer in zip(input_ids, in_answer, strict=True)]
+    # what follows the last answer is no prompt; with this the query is the one that inference sees
+    query = [q and i < supervised[-1] for i, q in enumerate(query)]
+    kept = sum(end <= offsets[length - 1][1] for _, end in silent.images)
+    if pixel_values is not None:
+        pixel_values = pixel_values[:kept] if kept else None
+    return Encoded(input_ids[:length], labels[:length], query[:length], pixel_values, kept)
+
+
+def _image_inputs(
+    images: Sequence[Image.Image] | ImageInputs | None, marks: int, processor: Any
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    if images is None:
+        return None, (_fixed_placeholder(processor),) * marks if marks else ()
+    prepared = images if isinstance(images, ImageInputs) else prepare_images(images, processor) if images else None
+    count = len(prepared.placeholders) if prepared else 0
+    if count != marks:
+        raise ValueError(f"the conversation has {marks} {IMAGE_MARK} mark(s), but {count} image(s) were given")
+    return (prepared.pixel_values, prepared.placeholders) if prepared else (None, ())
+
+
+_blank_images: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+def _fixed_placeholder(processor: Any) -> str:
+    """The placeholder text of any image, for processors that give all images the same number of tokens."""
+    from PIL import Image
+
+    image_processor = processor.image_processor
+    if image_processor not in _blank_images:
+        blank = [Image.new("RGB", (64, 64)), Image.new("RGB", (64, 128))]
+        _blank_images[image_processor] = image_processor(images=blank, return_tensors="pt")
+    first, second = (processor.replace_image_token(_blank_images[image_processor], image_idx=i) for i in range(2))
+    if first != second:
+        raise ValueError("this model's images have different numbers of tokens: pass the images to encode")
+    return str(first)
+
+
+Span = tuple[int, int]
+
+
+class _Silent(NamedTuple):
+    """Character spans that are neither answer nor query."""
+
+    images: list[Span]
+    hints: list[Span]
+
+
+class _Template:
+    """A processor's chat template and special tokens."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = tokenizer = processor.tokenizer
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no EOS token, so no answer can end")
+        self.image_token = processor.image_token
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special = {*tokenizer.all_special_tokens, *added, self.image_token}
+        # a tokenizer may call a plain word or a newline special: texts keep those
+        self.special = re.compile(_alternatives(t for t in special if len(t) > 2 and not t.isalnum()))
+        opening = {self.image_token, tokenizer.unk_token, tokenizer.bos_token} - {tokenizer.eos_token}
+        self.closing = re.compile(rf"\s*(?:{_alternatives(special - opening)})")
+
+    def render(
+        self, turns: Sequence[Turn], hint: str | None, add_generation_prompt: bool, placeholders: Sequence[str]
+    ) -> tuple[str, list[Span], _Silent]:
+        """The text with answers closed and images expanded, and the spans of the answers and of what is silent."""
+        last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+        hint_text = self.plain(hint.strip()) if hint else ""
+        messages = [self._message(turn, hint_text if i == last else "") for i, turn in enumerate(turns)]
+        text = self._apply(messages, add_generation_prompt)
+
+        answers: list[Span] = []
+        edits: list[tuple[int, int, str]] = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start, end, closed = self._answer(messages[: i + 1], text)
+                answers.append((start, end))
+                if not closed:
+                    edits.append((end, end, self.tokenizer.eos_token))
+        found = [match.span() for match in re.finditer(re.escape(self.image_token), text)]
+        if len(found) != len(placeholders):
+            raise ValueError(f"the chat template shows {len(found)} of {len(placeholders)} image(s)")
+        edits += [(*span, placeholder) for span, placeholder in zip(found, placeholders, strict=True)]
+        hints: list[Span] = []
+        if hint_text:
+            before = len(self._apply(messages[:last], False)) if last else 0
+            start = text.find(hint_text, before)
+            if start < 0:
+                raise ValueError("the chat template does not show the hint as it is")
+            hints.append((start, start + len(hint_text)))
+        text, moved = _edit(text, edits)
+        # an image's span begins before its edit, and an answer's ends behind the EOS put at its end
+        expanded = [(moved(end) - len(new), moved(end)) for (_, end), new in zip(found, placeholders, strict=True)]
+        return (
+            text,
+            [(moved(a), moved(b)) for a, b in answers],
+            _Silent(expanded, [(moved(a), moved(b)) for a, b in hints]),
+        )
+
+    def plain(self, text: str) -> str:
+        """`text` with every special token broken by a blank: `</s>` becomes `< /s>`."""
+        return self.special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
+        """Ids and character offsets; the tokenizer's own prefix (BOS) is put on unless the template wrote it."""
+        plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        input_ids, offsets = list(plain["input_ids"]), [tuple(span) for span in plain["offset_mapping"]]
+        bos = self.tokenizer.bos_token
+        if bos is None or not text.startswith(bos):
+            # with special tokens some tokenizers also append EOS, which must not follow a prompt: only take the prefix
+            probe = self.tokenizer("a", add_special_tokens=False)["input_ids"][0]
+            whole = self.tokenizer("a")["input_ids"]
+            prefix = whole[: whole.index(probe)]
+            input_ids, offsets = prefix + input_ids, [(-1, -1)] * len(prefix) + offsets
+        return input_ids, offsets
+
+    def _message(self, turn: Turn, hint: str) -> dict[str, Any]:
+        pieces = turn.text.split(IMAGE_MARK)
+        texts = [piece for piece in pieces if piece.strip()]
+        content: list[dict[str, str]] = []
+        for i, piece in enumerate(pieces):
+            if i:
+                content.append({"type": "image"})
+            if piece.strip():
+                # blanks and newlines beside a mark are the record's layout, except between pieces of one sentence
+                piece = self.plain(piece.strip() if len(texts) == 1 else piece)
+                content.append({"type": "text", "text": f"{hint}\n{piece}" if hint else piece})
+                hint = ""
+        if hint:
+            content.append({"type": "text", "text": hint})
+        return {"role": turn.role, "content": content}
+
+    def _apply(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        text: str = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        # a blank at the end would be a token of its own, whereas answers are tokenized with the blank before them
+        return text.rstrip(" ") if add_generation_prompt else text
+
+    def _answer(self, messages: list[dict[str, Any]], text: str) -> tuple[int, int, bool]:
+        """Span in `text` of the last message's answer, and whether the template closes it itself."""
+        prompt = self._apply(messages[:-1], True)
+        answered = self._apply(messages, False)
+        answer = "".join(part["text"] for part in messages[-1]["content"])
+        start = answered.find(answer, len(prompt))
+        if not answer or start < 0 or not answered.startswith(prompt):
+            raise ValueError("the chat template does not show an answer as it is, right after its generation prompt")
+        end = start + len(answer)
+        closing = self.closing.match(answered, end)
+        end = closing.end() if closing else end
+        if not text.startswith(answered[:end]):
+            raise ValueError("the chat template rewrites earlier turns, so their answers cannot be supervised")
+        return len(prompt), end, closing is not None
+
+
+def _alternatives(tokens: Iterable[str | None]) -> str:
+    """Pattern of any of the tokens, the longest first; matches nothing if there is none."""
+    return "|".join(re.escape(token) for token in sorted(filter(None, tokens), key=len, reverse=True)) or "(?!)"
+
+
+def _edit(text: str, edits: list[tuple[int, int, str]]) -> tuple[str, Callable[[int], int]]:
+    """`text` with [start, end) replaced for each edit, and the map of an old position to its new one.
+
+    A position at the end of an edit moves behind the new text.
+    """
+    edits = sorted(edits)
+    pieces: list[str] = []
+    position = 0
+    for start, end, new in edits:
+        pieces += [text[position:start], new]
+        position = end
+    ends = [end for _, end, _ in edits]
+    shifts = [0, *accumulate(len(new) - (end - start) for start, end, new in edits)]
+    return "".join([*pieces, text[position:]]), lambda old: old + shifts[bisect_right(ends, old)]
+
+
+def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """For each token whether it overlaps a span; both are in order. An empty token counts where it stands."""
+    covered, current = [], 0
+    for start, end in offsets:
+        while current < len(spans) and spans[current][1] <= start:
+            current += 1
+        covered.append(current < len(spans) and spans[current][0] < max(end, start + 1))
+    return covered

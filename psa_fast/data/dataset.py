@@ -1,0 +1,115 @@
+"""Records as model inputs: the dataset of encoded rows and their padded batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from psa_fast.data.chat import Encoded, encode
+from psa_fast.data.images import ImageError, load_image, resolve
+from psa_fast.data.records import Record
+from psa_fast.taxonomy import IGNORE_INDEX
+
+HintFor = Callable[[int, int], "str | None"]
+
+
+class PsaDataset(torch.utils.data.Dataset):
+    """Encoded rows. A row depends on (seed, epoch, index) only, whichever worker or rank reads it.
+
+    Args:
+        records: validated records.
+        image_folder: folder of their images.
+        processor: the model's processor (see psa_fast.data.chat.encode).
+        hint_for: (type id, level id) -> hint text or None, for labelled records.
+        hint_rate: share of the labelled records whose prompt gets that hint; drawn anew in each epoch.
+        seed: of the draw.
+        max_length: longest row in tokens, images included.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        image_folder: str | Path | None,
+        processor: Any,
+        hint_for: HintFor | None = None,
+        hint_rate: float = 0.0,
+        seed: int = 0,
+        max_length: int | None = None,
+    ) -> None:
+        if not 0.0 <= hint_rate <= 1.0:
+            raise ValueError(f"hint_rate is {hint_rate}; expected a share between 0 and 1")
+        if hint_rate and hint_for is None:
+            raise ValueError(f"hint_rate is {hint_rate}, but there is no hint_for to take hints from")
+        if image_folder is None and any(record.images for record in records):
+            raise ValueError("the records name images, but no image folder was given")
+        self.records = list(records)
+        self.image_folder = image_folder
+        self.processor = processor
+        self.hint_for = hint_for
+        self.hint_rate = hint_rate
+        self.seed = seed
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int | tuple[int, int], epoch: int = 0) -> Encoded:
+        """The row of an index, or of the (index, epoch) that GlobalBatchSampler gives.
+
+        Raises ValueError (ImageError for an image) that names the record's file and line.
+        """
+        if isinstance(index, tuple):
+            index, epoch = index
+        record = self.records[index]
+        try:
+            images = [load_image(resolve(self.image_folder or "", name)) for name in record.images]
+        except ImageError as error:
+            raise ImageError(f"{record.where}: {error}") from error
+        hint = self._hint(record, index, epoch)
+        return encode(record, self.processor, images=images, hint=hint, max_length=self.max_length)
+
+    def _hint(self, record: Record, index: int, epoch: int) -> str | None:
+        if self.hint_for is None or record.safe_type is None or record.safe_level is None:
+            return None
+        if random.Random(f"hint {self.seed} {epoch} {index}").random() >= self.hint_rate:
+            return None
+        return self.hint_for(record.safe_type, record.safe_level)
+
+
+def collate(
+    items: Sequence[Encoded], pad_token_id: int, padding_side: Literal["left", "right"] = "right"
+) -> dict[str, Any]:
+    """Pad rows to one batch of PsaVLM.forward's arguments, plus "where": the rows' file:line.
+
+    Returns input_ids, attention_mask, labels int64 [B, T], query_mask bool [B, T], pixel_values [N, 3, H, W] or None,
+    image_counts, safe_type, safe_level int64 [B].
+    """
+    if not items:
+        raise ValueError("a batch needs at least one row")
+    if pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set one (EOS will do: padding is masked)")
+    if padding_side not in ("left", "right"):
+        raise ValueError(f"padding_side is {padding_side!r}; expected 'left' or 'right'")
+    longest = max(len(item.input_ids) for item in items)
+
+    def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+        fill = [[value] * (longest - len(row)) for row in rows]
+        left = padding_side == "left"
+        return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in zip(fill, rows, strict=True)])
+
+    pixels = [item.pixel_values for item in items if item.pixel_values is not None]
+    return {
+        "input_ids": padded([item.input_ids for item in items], pad_token_id),
+        "attention_mask": padded([[1] * len(item.input_ids) for item in items], 0),
+        "labels": padded([item.labels for item in items], IGNORE_INDEX),
+        "query_mask": padded([item.query_mask for item in items], False).bool(),
+        "pixel_values": torch.cat(pixels) if pixels else None,
+        "image_counts": torch.tensor([item.image_count for item in items]),
+        "safe_type": torch.tensor([item.safe_type for item in items]),
+        "safe_level": torch.tensor([item.safe_level for item in items]),
+        "where": [item.where for item in items],
+    }
