@@ -120,7 +120,7 @@ def load_records(
 
 
 def find_problems(path: str | Path, image_folder: str | Path | None) -> list[Problem]:
-    """Every problem of every row, in file order; images are decoded in full."""
+    """Every problem of every row, in file order; images are decoded in full. What `psa-fast data check` prints."""
     records, problems = read_records(path, image_folder)
     if not records and not problems:
         return [Problem(str(path), 1, "the file holds no records")]
