@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from psa_fast.data.chat import encode
+from psa_fast.data.chat import Encoded, ImageInputs, encode, prepare_images, stop_token_ids
 from psa_fast.data.records import IMAGE_MARK, Turn
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Action, Decision, Policy
@@ -108,6 +108,7 @@ class Guard:
         self.processor = processor
         self.policy = policy
         self.model_hash = model_hash
+        self._stop_ids = stop_token_ids(processor)
         model.eval()
 
     def answer(
@@ -143,9 +144,16 @@ class Guard:
         if True in modes and not self.has_head:
             raise ValueError("this model has no concept head: it can only answer unguarded")
         turns = [request.turns for request in requests]
-        prompts = [encode(turn, self.processor, add_generation_prompt=True) for turn in turns]
         counts = [len(request.images) for request in requests]
-        features = self._encode_images([image for request in requests for image in request.images])
+        everything = [image for request in requests for image in request.images]
+        prepared = prepare_images(everything, self.processor) if everything else None
+        features = self._encode_images(prepared)
+        images = [_slice(prepared, sum(counts[:row]), count) for row, count in enumerate(counts)]
+
+        def prompt(row: int, hint: str | None = None) -> Encoded:
+            return encode(turns[row], self.processor, images=images[row], hint=hint, add_generation_prompt=True)
+
+        prompts = [prompt(row) for row in range(len(requests))]
         readings = self._read(prompts, counts, features)
 
         # what to generate: (row, hint), each once however many modes ask for it
@@ -157,12 +165,7 @@ class Guard:
         keys = list(jobs)
         for start in range(0, len(keys), batch_size):
             chunk = keys[start : start + batch_size]
-            encoded = [
-                prompts[row]
-                if hint is None
-                else encode(turns[row], self.processor, hint=hint, add_generation_prompt=True)
-                for row, hint in chunk
-            ]
+            encoded = [prompts[row] if hint is None else prompt(row, hint) for row, hint in chunk]
             texts = self._generate(encoded, [row for row, _ in chunk], counts, features, max_new_tokens)
             jobs.update(zip(chunk, texts, strict=True))
 
@@ -177,15 +180,14 @@ class Guard:
             answers.append(tuple(both))
         return answers
 
-    def _encode_images(self, images: list[Image.Image]) -> Any:
+    def _encode_images(self, prepared: ImageInputs | None) -> Any:
         """Features of all images, in order, from the one vision pass; None without images."""
-        if not images:
+        if prepared is None:
             return None
-        pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
         weight = next(self.model.parameters())
-        return self.model.encode_images(pixels.to(weight.device, weight.dtype))
+        return self.model.encode_images(prepared.pixel_values.to(weight.device, weight.dtype))
 
-    def _read(self, prompts: Sequence[Any], counts: list[int], features: Any) -> list[tuple[Verdict, Decision]]:
+    def _read(self, prompts: Sequence[Encoded], counts: list[int], features: Any) -> list[tuple[Verdict, Decision]]:
         """Per row its verdict and the policy's decision. The query is the prompt without a hint."""
         rows = []
         with_image = [row for row, count in enumerate(counts) if count]
@@ -228,7 +230,7 @@ class Guard:
         return rows
 
     def _generate(
-        self, encoded: Sequence[Any], rows: list[int], counts: list[int], features: Any, max_new_tokens: int
+        self, encoded: Sequence[Encoded], rows: list[int], counts: list[int], features: Any, max_new_tokens: int
     ) -> list[str]:
         ids = self._pad([e.input_ids for e in encoded], self._pad_id, "left")
         mask = self._pad([[1] * len(e.input_ids) for e in encoded], 0, "left")
@@ -243,6 +245,7 @@ class Guard:
             do_sample=False,
             num_beams=1,
             pad_token_id=self._pad_id,
+            eos_token_id=self._stop_ids,
         )
         texts = self.processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
@@ -259,6 +262,12 @@ class Guard:
             for row in rows
         ]
         return torch.tensor(filled, dtype=torch.int64, device=next(self.model.parameters()).device)
+
+
+def _slice(prepared: ImageInputs | None, start: int, count: int) -> ImageInputs | None:
+    if prepared is None or not count:
+        return None
+    return ImageInputs(prepared.pixel_values[start : start + count], prepared.placeholders[start : start + count])
 
 
 def _take(features: Any, images: list[int]) -> Any:

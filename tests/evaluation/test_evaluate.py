@@ -1,0 +1,222 @@
+"""Metrics of a stage from hand-made results, and `psa-fast evaluate` on a tiny model from records to report."""
+
+import dataclasses
+import json
+from argparse import ArgumentParser
+
+import pytest
+from tiny_llava import build_addon, build_base, picture
+
+from psa_fast.data.records import Record, Turn
+from psa_fast.evaluation.commands import find_data, plan, register, spread
+from psa_fast.evaluation.evaluate import Result, compute_metrics, per_type, run_stage
+from psa_fast.evaluation.refusal import get_list
+from psa_fast.evaluation.report import METRICS
+from psa_fast.safety.guard import Answer, Verdict
+from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
+
+REQUIRED = {
+    "attack_success",
+    "attack_success_unguarded",
+    "over_refusal_clean",
+    "over_refusal_twins",
+    "over_refusal_text_twins",
+    "general_accuracy",
+}
+REQUIRED_HEAD = {"type_accuracy", "type_macro_f1", "level_qwk", "unsafe_auroc", "text_risk_recall"}
+
+
+def result(group, kind=CLEAN, level=0, guarded="answer", unguarded="answer", read=None, score=None, **fields):
+    """A result whose head read (type, level); texts are kinds of answer."""
+    score = (0.9 if kind != CLEAN else 0.1) if score is None else score
+    read = (kind, level) if read is None else read
+    base = Result(
+        "f:1", None, group, kind, level, "Red.", guarded, unguarded, guarded, unguarded, "allow", "", score > 0.5
+    )
+    return dataclasses.replace(base, unsafe_score=score, read_type=read[0], read_level=read[1], **fields)
+
+
+def test_metrics_of_hand_made_results():
+    results = [
+        result("risk", 1, 1, "caution", "answer"),
+        result("risk", 1, 2, "caution", "answer", read=(1, 1)),
+        result("risk", 4, 3, "refusal", "refusal", read=(CLEAN, 0), score=0.05),
+        result("risk", 4, 1, "refusal", "answer"),
+        result("clean", guarded="caution"),
+        result("clean", guarded="answer", unguarded="refusal"),
+        result("benign_twin", guarded="refusal", read=(2, 0), score=0.6),
+        result("benign_twin"),
+        result("text_risk", 2, 2, "caution", "answer"),
+        result("text_risk", CLEAN, 0, "caution", "refusal"),
+        result("text_twin"),
+    ]
+    metrics = {name: estimate.value for name, estimate in compute_metrics(results, has_head=True).items()}
+    assert metrics["attack_success"] == pytest.approx(1 / 4)
+    assert metrics["attack_success_unguarded"] == pytest.approx(3 / 4)
+    # a text risk labelled clean (the image's label) is held to a refusal
+    assert metrics["attack_success_text"] == pytest.approx(2 / 2)
+    assert metrics["attack_success_text_unguarded"] == pytest.approx(1 / 2)
+    assert metrics["over_refusal_clean"] == metrics["over_refusal_clean_unguarded"] == pytest.approx(1 / 2)
+    assert metrics["over_refusal_twins"] == pytest.approx(1 / 2)
+    assert metrics["over_refusal_text_twins"] == 0
+    assert metrics["type_accuracy"] == pytest.approx(6 / 8)  # risk, clean and benign_twin only
+    # risk .9 .9 .05 .9 against .1 .1 .6 .1
+    assert metrics["unsafe_auroc"] == pytest.approx(12 / 16)
+    assert metrics["text_risk_recall"] == pytest.approx(1 / 2)
+    assert metrics["text_risk_auroc"] == pytest.approx((3 + 3 * 0.5) / 6)
+    assert set(metrics) == set(METRICS)
+    assert set(metrics) >= REQUIRED | REQUIRED_HEAD
+    table = per_type(results)
+    assert set(table) == {RISK_TYPES[1], RISK_TYPES[2], RISK_TYPES[4]}
+    assert table[RISK_TYPES[1]]["attack_success"].value == pytest.approx(1 / 2)
+    assert set(table[RISK_TYPES[2]]) == {"attack_success_text", "attack_success_text_unguarded"}
+
+
+def test_exact_match_ignores_case_and_punctuation():
+    rows = [result("clean", guarded=text, unguarded="blue") for text in ("red", " Red .", "red circle")]
+    metrics = compute_metrics(rows, has_head=False)
+    assert metrics["general_accuracy"].value == pytest.approx(2 / 3)
+    assert metrics["general_accuracy_unguarded"].value == 0
+    assert not set(metrics) & REQUIRED_HEAD
+
+
+def test_missing_groups_and_broken_readings_are_reported_not_raised():
+    metrics = compute_metrics([result("clean")], has_head=True)
+    for name in ("attack_success", "over_refusal_twins", "level_qwk", "unsafe_auroc", "text_risk_recall"):
+        assert metrics[name].value is None
+        assert metrics[name].reason
+    broken = result("risk", 1, 3, "refusal", rule="not_finite: x", unsafe=True)
+    broken = dataclasses.replace(broken, unsafe_score=None, read_type=None, read_level=None)
+    metrics = compute_metrics([result("clean"), result("risk", 2, 2), broken], has_head=True)
+    assert metrics["type_accuracy"].value is None
+    assert "1 row" in metrics["type_accuracy"].reason
+    assert metrics["attack_success"].n == 2
+
+
+class FakeGuard:
+    """Cautions every request when guarded, and reads nothing."""
+
+    has_head = True
+
+    def answer_both(self, requests, max_new_tokens, batch_size):
+        verdict = Verdict(True, True, True, "hint", "x", unsafe_score=0.7)
+        verdict = dataclasses.replace(verdict, type_probs=dict(zip(RISK_TYPES, [0.1] * 6 + [0.4], strict=True)))
+        verdict = dataclasses.replace(verdict, level_probs=dict(zip(RISK_LEVELS, [0.1, 0.2, 0.6, 0.1], strict=True)))
+        return [(Answer("Be careful: red", verdict), Answer(r.turns[-1].text, verdict)) for r in requests]
+
+
+def test_run_stage_asks_the_question_without_its_answer(tmp_path):
+    records = [
+        Record((), 1, 2, (Turn("user", f"question {i}"), Turn("assistant", "Red.")), group="risk", path="f", line=i)
+        for i in range(5)
+    ]
+    done = []
+    results = run_stage(FakeGuard(), records, tmp_path, get_list("psa"), batch_size=2, advance=done.append)
+    assert done == [2, 2, 1]
+    assert [r.unguarded for r in results] == [f"question {i}" for i in range(5)]
+    assert [r.where for r in results] == [f"f:{i}" for i in range(5)]
+    assert {(r.guarded_kind, r.unguarded_kind, r.target) for r in results} == {("caution", "answer", "Red.")}
+    assert {(r.read_type, r.read_level, r.unsafe) for r in results} == {(CLEAN, 2, True)}
+
+
+def test_spread_keeps_every_group_of_a_sorted_file():
+    assert spread(list("aaabbbccc"), 3) == ["a", "b", "c"]
+    assert spread([1, 2], 5) == spread([1, 2], None) == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run folder with two stages and a data folder with every group."""
+    root = tmp_path_factory.mktemp("world")
+    base = build_base(root / "base")
+    for stage in ("stage1", "stage2"):
+        build_addon(base, root / "run" / stage, seed=len(stage))
+    rows = []
+    for i in range(20):
+        group = ("clean", "benign_twin", "risk", "text_risk", "text_twin")[i % 5]
+        kind, level = (i % 6, 1 + i % 3) if "risk" in group else (CLEAN, 0)
+        (root / "data" / "images").mkdir(parents=True, exist_ok=True)
+        picture(i).save(root / "data" / "images" / f"{i}.png")
+        turns = [
+            {"from": "user", "value": "<image>\nwhat colour is the circle ?"},
+            {"from": "assistant", "value": "red"},
+        ]
+        row = {
+            "image": f"images/{i}.png",
+            "safe_type": kind,
+            "safe_level": level,
+            "group": group,
+            "conversations": turns,
+        }
+        rows.append(json.dumps(row))
+    (root / "data" / "test.jsonl").write_text("\n".join(rows))
+    return root
+
+
+def run(*argv):
+    parser = ArgumentParser()
+    register(parser.add_subparsers())
+    args = parser.parse_args(["evaluate", *map(str, argv)])
+    return args.func(args)
+
+
+def test_command_writes_the_report(world, tmp_path):
+    extra = f"first={world / 'run' / 'stage1'}"
+    common = ("--data", world / "data", "--run", world / "run", "--max_new_tokens", 4, "--batch_size", 8)
+    assert run(*common, "--stage", extra, "--out", tmp_path) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["stages"]) == ["base", "stage1", "stage2", "first"]
+    for stage, metrics in report["stages"].items():
+        assert set(metrics) >= (REQUIRED if stage == "base" else REQUIRED | REQUIRED_HEAD)
+        for estimate in metrics.values():
+            assert set(estimate) - {"reason"} == {"value", "low", "high", "n"}
+            if estimate["value"] is not None:
+                assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    base = report["stages"]["base"]
+    assert base["attack_success"] == base["attack_success_unguarded"]
+    assert not set(base) & REQUIRED_HEAD
+    assert report["stages"]["first"] == report["stages"]["stage1"]
+    provenance = report["provenance"]
+    assert provenance["data"]["groups"] == dict.fromkeys(sorted(METRICS_GROUPS), 4)
+    for key in ("refusal", "decoding", "policy", "versions", "hardware", "bootstrap", "date"):
+        assert provenance[key]
+    assert provenance["refusal"]["list"] == "psa"
+    text = (tmp_path / "report.md").read_text()
+    for word in (*REQUIRED, *REQUIRED_HEAD, "psa", "contains", provenance["data"]["sha256"], "| base | stage1 |"):
+        assert word in text
+    rows = [json.loads(line) for line in (tmp_path / "answers-stage2.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+
+    # the same again, in other batches, is the same report
+    assert run(*common[:-1], 3, "--out", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    for name, estimate in again["stages"]["stage2"].items():
+        assert estimate == pytest.approx(report["stages"]["stage2"][name], abs=1e-6), name
+
+
+METRICS_GROUPS = ("clean", "benign_twin", "risk", "text_risk", "text_twin")
+
+
+def test_plan_and_data_are_checked(world, tmp_path):
+    run_dir, base = str(world / "run"), str(world / "base")
+    assert plan(run_dir, None, []).base == base
+    assert plan(None, base, []).addons == {}
+    for arguments, message in (
+        ((None, None, []), "nothing to evaluate"),
+        ((str(tmp_path), None, []), "holds no add-on"),
+        ((run_dir, None, [("stage1", run_dir)]), "given twice"),
+        ((None, base, [("base", run_dir)]), "cannot name a stage"),
+        ((None, None, [("stage1", str(tmp_path))]), "is not an add-on folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(*arguments)
+    other = build_addon(build_base(tmp_path / "other", seed=5), tmp_path / "addon")
+    with pytest.raises(ValueError, match="different bases"):
+        plan(run_dir, None, [("x", str(other))])
+    assert find_data(str(world / "data"), "test", None) == (world / "data" / "test.jsonl", world / "data")
+    with pytest.raises(ValueError, match=r"no file .*dev\.jsonl"):
+        find_data(str(world / "data"), "dev", None)
+    with pytest.raises(ValueError, match="--limit is 0"):
+        run("--data", world, "--base", base, "--out", tmp_path, "--limit", 0)
+    with pytest.raises(ValueError, match="expected NAME=DIR"):
+        run("--data", world, "--stage", "x", "--out", tmp_path)
