@@ -66,14 +66,14 @@ def save(psa: PsaVLM, directory: str | Path, state_dict: dict[str, Tensor] | Non
     state = dict(psa.state_dict()) if state_dict is None else state_dict
     names = list(psa.psa_state_dict())
     changed = _changed_base_weights(psa)
-    _require(state, [*names, *("vlm." + name for name in changed)], "state_dict")
+    _require(state, [*names, *changed.values()], "state_dict")
     psa.config.to_json_file(folder / CONFIG)
     _write({name: state[name] for name in names}, folder / WEIGHTS)
     if getattr(psa.vlm, "peft_config", None):
         _save_adapter(psa.vlm, folder / ADAPTER, state)
     if changed:
         (folder / CHANGED).parent.mkdir(exist_ok=True)
-        _write({name: state["vlm." + name] for name in changed}, folder / CHANGED)
+        _write({name: state[own] for name, own in changed.items()}, folder / CHANGED)
 
 
 def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: str | Path | None, dtype: Any) -> PsaVLM:
@@ -113,15 +113,19 @@ def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: st
     return psa
 
 
+def _stock_name(name: str) -> str:
+    """The name a base weight has without an adapter around it."""
+    return name.replace(".base_layer.", ".")
+
+
 def _base_parameters(vlm: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own parameters under the names they have without an adapter."""
-    return {n.replace(".base_layer.", "."): p for n, p in vlm.named_parameters() if ".lora_" not in n}
+    return {_stock_name(n): p for n, p in vlm.named_parameters() if ".lora_" not in n}
 
 
-def _changed_base_weights(psa: PsaVLM) -> list[str]:
-    """Base weights that are trained in full now or were when the add-on was loaded."""
-    trained = {n for n, p in psa.vlm.named_parameters() if p.requires_grad and ".lora_" not in n}
-    return sorted(trained | psa.changed_base_weights)
+def _changed_base_weights(psa: PsaVLM) -> dict[str, str]:
+    """Base weights that are trained in full now or were when the add-on was loaded: stock name -> name in `psa`."""
+    own = {_stock_name(n): (n, p) for n, p in psa.vlm.named_parameters() if ".lora_" not in n}
+    return {stock: "vlm." + n for stock, (n, p) in own.items() if p.requires_grad or stock in psa.changed_base_weights}
 
 
 def _save_adapter(vlm: Any, folder: Path, state: dict[str, Tensor]) -> None:
