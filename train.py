@@ -13,12 +13,14 @@ import warnings
 
 
 def resolve_inputs(config, hint_for):
-    """Put real paths where the recipe says 'sandbox' (drawing and training it on first use) and find stage 2's add-on."""
-    from psa_fast.sandbox import default_cache, ensure
+    """Real paths where the recipe says 'sandbox' (made on first use), and stage 2's add-on."""
+
     from psa_fast.training.checkpoint import is_finished
 
     changes = {}
     if "sandbox" in (config.model_name_or_path, config.data_path):
+        from psa_fast.sandbox.cache import default_cache, ensure
+
         world, base = ensure(default_cache(), seed=config.seed, hint_for=hint_for)
         if config.model_name_or_path == "sandbox":
             changes["model_name_or_path"] = str(base)
@@ -28,7 +30,9 @@ def resolve_inputs(config, hint_for):
     if config.stage == 2 and config.addon is None and config.resume == "none":
         stage1 = dataclasses.replace(config, stage=1).stage_dir
         if not is_finished(stage1):
-            raise ValueError(f"stage 2 starts from stage 1's add-on and {stage1} holds none: run --stage 1 first, or give --addon")
+            raise ValueError(
+                f"stage 2 starts from stage 1's add-on and {stage1} holds none: run --stage 1 first, or give --addon"
+            )
         changes["addon"] = str(stage1)
     return dataclasses.replace(config, **changes)
 
@@ -49,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         policy = Policy.load(config.policy)
         config = resolve_inputs(config, policy.hint)
         if rank == 0:
-            console.print("resolved options: " + ", ".join(f"{k}={v}" for k, v in config.to_dict().items()), soft_wrap=True)
+            console.print(
+                "resolved options: " + ", ".join(f"{k}={v}" for k, v in config.to_dict().items()), soft_wrap=True
+            )
         from psa_fast.training.loop import train
 
         train(config, hint_for=policy.hint, console=console)

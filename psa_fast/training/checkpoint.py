@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, and resuming from them on the same trajectory.
 
-`checkpoint-N/` holds the add-on as `PsaVLM.save_addon` writes it, the DeepSpeed state without frozen parameters (`deepspeed/`),
-one random-generator state per rank and `trainer_state.json`. It is written under a temporary name, checked, then renamed, so a
-run killed at any moment leaves the previous checkpoint intact.
+`checkpoint-N/` holds the add-on as `PsaVLM.save_addon` writes it, the DeepSpeed state without frozen parameters
+(`deepspeed/`), one random-generator state per rank and `trainer_state.json`. It is written under a temporary name,
+checked, then renamed, so a run killed at any moment leaves the previous checkpoint intact.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ def gather_addon_state(model: PsaVLM) -> dict[str, torch.Tensor]:
     """
     import deepspeed
 
-    names = {name: p for name, p in model.named_parameters() if model.is_addon_parameter(name) or p.requires_grad}
     state = {}
     keep = dist.get_rank() == 0
     # one at a time: a 7B language model gathered whole would not fit beside its shards
-    for name, parameter in names.items():
+    for name, parameter in model.named_parameters():
+        changed = parameter.requires_grad or name.removeprefix("vlm.") in model.changed_base_weights
+        if name.startswith("vlm.") and ".lora_" not in name and not changed:
+            continue
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if keep:
                 state[name] = parameter.detach().to("cpu", copy=True)
@@ -45,7 +47,7 @@ def gather_addon_state(model: PsaVLM) -> dict[str, torch.Tensor]:
 
 
 def save_checkpoint(engine: Any, config: TrainConfig, step: int, total_steps: int) -> Path:
-    """Write `checkpoint-{step}` below the stage's folder and drop the oldest beyond `save_total_limit`. A collective."""
+    """Write `checkpoint-{step}` in the stage's folder, drop the oldest beyond `save_total_limit`. A collective."""
     folder = config.stage_dir / f"checkpoint-{step}"
     temporary = config.stage_dir / f".checkpoint-{step}.tmp"
     rank = dist.get_rank()
@@ -61,7 +63,12 @@ def save_checkpoint(engine: Any, config: TrainConfig, step: int, total_steps: in
     save_file(_rng_state(), str(temporary / f"rng-rank{rank}.safetensors"))
     dist.barrier()
     if rank == 0:
-        meta = {"step": step, "total_steps": total_steps, "world_size": dist.get_world_size(), "config": config.to_dict()}
+        meta = {
+            "step": step,
+            "total_steps": total_steps,
+            "world_size": dist.get_world_size(),
+            "config": config.to_dict(),
+        }
         (temporary / STATE).write_text(json.dumps(meta, indent=2) + "\n")
         if folder.exists():
             shutil.rmtree(folder)
@@ -90,7 +97,7 @@ def checkpoints(stage_dir: Path) -> list[Path]:
 
 
 def find_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint `--resume` names, or None to start afresh. Raises ValueError for one that does not fit this run."""
+    """The checkpoint `--resume` names, or None to start afresh. Raises ValueError for a folder that is none."""
     if config.resume == "none":
         return None
     if config.resume == "auto":
@@ -109,9 +116,13 @@ def read_state(folder: Path, config: TrainConfig, world_size: int) -> dict[str, 
     changed = sorted(k for k in now if k not in RESUME_MAY_DIFFER and saved.get(k) != now[k])
     if changed:
         detail = ", ".join(f"{k} {saved.get(k)!r} -> {now[k]!r}" for k in changed)
-        raise ValueError(f"--resume {folder}: the run was started with other options ({detail}); --overwrite_output_dir starts anew")
+        raise ValueError(
+            f"--resume {folder}: the run was started with other options ({detail}); --overwrite_output_dir starts anew"
+        )
     if state["step"] < state["total_steps"] and state["world_size"] != world_size:
-        raise ValueError(f"--resume {folder}: it was written by {state['world_size']} ranks and this run has {world_size}")
+        raise ValueError(
+            f"--resume {folder}: it was written by {state['world_size']} ranks and this run has {world_size}"
+        )
     return state
 
 
@@ -124,7 +135,7 @@ def restore(engine: Any, folder: Path) -> None:
 
 
 def finish(config: TrainConfig, checkpoint: Path) -> None:
-    """Copy the last checkpoint's add-on to the stage's folder; its `trainer_state.json` comes last and marks completion."""
+    """Copy the last checkpoint's add-on to the stage's folder; `trainer_state.json` comes last and marks completion."""
     items = [p for p in checkpoint.iterdir() if p.name not in {TAG, STATE} and not p.name.startswith("rng-")]
     for item in [*items, checkpoint / STATE]:
         target = config.stage_dir / item.name

@@ -22,22 +22,30 @@ def option(default: Any, help: str, **kwargs: Any) -> Any:
 class TrainConfig:
     """Every option of `train.py`. A recipe sets them under `common:`, `stage1:` and `stage2:`."""
 
-    stage: int = option(1, "1 trains the safety modules beside a frozen model, 2 tunes the language model", choices=[1, 2])
+    stage: int = option(
+        1, "1 trains the safety modules beside a frozen model, 2 tunes the language model", choices=[1, 2]
+    )
     recipe: str = option("sandbox", "name of a shipped recipe or path of a YAML file")
 
     model_name_or_path: str | None = option(None, "base VLM: a Hugging Face id or folder ('sandbox': the embedded one)")
-    addon: str | None = option(None, "add-on folder to start from; stage 2 takes OUTPUT_DIR/stage1 unless told otherwise")
+    addon: str | None = option(
+        None, "add-on folder to start from; stage 2 takes OUTPUT_DIR/stage1 unless told otherwise"
+    )
     data_path: str | None = option(None, "JSONL records ('sandbox': the embedded world)")
     image_folder: str | None = option(None, "folder that the records' image paths are relative to")
     output_dir: str = option("runs/demo", "stages are written to OUTPUT_DIR/stage1 and OUTPUT_DIR/stage2")
     on_bad_sample: str = option("error", "what a bad record does", choices=["error", "skip"])
-    clean_samples: int | None = option(None, "at most this many clean records, classes balanced (default: all records as they are)")
+    clean_samples: int | None = option(
+        None, "at most this many clean records, classes balanced (default: all records as they are)"
+    )
     max_length: int = option(4096, "longest row in tokens, image tokens included")
 
     num_safety_tokens: int = option(64, "safety tokens before each image's tokens in the language model")
     num_head_tokens: int = option(64, "safety tokens before the features in the concept attention")
     num_attention_heads: int = option(8, "heads of the concept attention")
-    query: str = option("prompt", "concept query: the prompt's text, or its first position as in the paper", choices=["prompt", "first"])
+    query: str = option(
+        "prompt", "concept query: the prompt's text, or its first position as in the paper", choices=["prompt", "first"]
+    )
 
     tune_type_llm: str = option("lora", "stage 2: how the language model is tuned", choices=["lora", "full"])
     tune_type_connector: str = option("frozen", "stage 2: the VLM's own projector", choices=["frozen", "full"])
@@ -47,7 +55,9 @@ class TrainConfig:
     hint_rate: float = option(0.0, "stage 2: share of risky records whose prompt gets the policy's hint")
     policy: str | None = option(None, "policy file the hints come from (default: the shipped one)")
 
-    concept_loss_weight: float = option(1.0, "weight of the type and level losses (the paper writes 1, its code uses 10)")
+    concept_loss_weight: float = option(
+        1.0, "weight of the type and level losses (the paper writes 1, its code uses 10)"
+    )
     lm_loss_weight: float = option(1.0, "weight of the language-model loss")
     label_smoothing: float = option(0.0, "label smoothing of the concept losses")
 
@@ -57,7 +67,9 @@ class TrainConfig:
     micro_batch_size: int = option(8, "rows per rank and forward pass")
     learning_rate: float = option(1e-5, "safety projector, attention and heads in stage 1; language model in stage 2")
     token_learning_rate: float | None = option(None, "the safety tokens of the language model (default: learning_rate)")
-    safety_learning_rate: float | None = option(None, "stage 2: the concept bottleneck, trained while concept_loss_weight > 0 (default: learning_rate)")
+    safety_learning_rate: float | None = option(
+        None, "stage 2: the concept bottleneck, trained while concept_loss_weight > 0 (default: learning_rate)"
+    )
     connector_learning_rate: float | None = option(None, "stage 2: the VLM's own projector (default: learning_rate)")
     lr_scheduler_type: str = option("cosine", "a scheduler name of transformers.get_scheduler")
     warmup_steps: int = option(20, "steps of linear warm-up")
@@ -67,8 +79,12 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "gradient clipping over all trained parameters (0: off)")
     gradient_checkpointing: bool = option(False, "recompute the language model's activations in the backward pass")
 
-    deepspeed_config: str = option("ds_configs/zero3.json", "DeepSpeed JSON; 'auto' values are filled from these options")
-    dtype: str = option("auto", "compute dtype: bf16 on GPUs, fp32 on CPU unless told otherwise", choices=["auto", "fp32", "bf16"])
+    deepspeed_config: str = option(
+        "ds_configs/zero3.json", "DeepSpeed JSON; 'auto' values are filled from these options"
+    )
+    dtype: str = option(
+        "auto", "compute dtype: bf16 on GPUs, fp32 on CPU unless told otherwise", choices=["auto", "fp32", "bf16"]
+    )
     seed: int = option(0, "initialisation, sample order, hints")
     dataloader_num_workers: int = option(0, "processes that decode and tokenise ahead")
     save_steps: int = option(500, "optimizer steps between checkpoints (0: only at the end)")
@@ -89,11 +105,18 @@ class TrainConfig:
 
 # a resumed run may change these; any other difference would change the trajectory
 RESUME_MAY_DIFFER = {
-    "output_dir", "save_steps", "save_total_limit", "resume", "overwrite_output_dir", "local_rank", "dataloader_num_workers",
-    "micro_batch_size", "gradient_checkpointing", "addon",
+    "output_dir", "save_steps", "save_total_limit", "resume", "overwrite_output_dir", "local_rank",
+    "dataloader_num_workers", "micro_batch_size", "gradient_checkpointing", "addon",
 }  # fmt: skip
 
-STAGE_2_ONLY = ("tune_type_llm", "tune_type_connector", "hint_rate", "connector_learning_rate", "safety_learning_rate", "addon")
+STAGE_2_ONLY = (
+    "tune_type_llm",
+    "tune_type_connector",
+    "hint_rate",
+    "connector_learning_rate",
+    "safety_learning_rate",
+    "addon",
+)
 
 
 def find_recipe(name: str) -> Path:
@@ -154,7 +177,7 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     parser = HfArgumentParser(
         TrainConfig,
         prog="train.py",
-        description="Train PSA-VLM: deepspeed train.py --stage 1, then --stage 2. Without further options the sandbox recipe runs.",
+        description="Train PSA-VLM: deepspeed train.py --stage 1, then --stage 2; the sandbox recipe by default.",
         allow_abbrev=False,
     )
     # first pass only to learn which recipe supplies the defaults of the second

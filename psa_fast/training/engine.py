@@ -40,14 +40,16 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
     }
     for key, value in values.items():
         if ds.get(key, "auto") not in ("auto", value):
-            raise ValueError(f"{config.deepspeed_config}: {key} is {ds[key]}, but the training options say {value}; use \"auto\"")
+            raise ValueError(
+                f'{config.deepspeed_config}: {key} is {ds[key]}, but the training options say {value}; use "auto"'
+            )
         ds[key] = value
     if ds.get("fp16", {}).get("enabled"):
         raise ValueError(f"{config.deepspeed_config}: fp16 is not supported; use bf16 or fp32 (--dtype)")
     bf16 = ds.setdefault("bf16", {})
     wanted = compute_dtype(config) == torch.bfloat16
     if bf16.get("enabled", "auto") not in ("auto", wanted):
-        raise ValueError(f"{config.deepspeed_config}: bf16.enabled contradicts --dtype {config.dtype}; use \"auto\"")
+        raise ValueError(f'{config.deepspeed_config}: bf16.enabled contradicts --dtype {config.dtype}; use "auto"')
     bf16["enabled"] = wanted
     for key in ("optimizer", "scheduler"):
         if key in ds:
@@ -74,7 +76,9 @@ def build_optimizer(groups: list[dict], config: TrainConfig, ds_config: dict[str
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas)
 
 
-def build_engine(model: torch.nn.Module, groups: list[dict], config: TrainConfig, ds_config: dict[str, Any], total_steps: int):
+def build_engine(
+    model: torch.nn.Module, groups: list[dict], config: TrainConfig, ds_config: dict[str, Any], total_steps: int
+):
     """`deepspeed.initialize` with our optimizer and a transformers schedule counted in optimizer steps."""
     import deepspeed
     from transformers import get_scheduler
@@ -94,7 +98,13 @@ def init_distributed() -> tuple[int, int]:
     import torch.distributed as dist
 
     if "RANK" not in os.environ:
-        defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        defaults = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
         os.environ.update(defaults)
     deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()

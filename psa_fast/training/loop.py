@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import time
@@ -60,18 +59,21 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
 
     torch.manual_seed(config.seed)
     model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon)
-    parts = prepare(model, config)
+    parts = prepare(model, config, resuming=state is not None)
     if config.gradient_checkpointing:
         model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     processor = load_processor(config.model_name_or_path, model.config)
     dataset = build_dataset(config, processor, hint_for)
     sampler = GlobalBatchSampler(len(dataset), config.global_batch_size, seed=config.seed)
-    total_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * len(dataset) / config.global_batch_size))
+    total_steps = config.max_steps or max(
+        1, math.ceil(config.num_train_epochs * len(dataset) / config.global_batch_size)
+    )
     print_table(model, parts, config.weight_decay, console)
     zero = ds_config["zero_optimization"]["stage"]
     console.print(
-        f"stage {config.stage}: {len(dataset)} records, {total_steps} steps of {config.global_batch_size} rows, {world_size} rank(s), "
-        f"ZeRO-{zero}, {str(compute_dtype(config)).removeprefix('torch.')}, attention {model.vlm.config._attn_implementation}"
+        f"stage {config.stage}: {len(dataset)} records, {total_steps} steps of {config.global_batch_size} rows, "
+        f"{world_size} rank(s), ZeRO-{zero}, {str(compute_dtype(config)).removeprefix('torch.')}, "
+        f"attention {model.vlm.config._attn_implementation}"
     )
 
     engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)
@@ -135,7 +137,14 @@ def train_step(
 
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for index, batch in enumerate(micros):
-        inputs = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        # a loss of weight zero is not computed at all, on every rank alike
+        skipped = {"where"} | ({"safe_type", "safe_level"} if config.concept_loss_weight == 0 else set())
+        skipped |= {"labels"} if config.lm_loss_weight == 0 else set()
+        inputs = {
+            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k != "image_counts" else v
+            for k, v in batch.items()
+            if k not in skipped
+        }
         out = engine(
             **inputs,
             num_items=num_items,
@@ -145,8 +154,8 @@ def train_step(
             label_smoothing=config.label_smoothing,
         )
         engine.backward(out.loss, scale_wrt_gas=False)
-        parts = torch.stack([out.loss, out.loss_lm, out.loss_type, out.loss_level]).detach().double()
-        sums += parts
+        losses = (out.loss, out.loss_lm, out.loss_type, out.loss_level)
+        sums += torch.stack([sums.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
         if index == len(micros) - 1:
             _stop_if_not_finite(sums, micros, step)
         engine.step()
@@ -182,7 +191,8 @@ def _all_reduce(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def build_model(config: TrainConfig, ds_config: dict, addon: str | None) -> tuple[PsaVLM, Any]:
-    """The PSA model on its base, from an add-on or new. The second value must outlive loading (it tells transformers of ZeRO-3)."""
+    """The PSA model on its base, from an add-on or new. The second value must live until the engine is built."""
+    from transformers import AutoModelForImageTextToText
     from transformers.integrations import HfDeepSpeedConfig
 
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
@@ -192,9 +202,12 @@ def build_model(config: TrainConfig, ds_config: dict, addon: str | None) -> tupl
         "num_attention_heads": config.num_attention_heads,
         "query": config.query,
     }
-    model = PsaVLM.from_pretrained(config.model_name_or_path, addon, dtype=compute_dtype(config), **({} if addon else overrides))
+    vlm = AutoModelForImageTextToText.from_pretrained(config.model_name_or_path, dtype=compute_dtype(config))
+    model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **overrides)
     if addon:
-        differing = [f"{k} {getattr(model.config, k)!r} != {v!r}" for k, v in overrides.items() if getattr(model.config, k) != v]
+        differing = [
+            f"{k} {getattr(model.config, k)!r} != {v!r}" for k, v in overrides.items() if getattr(model.config, k) != v
+        ]
         if differing:
             raise ValueError(f"{addon}: the add-on was built with other options ({', '.join(differing)})")
     return model, keep_alive
@@ -219,8 +232,17 @@ def build_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | None)
 class _Schedule(torch.utils.data.Sampler):
     """This rank's micro-batches as lists of (index, epoch), from any step on: resuming needs only the step number."""
 
-    def __init__(self, sampler: GlobalBatchSampler, config: TrainConfig, rank: int, world_size: int, start: int, stop: int):
-        self.sampler, self.config, self.rank, self.world_size, self.start, self.stop = sampler, config, rank, world_size, start, stop
+    def __init__(
+        self, sampler: GlobalBatchSampler, config: TrainConfig, rank: int, world_size: int, start: int, stop: int
+    ):
+        self.sampler, self.config, self.rank, self.world_size, self.start, self.stop = (
+            sampler,
+            config,
+            rank,
+            world_size,
+            start,
+            stop,
+        )
 
     def __iter__(self) -> Iterator[list]:
         micro = self.config.micro_batch_size
@@ -234,7 +256,14 @@ class _Schedule(torch.utils.data.Sampler):
 
 
 def micro_batches(
-    dataset: PsaDataset, sampler: GlobalBatchSampler, config: TrainConfig, rank: int, world_size: int, start: int, stop: int, processor: Any
+    dataset: PsaDataset,
+    sampler: GlobalBatchSampler,
+    config: TrainConfig,
+    rank: int,
+    world_size: int,
+    start: int,
+    stop: int,
+    processor: Any,
 ) -> Iterator[dict]:
     """Collated micro-batches of this rank for steps start+1..stop."""
     from functools import partial
@@ -255,7 +284,9 @@ def _claim_output_dir(config: TrainConfig, rank: int) -> None:
     used = config.stage_dir.exists() and any(config.stage_dir.iterdir())
     dist.barrier()
     if used and config.resume == "none" and not config.overwrite_output_dir:
-        raise ValueError(f"{config.stage_dir} holds an earlier run; --resume auto continues it, --overwrite_output_dir deletes it")
+        raise ValueError(
+            f"{config.stage_dir} holds an earlier run; --resume auto continues it, --overwrite_output_dir deletes it"
+        )
     if rank == 0:
         if used and config.overwrite_output_dir:
             shutil.rmtree(config.stage_dir)

@@ -8,7 +8,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-FIELDS = ("step", "loss", "loss_lm", "loss_type", "loss_level", "grad_norm", "lr", "tokens", "supervised_tokens", "seconds")
+FIELDS = (
+    "step",
+    "loss",
+    "loss_lm",
+    "loss_type",
+    "loss_level",
+    "grad_norm",
+    "lr",
+    "tokens",
+    "supervised_tokens",
+    "seconds",
+)
 
 
 class MetricsLog:
@@ -53,7 +64,9 @@ class MetricsLog:
         self._progress.update(self._task, completed=row["step"], line=line)
         step = int(row["step"])
         if not self._console.is_terminal and (step % self._every == 0 or step in (1, self._total)):
-            self._console.print(f"step {step}/{self._total} {line} lr {row['lr']:.2e} {row['seconds']:.2f} s", soft_wrap=True)
+            self._console.print(
+                f"step {step}/{self._total} {line} lr {row['lr']:.2e} {row['seconds']:.2f} s", soft_wrap=True
+            )
 
     def close(self) -> None:
         """Flush and close everything."""

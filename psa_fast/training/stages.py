@@ -1,4 +1,4 @@
-"""What each stage trains, at which learning rate: freezing, optimizer groups, and the table printed before the first step."""
+"""What each stage trains, at which learning rate: freezing, optimizer groups, and the table of them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,20 @@ def trained_parts(model: PsaVLM, config: TrainConfig) -> list[Part]:
     token_lr = config.token_learning_rate if config.token_learning_rate is not None else config.learning_rate
     tokens = Part("safety tokens (LLM)", ("safety_tokens",), token_lr)
     if config.stage == 1:
-        return [Part("concept bottleneck", ("bottleneck",), config.learning_rate), tokens]
+        bottleneck = Part("concept bottleneck", ("bottleneck",), config.learning_rate)
+        # without the language loss nothing reaches the language model's tokens
+        return [bottleneck, tokens] if config.lm_loss_weight > 0 else [bottleneck]
     names = model.family.module_names
     if config.tune_type_llm == "lora":
-        parts = [Part(f"LoRA r={config.lora_r} on the language model", (f"vlm.{names['language']}",), config.learning_rate), tokens]
+        parts = [
+            Part(f"LoRA r={config.lora_r} on the language model", (f"vlm.{names['language']}",), config.learning_rate),
+            tokens,
+        ]
     else:
-        parts = [Part("language model", (f"vlm.{names['language']}", f"vlm.{names['lm_head']}"), config.learning_rate), tokens]
+        parts = [
+            Part("language model", (f"vlm.{names['language']}", f"vlm.{names['lm_head']}"), config.learning_rate),
+            tokens,
+        ]
     if config.concept_loss_weight > 0:
         lr = config.safety_learning_rate
         parts.append(Part("concept bottleneck", ("bottleneck",), config.learning_rate if lr is None else lr))
@@ -42,17 +50,17 @@ def trained_parts(model: PsaVLM, config: TrainConfig) -> list[Part]:
     return parts
 
 
-def prepare(model: PsaVLM, config: TrainConfig) -> list[Part]:
-    """Freeze everything, add LoRA where asked, and unfreeze the stage's parts. A learning rate of 0 leaves a part frozen."""
+def prepare(model: PsaVLM, config: TrainConfig, resuming: bool = False) -> list[Part]:
+    """Freeze all, add LoRA where asked, unfreeze the stage's parts. A learning rate of 0 leaves a part frozen."""
     model.requires_grad_(False)
-    if config.stage == 2 and config.tune_type_llm == "lora":
-        if model.has_adapter:
+    lora = config.stage == 2 and config.tune_type_llm == "lora"
+    if lora and not resuming:
+        if getattr(model.vlm, "peft_config", None):
             raise ValueError(
-                f"--addon {config.addon} already holds a stage-2 LoRA adapter; start from a stage-1 add-on, or --resume a run"
+                f"--addon {config.addon} already holds a LoRA adapter; stage 2 starts from a stage-1 add-on"
             )
         add_lora(model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout)
     parts = [part for part in trained_parts(model, config) if part.learning_rate > 0]
-    lora = config.stage == 2 and config.tune_type_llm == "lora"
     for part in parts:
         for name, parameter in part_parameters(model, part):
             if lora and part.name.startswith("LoRA") and ".lora_" not in name:
@@ -89,7 +97,12 @@ def _shape_of(parameter: torch.nn.Parameter) -> torch.Size:
 def print_table(model: PsaVLM, parts: list[Part], weight_decay: float, console: Console) -> None:
     """The table of what is trained, with its size and learning rate, and what stays frozen."""
     table = Table(title="What is trained")
-    for column, justify in (("part", "left"), ("parameters", "right"), ("learning rate", "right"), ("weight decay", "right")):
+    for column, justify in (
+        ("part", "left"),
+        ("parameters", "right"),
+        ("learning rate", "right"),
+        ("weight decay", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     trained = 0
     for part in parts:

@@ -1,0 +1,67 @@
+"""Options: precedence, and one sentence for what does not fit together."""
+
+import json
+
+import pytest
+
+from psa_fast.training.config import parse_args, read_recipe
+from psa_fast.training.engine import accumulation_steps, resolve_deepspeed_config
+
+
+def test_command_line_beats_recipe_beats_default(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "common: {model_name_or_path: m, data_path: d, image_folder: i, learning_rate: 1e-4, seed: 7}\n"
+        "stage2: {learning_rate: 2e-4}\n"
+    )
+    config = parse_args(["--stage", "2", "--recipe", str(recipe), "--seed", "9"])
+    assert (config.learning_rate, config.seed, config.lora_r) == (2e-4, 9, 256)
+    assert parse_args(["--stage", "1", "--recipe", str(recipe)]).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("name", ["sandbox", "llava-1.5-7b", "llava-1.5-13b"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_shipped_recipes_are_accepted(name, stage):
+    real = [] if name == "sandbox" else ["--data_path", "d.jsonl", "--image_folder", "images"]
+    assert parse_args(["--stage", str(stage), "--recipe", name, *real]).recipe == name
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--recipe", "nope"], "unknown; shipped recipes are"),
+        (["--recipe", "llava-1.5-7b"], "--data_path is needed"),
+        (["--recipe", "llava-1.5-7b", "--data_path", "x"], "--image_folder is needed"),
+        (["--stage", "1", "--hint_rate", "0.2"], "--hint_rate only acts in stage 2"),
+        (["--stage", "2", "--tune_type_llm", "full", "--lora_r", "8"], r"--lora_\* has no effect"),
+        (["--stage", "1", "--concept_loss_weight", "0"], "must be positive in stage 1"),
+        (["--stage", "2", "--hint_rate", "1.5"], "share between 0 and 1"),
+        (["--resume", "auto", "--overwrite_output_dir", "True"], "exclude each other"),
+        (["--deepspeed_config", "nowhere.json"], "no such file"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_a_sentence(argv, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parse_args(argv)
+
+
+def test_unknown_recipe_option_is_named(tmp_path):
+    recipe = tmp_path / "typo.yaml"
+    recipe.write_text("common: {learning_rat: 1.0}\n")
+    with pytest.raises(ValueError, match=r"typo\.yaml: not a training option: learning_rat"):
+        read_recipe(str(recipe), 1)
+
+
+def test_deepspeed_config_is_filled_and_contradictions_are_refused(tmp_path):
+    config = parse_args(["--global_batch_size", "16", "--micro_batch_size", "4"])
+    ds = resolve_deepspeed_config(config, world_size=2)
+    assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (4, 2)
+    assert "auto" not in json.dumps(ds)
+    with pytest.raises(ValueError, match="not a multiple"):
+        accumulation_steps(config, 3)
+
+    mine = tmp_path / "ds.json"
+    mine.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}))
+    config.deepspeed_config = str(mine)
+    with pytest.raises(ValueError, match="train_micro_batch_size_per_gpu is 2"):
+        resolve_deepspeed_config(config, world_size=2)

@@ -1,0 +1,112 @@
+"""Whole runs through the deepspeed launcher on CPU ranks: same trajectory, resume, stop, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(a, b, tolerance):
+    left, right = load_file(a / "psa.safetensors"), load_file(b / "psa.safetensors")
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(
+            left[name], right[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_two_ranks_follow_one_rank_in_both_stages(command, run, finished, partitioned):
+    one, two = finished / "one", finished / "two"
+    ds = ["--deepspeed_config", partitioned]
+    run(command(one, *ds, "--save_steps", 2))
+    run(command(two, *ds, ranks=2))
+    one_rows, two_rows = rows_of(one / "stage1"), rows_of(two / "stage1")
+    assert [r["step"] for r in one_rows] == [1, 2, 3, 4]
+    for left, right in zip(one_rows, two_rows, strict=True):
+        assert left["supervised_tokens"] == right["supervised_tokens"]
+        for key in ("loss", "loss_lm", "loss_type", "loss_level", "grad_norm"):
+            assert left[key] == pytest.approx(right[key], rel=1e-4), key
+    assert_same_weights(one / "stage1", two / "stage1", 1e-4)
+
+    stage2 = ["--stage", 2, "--addon", one / "stage1", "--hint_rate", 0.5, *ds]
+    run(command(one, *stage2))
+    run(command(two, *stage2, ranks=2))
+    for left, right in zip(rows_of(one / "stage2"), rows_of(two / "stage2"), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+    adapters = [load_file(out / "stage2" / "adapter" / "adapter_model.safetensors") for out in (one, two)]
+    assert any(v.abs().max() > 0 for k, v in adapters[0].items() if "lora_B" in k)
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_killed_run_resumes_on_the_same_trajectory(command, run, finished, tmp_path, partitioned):
+    options = ["--deepspeed_config", partitioned, "--save_steps", 2]
+    process = subprocess.Popen(
+        command(tmp_path, *options, "--max_steps", 400, "--lr_scheduler_type", "constant"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    stage = tmp_path / "stage1"
+    deadline = time.time() + 200
+    while not (stage / "checkpoint-2" / "trainer_state.json").exists() and not (stage / "checkpoint-4").exists():
+        assert time.time() < deadline, "no checkpoint appeared"
+        assert process.poll() is None, "the run ended early"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = max(int(p.name.split("-")[1]) for p in stage.glob("checkpoint-*"))
+    same = [*options, "--lr_scheduler_type", "constant"]
+    # the killed run was asked for 400 steps; another number would be another schedule, which is refused
+    assert "max_steps 400 ->" in run(command(tmp_path, *same, "--resume", "auto"), expect=2)
+
+    state_file = stage / f"checkpoint-{reached}" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    end = reached + 2
+    state["total_steps"] = state["config"]["max_steps"] = end
+    state_file.write_text(json.dumps(state))
+    output = run(command(tmp_path, *same, "--resume", "auto", "--max_steps", end))
+    assert f"at step {reached}" in output
+    run(command(tmp_path / "whole", *same, "--max_steps", end))
+    assert [r["step"] for r in rows_of(stage)] == list(range(1, end + 1))
+    assert_same_weights(stage, tmp_path / "whole" / "stage1", 0.0)
+    assert "already finished" in run(command(tmp_path, *same, "--resume", "auto", "--max_steps", end))
+
+
+def test_sigterm_saves(command, tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--max_steps", 400), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics = tmp_path / "stage1" / "metrics.jsonl"
+    deadline = time.time() + 200
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.time() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    saved = list((tmp_path / "stage1").glob("checkpoint-*/trainer_state.json"))
+    assert len(saved) == 1, output[-2000:]
+
+
+def test_earlier_run_is_not_overwritten(command, run, finished, tmp_path):
+    if not (finished / "one" / "stage1").exists():
+        run(command(finished / "one"))
+    assert "holds an earlier run" in run(command(finished / "one"), expect=2)
+    assert "run --stage 1 first" in run(command(tmp_path, "--stage", 2), expect=2)
