@@ -124,7 +124,10 @@ def _encode(
     input_ids, offsets = template.tokenize(text)
     in_answer = _covered(offsets, answers)
     in_image = _covered(offsets, silent.images)
-    query = [not (a or i or h) for a, i, h in zip(in_answer, in_image, _covered(offsets, silent.hints), strict=True)]
+    in_hint = _covered(offsets, silent.hints)
+    for i in [i for i, hinted in enumerate(in_hint) if hinted and offsets[i][1] > silent.hints[0][1]]:
+        in_hint[i] = False  # the line break behind the hint may be one token with the first word of the question
+    query = [not any(parts) for parts in zip(in_answer, in_image, in_hint, strict=True)]
     if add_generation_prompt:
         if max_length is not None and len(input_ids) > max_length:
             raise ValueError(f"the prompt has {len(input_ids)} tokens, more than max_length {max_length}")
@@ -234,7 +237,8 @@ class _Template:
             start = text.find(hint_text, before)
             if start < 0:
                 raise ValueError("the chat template does not show the hint as it is")
-            hints.append((start, start + len(hint_text)))
+            end = start + len(hint_text)
+            hints.append((start, end + text.startswith("\n", end)))
         text, moved = _edit(text, edits)
         # an image's span begins before its edit, and an answer's ends behind the EOS put at its end
         expanded = [(moved(end) - len(new), moved(end)) for (_, end), new in zip(found, placeholders, strict=True)]

@@ -48,7 +48,7 @@ class Record:
 
     `images` are paths relative to the image folder, in the order of the `<image>` marks in `turns`.
     `safe_type` and `safe_level` are ids, or None where the row has no label (plain instruction data).
-    `group` is the evaluation group (GROUPS). Keys that we do not know are kept in `extra`.
+    `group` is the evaluation group (GROUPS), by default "clean" for type clean or no type, else "risk". Keys that we do not know are kept in `extra`.
     """
 
     images: tuple[str, ...]
@@ -59,10 +59,14 @@ class Record:
     source: str | None = None
     source_label: Any = field(default=None, hash=False)
     split: str | None = None
-    group: str = "clean"
+    group: str = ""
     path: str = ""
     line: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", _default_group(self.safe_type))
 
     @property
     def where(self) -> str:
@@ -214,7 +218,7 @@ def parse_row(row: Any, path: str, line: int) -> tuple[list[str], Record | None]
         safe_level=safe_level,
         turns=turns,
         source_label=row.get("source_label"),
-        group=group or "clean",
+        group=group or "",
         path=path,
         line=line,
         extra=extra,
@@ -276,9 +280,13 @@ def _turns(value: Any) -> tuple[tuple[Turn, ...] | None, list[str]]:
     return (tuple(turns) if len(turns) == len(value) else None), faults
 
 
+def _default_group(safe_type: int | None) -> str:
+    return "clean" if safe_type in (CLEAN, None) else "risk"
+
+
 def _group(value: Any, safe_type: int | None) -> str:
     if value is None:
-        return "clean" if safe_type in (CLEAN, None) else "risk"
+        return _default_group(safe_type)
     if value not in GROUPS:
         raise ValueError(f"group is {value!r}; expected one of: {', '.join(GROUPS)}")
     if value in BENIGN_GROUPS and safe_type not in (CLEAN, None):
