@@ -48,7 +48,8 @@ class Record:
 
     `images` are paths relative to the image folder, in the order of the `<image>` marks in `turns`.
     `safe_type` and `safe_level` are ids, or None where the row has no label (plain instruction data).
-    `group` is the evaluation group (GROUPS), by default "clean" for type clean or no type, else "risk". Keys that we do not know are kept in `extra`.
+    `group` is the evaluation group (GROUPS), by default "clean" for type clean or no type, else "risk".
+    Keys that we do not know are kept in `extra`.
     """
 
     images: tuple[str, ...]
