@@ -41,7 +41,7 @@ class BaseRecipe:
     heads: int = 4
     tower_steps: int = 300
     tower_batch: int = 64
-    tower_lr: float = 1.5e-3
+    tower_lr: float = 2.5e-3
     pictures: int = 6000
     language_steps: int = 700
     language_batch: int = 32

@@ -41,6 +41,8 @@ GROUP_SHARES: dict[Group, float] = {"clean": 0.5, "benign_twin": 0.25, "risk": 0
 SIDE = IMAGE_SIZE // PATCH
 # A patch names one word of each line (or none of it): what CLIP's features would tell of a picture.
 CONTENT = (SHAPES, tuple(COLOURS), GLYPHS, MARKS, NUMBERS, ROWS, COLUMNS)
+# Shapes span four patches and are learned last: at equal weight they stayed at .85 where the rest was at 1.0.
+LINE_WEIGHTS = (4.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 class _WordScores(nn.Module):
@@ -71,7 +73,7 @@ def content_labels(scene: Scene) -> np.ndarray:
 
 
 def content_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the lines of CONTENT, a free "nothing of it" at score 0 among each line's words."""
+    """Weighted mean cross-entropy over the lines of CONTENT, a free "nothing of it" at score 0 among each line's words."""
     losses, start = [], 0
     for i, words in enumerate(CONTENT):
         part = F.pad(scores[..., start : start + len(words)], (0, 1))
@@ -80,7 +82,7 @@ def content_loss(scores: Tensor, labels: Tensor) -> Tensor:
         weight[-1] = 0.25 if i < 5 else 1.0
         losses.append(F.cross_entropy(part.flatten(0, -2), target.flatten(), weight=weight))
         start += len(words)
-    return torch.stack(losses).mean()
+    return torch.stack(losses) @ torch.tensor(LINE_WEIGHTS) / sum(LINE_WEIGHTS)
 
 
 def patch_features(vlm: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:

@@ -246,7 +246,7 @@ def paint(scene: Scene) -> np.ndarray:
     canvas = _background(scene.background)[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].copy()
     canvas += rng.integers(-12, 13)
     for thing in scene.things:
-        size = int(rng.integers(19, 25))
+        size = int(rng.integers(23, 29))
         y, x = rng.integers(1, CELL - size, 2)
         colour = np.asarray(COLOURS[thing.colour]) + rng.integers(-10, 11, 3)
         row, column = divmod(thing.cell, GRID)
