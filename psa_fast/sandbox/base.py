@@ -129,7 +129,12 @@ def train_base(
 
 
 def _train_language(
-    vlm, processor, recipe: BaseRecipe, hint_for: HintFor, rng: np.random.Generator, progress: bool
+    vlm: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    recipe: BaseRecipe,
+    hint_for: HintFor,
+    rng: np.random.Generator,
+    progress: bool,
 ) -> float:
     scenes = draw_scenes(rng, recipe.pictures)
     with torch.no_grad():

@@ -53,20 +53,19 @@ def draw_world(
         raise ValueError(f"--out {out}: already holds something; name a new or empty folder")
     images, rows = images or IMAGES, rows or ROWS
     scenes: dict[tuple[str, str], list[Scene]] = {}
-    for s, (split, counts) in enumerate(images.items()):
+    for s, (split, pictures) in enumerate(images.items()):
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
-        for g, (group, count) in enumerate(counts.items()):
+        for g, (kind, count) in enumerate(pictures.items()):
             rng = np.random.default_rng([seed, s, g])
-            drawn = [sample_scene(rng, group, split) for _ in range(count)]  # type: ignore[arg-type]
+            drawn = [sample_scene(rng, kind, split) for _ in range(count)]  # type: ignore[arg-type]
             for i, scene in enumerate(drawn):
-                Image.fromarray(paint(scene)).save(out / _image_path(split, group, i), compress_level=1)
-            scenes[split, group] = drawn
+                Image.fromarray(paint(scene)).save(out / _image_path(split, kind, i), compress_level=1)
+            scenes[split, kind] = drawn
     for name, counts in rows.items():
-        split = _SPLIT_OF_FILE[name]
         lines: list[str] = []
         for group, count in counts.items():
             rng = np.random.default_rng([seed, 100 + _FILES.index(name), _GROUPS.index(group)])
-            lines += [json.dumps(row) for row in _rows(rng, name, split, group, count, scenes)]
+            lines += [json.dumps(row) for row in _rows(rng, name, _SPLIT_OF_FILE[name], group, count, scenes)]
         order = np.random.default_rng([seed, 200]).permutation(len(lines))
         (out / f"{name}.jsonl").write_text("".join(lines[i] + "\n" for i in order), encoding="utf-8")
     summary = {"world_version": WORLD_VERSION, "seed": seed, "images": images, "rows": rows}

@@ -50,12 +50,12 @@ class _WordScores(nn.Module):
 
     def __init__(self, word_ids: list[int]):
         super().__init__()
-        self.register_buffer("word_ids", torch.tensor(word_ids))
-        self.scale = nn.Parameter(torch.tensor(math.log(8.0)))
+        self.word_ids = torch.tensor(word_ids)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(16.0)))
 
     def forward(self, patches: Tensor, table: Tensor) -> Tensor:
         words = F.normalize(table[self.word_ids], dim=-1)
-        return F.normalize(patches, dim=-1) @ words.t() * self.scale.exp() * 2.0
+        return F.normalize(patches, dim=-1) @ words.t() * self.log_scale.exp()
 
 
 def content_labels(scene: Scene) -> np.ndarray:
@@ -73,7 +73,7 @@ def content_labels(scene: Scene) -> np.ndarray:
 
 
 def content_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Weighted mean cross-entropy over the lines of CONTENT, a free "nothing of it" at score 0 among each line's words."""
+    """Weighted mean cross-entropy over the lines of CONTENT; among each line's words a free "none of it" at score 0."""
     losses, start = [], 0
     for i, words in enumerate(CONTENT):
         part = F.pad(scores[..., start : start + len(words)], (0, 1))
@@ -124,7 +124,7 @@ def train_tower(
     """Train tower, projector and word table on content, in place; returns the smoothed last loss."""
     vocabulary = processor.tokenizer.get_vocab()
     scorer = _WordScores([vocabulary[word] for words in CONTENT for word in words])
-    table = vlm.get_input_embeddings().weight
+    table = vlm.model.language_model.embed_tokens.weight
     modules = (vlm.model.vision_tower.embeddings, vlm.model.vision_tower.pre_layrnorm)
     layers = vlm.model.vision_tower.encoder.layers[:-1]
     parameters = [p for m in (*modules, *layers, vlm.model.multi_modal_projector, scorer) for p in m.parameters()]

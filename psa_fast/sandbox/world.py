@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,7 +129,7 @@ def sample_scene(rng: np.random.Generator, group: Group, split: Split) -> Scene:
 _OVERSAMPLE = 4
 
 
-def _stencil(size: int, paint) -> np.ndarray:
+def _stencil(size: int, paint: Callable[[ImageDraw.ImageDraw, int], None]) -> np.ndarray:
     """A [size, size] float mask in 0..1 of what `paint(draw, edge)` draws, antialiased by oversampling."""
     edge = size * _OVERSAMPLE
     canvas = Image.new("L", (edge, edge), 0)
@@ -234,7 +235,7 @@ def _background(scene: str) -> np.ndarray:
     return np.asarray(base, dtype=np.float32) + swing * wave[..., None].astype(np.float32)
 
 
-def _blend(canvas: np.ndarray, mask: np.ndarray, colour, top: int, left: int) -> None:
+def _blend(canvas: np.ndarray, mask: np.ndarray, colour: Sequence[float] | np.ndarray, top: int, left: int) -> None:
     area = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
     area += mask[..., None] * (np.asarray(colour, dtype=np.float32) - area)
 
