@@ -7,37 +7,42 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from psa_fast.sandbox.draw import IMAGES, ROWS, WORLD_VERSION, draw_world
+from psa_fast.sandbox.draw import draw_world
 from psa_fast.sandbox.language import HintFor, all_texts
 
 logger = logging.getLogger(__name__)
+
+WORLD_SOURCES = ("world.py", "language.py", "draw.py")
+BASE_SOURCES = ("world.py", "language.py", "processor.py", "lessons.py", "optimise.py", "tower.py", "base.py")
 
 
 def ensure(cache_dir: str | Path, seed: int, hint_for: HintFor, progress: bool = True) -> tuple[Path, Path]:
     """The folders (world, base) of a seed under `cache_dir`; each is made if it is not there yet.
 
-    A folder's name holds the seed and a digest of what it is made from, so a change of the world, the recipe or the
-    hint texts never meets an old cache. Of several callers one makes it and the others wait. An interrupted run
-    leaves nothing that could be taken for a result.
+    A folder's name holds the seed and a digest of the programs and hint texts it is made from, so a change of the
+    world, the recipe or the policy never meets an old cache. Of several callers one makes it and the others wait. An
+    interrupted run leaves nothing that could be taken for a result.
     """
     # imported here, so that drawing a world does not need torch
-    from psa_fast.sandbox.base import BASE_VERSION, BaseRecipe, train_base
+    from psa_fast.sandbox.base import train_base
 
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
-    world_key = _digest([WORLD_VERSION, IMAGES, ROWS])
-    base_key = _digest([WORLD_VERSION, BASE_VERSION, asdict(BaseRecipe()), list(all_texts(hint_for))])
+    world_key = _digest(WORLD_SOURCES)
+    base_key = _digest(BASE_SOURCES, *all_texts(hint_for))
     world = _once(cache_dir / f"world-{seed}-{world_key}", lambda out: draw_world(seed, out))
     base = _once(cache_dir / f"base-{seed}-{base_key}", lambda out: train_base(out, seed, hint_for, progress=progress))
     return world, base
 
 
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+def _digest(sources: Sequence[str], *texts: str) -> str:
+    """A digest of the programs that make a thing and of what they are given."""
+    folder = Path(__file__).parent
+    content = [*((folder / name).read_text(encoding="utf-8") for name in sources), *texts]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def _once(target: Path, make: Callable[[Path], object]) -> Path:

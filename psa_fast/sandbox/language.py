@@ -17,7 +17,7 @@ from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 HintFor = Callable[[int, int], str | None]
 
 NUMBERS = ("one", "two", "three")
-# Kinds of question in the test of general ability; "list", "at" and "sign" are asked besides.
+# Kinds of question in the test of general ability; the others are asked besides.
 TEST_KINDS = ("colour", "shape", "count", "place")
 QUESTIONS = {
     "colour": ("What colour is the {shape}?", "Tell me the colour of the {shape}."),
@@ -26,6 +26,8 @@ QUESTIONS = {
     "place": ("Where is the {shape}?", "Where can I see the {shape}?"),
     "sign": ("What is on the sign?", "Describe the sign."),
     "list": ("List the shapes.", "What do you see?"),
+    "colours": ("What are the colours of the shapes?",),
+    "places": ("Where are the shapes?",),
     "at": ("What is at the {place}?",),
 }
 
@@ -76,6 +78,10 @@ def question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, st
         answer = NUMBERS[len(scene.things) - 1]
     elif kind == "list":
         answer = ", ".join(f"{t.colour} {t.shape}" for t in scene.things)
+    elif kind == "colours":
+        answer = ", ".join(f"{t.shape} {t.colour}" for t in scene.things)
+    elif kind == "places":
+        answer = ", ".join(f"{t.shape} {place_of(t.cell)}" for t in scene.things)
     elif kind == "sign":
         if scene.sign is None:
             return None

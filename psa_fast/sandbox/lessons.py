@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psa_fast.sandbox.language import QUESTIONS, HintFor, question, safe_answer, text_request
+from psa_fast.sandbox.language import HintFor, question, safe_answer, text_request
 from psa_fast.sandbox.world import Scene
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 # Shares of turns once the look-ups are learned; the rest are plain questions.
 HINTED, TEXT_RISK, TEXT_TWIN = 0.15, 0.13, 0.06
-LOOKUP_KINDS = ("list", "at")
+# Each lets the answer itself name what is looked up next (a colour's shape, a shape's colour, a shape's place).
+LOOKUP_KINDS = ("list", "colours", "places", "at")
+# Kinds of plain questions, the slow ones twice as often.
+PLAIN_KINDS = ("colour", "colour", "place", "place", "shape", "count", "sign", *LOOKUP_KINDS)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Lessons:
             return text_request(rng, "train", int(rng.integers(CLEAN)))
         if share < TEXT_RISK + TEXT_TWIN:
             return text_request(rng, "train", CLEAN)
-        asked, answer = self._plain(scene, tuple(QUESTIONS))
+        asked, answer = self._plain(scene, PLAIN_KINDS)
         if self.hints and share < TEXT_RISK + TEXT_TWIN + HINTED:
             kind, level, hint = self.hints[rng.integers(len(self.hints))]
             return f"{hint} {asked}", safe_answer(kind, level, answer)
