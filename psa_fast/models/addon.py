@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -40,12 +39,12 @@ def base_identity(vlm: PreTrainedModel) -> dict[str, str | None]:
     }
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(folder: str | Path) -> str | None:
     """SHA-256 over the size and 64 evenly spread 64 KB samples of each weight file: quick, but sees retraining."""
     digest = hashlib.sha256()
     files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no .safetensors file")
+    if not files:  # an older .bin checkpoint has a name and a revision only
+        return None
     for file in files:
         size = file.stat().st_size
         digest.update(f"{size}\n".encode())
@@ -193,9 +192,3 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
         if tensor.numel() == 0 and tensor.shape[:1] != (0,):
             raise ValueError(f"{name} is empty: a ZeRO-3 shard must be gathered before it is saved")
     save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, file, metadata={"format": "pt"})
-
-
-def weight_names(file: str | Path) -> list[str]:
-    """Tensor names of a safetensors file, without reading the tensors."""
-    with safe_open(str(file), framework="pt") as opened:
-        return sorted(opened.keys())

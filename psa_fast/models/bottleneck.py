@@ -107,9 +107,7 @@ def prompt_query(embeds: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     return mean * torch.rsqrt(mean.square().mean(-1, keepdim=True) + eps)
 
 
-def first_query(embeds: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Embedding of the first position that is not padding, as the paper's code uses it: [B, T, E] -> [B, E]."""
-    if attention_mask is None:
-        return embeds[:, 0]
-    first = attention_mask.to(torch.int64).argmax(dim=1)
+def first_query(embeds: Tensor, mask: Tensor) -> Tensor:
+    """Embedding of the prompt's first token (BOS), as in the paper's code, never padding: [B, T, E] -> [B, E]."""
+    first = mask.to(torch.int64).argmax(dim=1)
     return embeds[torch.arange(embeds.shape[0], device=embeds.device), first]

@@ -28,7 +28,7 @@ class PsaConfig:
         projector_hidden_size: width inside the safety projector; None: vision_hidden_size + 64.
         projector_depth: blocks in each of the projector's two stages.
         query: "prompt" = mean of the prompt's text embeddings plus a learned vector; "first" = embedding of the first
-            position, as in the paper's code (the text then never reaches the concept head).
+            token (BOS), as in the paper's code (the text then never reaches the concept head).
         risk_types, risk_levels: names of the classes, in the order of the heads' rows.
         compat: "paper" reproduces the paper's choices where the model has one (query="first"); None: ours.
         base_model_name_or_path, base_revision, base_fingerprint: the base model the add-on was trained on.

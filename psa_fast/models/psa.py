@@ -299,16 +299,15 @@ class PsaVLM(nn.Module):
         query_mask: Tensor | None,
     ) -> Tensor:
         """What the concept attention asks with, [B, E]; never from an answer's tokens, that would leak the label."""
-        if self.config.query == "first":
-            return first_query(embeds, attention_mask)
         text = input_ids != self.family.image_token_id
         if query_mask is not None:
-            return prompt_query(embeds, query_mask & text)
-        if attention_mask is not None:
-            text = text & attention_mask.bool()
-        if labels is not None:
-            text = text & (labels == IGNORE_INDEX)
-        return prompt_query(embeds, text)
+            text = text & query_mask
+        else:
+            if attention_mask is not None:
+                text = text & attention_mask.bool()
+            if labels is not None:
+                text = text & (labels == IGNORE_INDEX)
+        return first_query(embeds, text) if self.config.query == "first" else prompt_query(embeds, text)
 
 
 def _as_list(counts: Tensor | Sequence[int]) -> list[int]:

@@ -138,6 +138,12 @@ def test_query_first_is_blind_to_the_text(batch):
     prompt = dict(batch, input_ids=batch["input_ids"].clone())
     prompt["input_ids"][:, 1:][batch["query_mask"][:, 1:]] = 7
     torch.testing.assert_close(psa(**prompt).concept_logits, out.concept_logits, rtol=0, atol=0)
+    # the first token, not the padding in front of it
+    n = int(batch["attention_mask"][0].sum())
+    left = {k: torch.roll(batch[k][:1], -n, 1) for k in ("input_ids", "query_mask")}
+    features = psa.encode_images(batch["pixel_values"][:1])
+    logits = psa.concept_logits(features, [1], left["input_ids"], left["query_mask"])
+    torch.testing.assert_close(logits, out.concept_logits[:1], rtol=1e-5, atol=1e-6)
 
 
 def test_concept_logits_from_features_equal_the_forward(batch):
