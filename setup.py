@@ -1,4 +1,4 @@
-"""Packaging. `psa_kernels` lives in kernels/psa_kernels: a top-level `kernels` package would shadow Hugging Face's own."""
+"""Packaging of psa-fast."""
 
 import re
 from pathlib import Path

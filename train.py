@@ -11,6 +11,9 @@ import os
 import sys
 import warnings
 
+# before torch is imported: threads that spin while they wait starve each other where ranks or jobs share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 def resolve_inputs(config, hint_for):
     """Real paths where the recipe says 'sandbox' (made on first use), and stage 2's add-on."""

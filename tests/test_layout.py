@@ -18,7 +18,7 @@ ALLOWED = {
     "training": {"taxonomy", "ops", "models", "data"},
     "safety": {"taxonomy", "models", "data"},
     "evaluation": {"taxonomy", "models", "data", "safety"},
-    "sandbox": {"taxonomy", "data"},
+    "sandbox": {"taxonomy", "data", "safety"},
     "cli": {"data", "evaluation", "safety", "sandbox", "training"},
 }
 

@@ -19,6 +19,12 @@ WORLD_SOURCES = ("world.py", "language.py", "draw.py")
 BASE_SOURCES = ("world.py", "language.py", "processor.py", "lessons.py", "optimise.py", "tower.py", "base.py")
 
 
+def default_cache() -> Path:
+    """$PSA_FAST_CACHE, or psa-fast below the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PSA_FAST_CACHE") or Path(root) / "psa-fast")
+
+
 def ensure(cache_dir: str | Path, seed: int, hint_for: HintFor, progress: bool = True) -> tuple[Path, Path]:
     """The folders (world, base) of a seed under `cache_dir`; each is made if it is not there yet.
 

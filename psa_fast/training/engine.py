@@ -95,6 +95,7 @@ def build_engine(
 def init_distributed() -> tuple[int, int]:
     """Join the process group the launcher described (or a group of one) and return (rank, world size)."""
     import deepspeed
+    import deepspeed.ops
     import torch.distributed as dist
 
     if "RANK" not in os.environ:
@@ -106,6 +107,13 @@ def init_distributed() -> tuple[int, int]:
             "MASTER_PORT": _free_port(),
         }
         os.environ.update(defaults)
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce here: 40 s at first start, and a run killed meanwhile
+        # leaves a lock that every later run waits for without end. Gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            # ranks that share a machine share its cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     deepspeed.init_distributed(verbose=False)
     return dist.get_rank(), dist.get_world_size()
 

@@ -48,6 +48,7 @@ def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console
 
 
 def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> None:
+    assert config.data_path is not None  # parse_args saw to it
     ds_config = resolve_deepspeed_config(config, world_size)
     resume_from = checkpoint.find_resume(config)
     if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
@@ -57,17 +58,33 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     state = checkpoint.read_state(resume_from, config, world_size) if resume_from else None
     _claim_output_dir(config, rank)
 
+    # before the model, so that a bad record costs seconds; one rank's look at every pixel is enough
+    records = load_records(
+        config.data_path,
+        config.image_folder,
+        on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
+        decode=rank == 0,
+    )
+    if config.clean_samples is not None:
+        records = balance(records, clean_samples=config.clean_samples, seed=config.seed)
+    dist.barrier()
     torch.manual_seed(config.seed)
     model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon)
     parts = prepare(model, config, resuming=state is not None)
     if config.gradient_checkpointing:
         model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    processor = load_processor(config.model_name_or_path, model.config)
-    dataset = build_dataset(config, processor, hint_for)
-    sampler = GlobalBatchSampler(len(dataset), config.global_batch_size, seed=config.seed)
-    total_steps = config.max_steps or max(
-        1, math.ceil(config.num_train_epochs * len(dataset) / config.global_batch_size)
+    processor = load_processor(str(config.model_name_or_path), model.config)
+    dataset = PsaDataset(
+        records,
+        config.image_folder,
+        processor,
+        hint_for=hint_for,
+        hint_rate=config.hint_rate,
+        seed=config.seed,
+        max_length=config.max_length,
     )
+    sampler = GlobalBatchSampler(len(dataset), config.global_batch_size, seed=config.seed)
+    total_steps = config.max_steps or sampler.steps(config.num_train_epochs)
     print_table(model, parts, config.weight_decay, console)
     zero = ds_config["zero_optimization"]["stage"]
     console.print(
@@ -80,6 +97,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     del keep_alive
     start = 0
     if state is not None:
+        assert resume_from is not None
         checkpoint.restore(engine, resume_from)
         start = state["step"]
         console.print(f"resumed from {resume_from} at step {start}")
@@ -195,8 +213,9 @@ def build_model(config: TrainConfig, ds_config: dict, addon: str | None) -> tupl
     from transformers import AutoModelForImageTextToText
     from transformers.integrations import HfDeepSpeedConfig
 
+    assert config.model_name_or_path is not None  # parse_args saw to it
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
-    overrides = {
+    overrides: dict[str, Any] = {
         "num_safety_tokens": config.num_safety_tokens,
         "num_head_tokens": config.num_head_tokens,
         "num_attention_heads": config.num_attention_heads,
@@ -211,22 +230,6 @@ def build_model(config: TrainConfig, ds_config: dict, addon: str | None) -> tupl
         if differing:
             raise ValueError(f"{addon}: the add-on was built with other options ({', '.join(differing)})")
     return model, keep_alive
-
-
-def build_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | None) -> PsaDataset:
-    """Validated records, balanced if asked, as a dataset of encoded rows."""
-    records = load_records(config.data_path, config.image_folder, on_bad_sample=config.on_bad_sample)
-    if config.clean_samples is not None:
-        records = balance(records, clean_samples=config.clean_samples, seed=config.seed)
-    return PsaDataset(
-        records,
-        config.image_folder,
-        processor,
-        hint_for=hint_for,
-        hint_rate=config.hint_rate,
-        seed=config.seed,
-        max_length=config.max_length,
-    )
 
 
 class _Schedule(torch.utils.data.Sampler):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    from psa_fast.safety import Policy
+    from psa_fast.safety.policy import Policy
     from psa_fast.sandbox.base import BaseRecipe, build_base
     from psa_fast.sandbox.language import all_texts
     from psa_fast.sandbox.processor import build_processor

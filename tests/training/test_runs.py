@@ -90,19 +90,25 @@ def test_killed_run_resumes_on_the_same_trajectory(command, run, finished, tmp_p
 
 def test_sigterm_saves(command, tmp_path):
     process = subprocess.Popen(
-        command(tmp_path, "--max_steps", 400), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command(tmp_path, "--max_steps", 400),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     metrics = tmp_path / "stage1" / "metrics.jsonl"
     deadline = time.time() + 200
     while not (metrics.exists() and metrics.read_text()):
         assert time.time() < deadline
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    # to the group, as schedulers and Ctrl-C do: DeepSpeed's outermost process passes nothing on by itself
+    os.killpg(process.pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     saved = list((tmp_path / "stage1").glob("checkpoint-*/trainer_state.json"))
     assert len(saved) == 1, output[-2000:]
+    assert "continue with --resume auto" in output
 
 
 def test_earlier_run_is_not_overwritten(command, run, finished, tmp_path):
