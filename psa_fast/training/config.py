@@ -50,7 +50,7 @@ class TrainConfig:
     tune_type_llm: str = option("lora", "stage 2: how the language model is tuned", choices=["lora", "full"])
     tune_type_connector: str = option("frozen", "stage 2: the VLM's own projector", choices=["frozen", "full"])
     lora_r: int = option(256, "LoRA rank")
-    lora_alpha: float = option(16.0, "LoRA alpha (the update is scaled by alpha / r)")
+    lora_alpha: int = option(16, "LoRA alpha (the update is scaled by alpha / r)")
     lora_dropout: float = option(0.05, "LoRA dropout")
     hint_rate: float = option(0.0, "stage 2: share of risky records whose prompt gets the policy's hint")
     policy: str | None = option(None, "policy file the hints come from (default: the shipped one)")
@@ -175,7 +175,7 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
-        TrainConfig,
+        TrainConfig,  # type: ignore[arg-type]
         prog="train.py",
         description="Train PSA-VLM: deepspeed train.py --stage 1, then --stage 2; the sandbox recipe by default.",
         allow_abbrev=False,

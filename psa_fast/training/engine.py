@@ -78,7 +78,7 @@ def build_optimizer(groups: list[dict], config: TrainConfig, ds_config: dict[str
 
 def build_engine(
     model: torch.nn.Module, groups: list[dict], config: TrainConfig, ds_config: dict[str, Any], total_steps: int
-):
+) -> Any:
     """`deepspeed.initialize` with our optimizer and a transformers schedule counted in optimizer steps."""
     import deepspeed
     from transformers import get_scheduler
