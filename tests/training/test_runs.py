@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -51,6 +52,35 @@ def test_two_ranks_follow_one_rank_in_both_stages(command, run, finished, partit
     assert any(v.abs().max() > 0 for k, v in adapters[0].items() if "lora_B" in k)
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-4, atol=1e-4)
+
+
+def test_stage_2_resumes_its_adapter_and_saves_tuned_base_weights(command, run, finished, partitioned):
+    from psa_fast.models import PsaVLM
+
+    one = finished / "one"
+    if not (one / "stage1").exists():
+        run(command(one))
+    lora = ["--stage", 2, "--addon", one / "stage1", "--save_steps", 2, "--deepspeed_config", partitioned]
+    out = finished / "lora"
+    run(command(out, *lora))
+    whole = load_file(out / "stage2" / "adapter" / "adapter_model.safetensors")
+    # what a kill after step 2 leaves: no later checkpoint, no finished add-on
+    shutil.rmtree(out / "stage2" / "checkpoint-4")
+    for path in (out / "stage2").iterdir():
+        if path.is_file() and path.name != "metrics.jsonl":
+            path.unlink()
+    assert "at step 2" in run(command(out, *lora, "--resume", "auto"))
+    resumed = load_file(out / "stage2" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    full = finished / "full"
+    run(command(full, *lora, "--tune_type_llm", "full", "--tune_type_connector", "full", "--learning_rate", 1e-3))
+    base = PsaVLM.from_pretrained(None, one / "stage1").state_dict()
+    tuned = PsaVLM.from_pretrained(None, full / "stage2").state_dict()
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert any("language_model.layers" in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed)
+    assert not any("vision_tower" in name or name.startswith("bottleneck") for name in changed)
 
 
 def test_killed_run_resumes_on_the_same_trajectory(command, run, finished, tmp_path, partitioned):
