@@ -1,1 +1,27 @@
 """Safety at inference: the policy (policy.py, needs no torch), the guard (guard.py) and `psa-fast generate`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psa_fast.safety.guard import Answer, Guard, Request, Verdict
+    from psa_fast.safety.load import load_guard
+    from psa_fast.safety.policy import Decision, Policy
+
+# looked up on use, so that the policy alone stays a light import
+_HOME = {
+    "guard": ("Answer", "Guard", "Request", "Verdict"),
+    "load": ("load_guard",),
+    "policy": ("Decision", "Policy"),
+}
+
+__all__ = ["Answer", "Decision", "Guard", "Policy", "Request", "Verdict", "load_guard"]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
