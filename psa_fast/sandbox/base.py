@@ -43,8 +43,7 @@ class BaseRecipe:
     language_steps: int = 700
     language_batch: int = 32
     turns: int = 6
-    language_lr: float = 3e-3
-    lookup_share: float = 0.2
+    language_lr: float = 2e-3
     warmup: int = 50
     position_jitter: int = 16
 
@@ -161,9 +160,8 @@ def _train_language(
     trained = [*vlm.model.multi_modal_projector.parameters(), *vlm.model.language_model.parameters()]
     steps = Steps("base, part b (answers)", trained, recipe.language_lr, recipe.language_steps, recipe.warmup, progress)
     for step in steps:
-        lookups_only = step < recipe.lookup_share * recipe.language_steps
         chosen = rng.integers(len(scenes), size=recipe.language_batch)
-        turns = [lessons.draw(scenes[i], recipe.turns, lookups_only) for i in chosen]
+        turns = [lessons.draw(scenes[i], recipe.turns, step / recipe.language_steps) for i in chosen]
         pack = pack_turns(turns, len(prefix) + SIDE * SIDE, rng.integers(recipe.position_jitter + 1, size=len(turns)))
         patches = vlm.model.multi_modal_projector(cached[chosen])
         start = embed(torch.tensor(prefix)).expand(len(turns), -1, -1)

@@ -21,12 +21,18 @@ from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Shares of turns once the look-ups are learned; the rest are plain questions.
+# Shares of turns once the curriculum is over; the rest are plain questions.
 HINTED, TEXT_RISK, TEXT_TWIN = 0.15, 0.13, 0.06
-# Each lets the answer itself name what is looked up next (a colour's shape, a shape's colour, a shape's place).
-LOOKUP_KINDS = ("list", "colours", "places", "at")
-# Kinds of plain questions, the slow ones twice as often.
-PLAIN_KINDS = ("colour", "colour", "place", "place", "shape", "count", "sign", *LOOKUP_KINDS)
+# The first lessons: (until which part of all steps, kinds of question). One direction of look-up after the other, as
+# each is a circuit of its own: from a shape to its colour, from a shape to its place, from a colour or place to what is
+# there. Taught all at once, only the last was learned. From the last bound on everything is taught.
+CURRICULUM: tuple[tuple[float, tuple[str, ...]], ...] = (
+    (0.16, ("colour", "colours")),
+    (0.28, ("colour", "colours", "place", "places")),
+    (0.42, ("colour", "place", "list", "shape", "list", "at")),
+)
+# Kinds of plain questions afterwards, the slow ones twice as often.
+PLAIN_KINDS = ("colour", "colour", "place", "place", "shape", "count", "sign", "list", "colours", "places", "at")
 
 
 @dataclass(frozen=True)
@@ -52,17 +58,17 @@ class Lessons:
             if (text := hint_for(kind, level))
         ]
 
-    def draw(self, scene: Scene, count: int, lookups_only: bool) -> list[Turn]:
-        """`count` turns about a scene."""
-        return [self._turn(*self._text(scene, lookups_only)) for _ in range(count)]
+    def draw(self, scene: Scene, count: int, done: float = 1.0) -> list[Turn]:
+        """`count` turns about a scene, once the part `done` (0..1) of all steps is behind."""
+        kinds = next((kinds for until, kinds in CURRICULUM if done < until), None)
+        pairs = (self._plain(scene, kinds) if kinds else self._any(scene) for _ in range(count))
+        return [self._turn(*pair) for pair in pairs]
 
     def _turn(self, asked: str, answer: str) -> Turn:
         return Turn([*self.ids(asked), *self.ids("ASSISTANT:")], [*self.ids(answer), *self.ids("</s>")])
 
-    def _text(self, scene: Scene, lookups_only: bool) -> tuple[str, str]:
+    def _any(self, scene: Scene) -> tuple[str, str]:
         rng = self.rng
-        if lookups_only:
-            return self._plain(scene, LOOKUP_KINDS)
         share = rng.random()
         if share < TEXT_RISK:
             return text_request(rng, "train", int(rng.integers(CLEAN)))

@@ -91,7 +91,7 @@ def test_packed_turns_see_what_they_would_see_alone():
     model = build_base(processor, TINY).eval().model.language_model
     lessons = Lessons(processor.tokenizer, hint_for, np.random.default_rng(0))
     scenes = draw_scenes(np.random.default_rng(2), 2)
-    rows = [lessons.draw(scene, 3, lookups_only=False) for scene in scenes]
+    rows = [lessons.draw(scene, 3) for scene in scenes]
     prefix = torch.randn(2, 5, 32)
     pack = pack_turns(rows, 5, np.array([0, 7]))
     embeds = torch.cat([prefix, model.embed_tokens(pack.ids)], dim=1)
