@@ -104,8 +104,8 @@ class Pack:
     weights: Tensor
 
 
-def pack_turns(rows: list[list[Turn]], prefix: int, offsets: np.ndarray) -> Pack:
-    """Pack turns behind prefixes of `prefix` tokens; row b's positions begin at offsets[b]."""
+def pack_turns(rows: list[list[Turn]], prefix: int) -> Pack:
+    """Pack turns behind prefixes of `prefix` tokens."""
     longest = max(sum(len(t.asked) + len(t.answer) for t in row) for row in rows)
     width = prefix + longest
     ids = np.zeros((len(rows), longest), dtype=np.int64)
@@ -126,7 +126,6 @@ def pack_turns(rows: list[list[Turn]], prefix: int, offsets: np.ndarray) -> Pack
             targets[b, first - 1 : end - 1] = turn.answer
             weights[b, first - 1 : end - 1] = 1.0 / len(turn.answer)
             at = end
-    positions += offsets[:, None]
     own = torch.from_numpy(owner)
     seen = (own[:, None, :] == own[:, :, None]) | (own[:, None, :] == 0)
     seen &= torch.ones(width, width, dtype=torch.bool).tril()

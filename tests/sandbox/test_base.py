@@ -93,7 +93,7 @@ def test_packed_turns_see_what_they_would_see_alone():
     scenes = draw_scenes(np.random.default_rng(2), 2)
     rows = [lessons.draw(scene, 3) for scene in scenes]
     prefix = torch.randn(2, 5, 32)
-    pack = pack_turns(rows, 5, np.array([0, 7]))
+    pack = pack_turns(rows, 5)
     embeds = torch.cat([prefix, model.embed_tokens(pack.ids)], dim=1)
     with torch.no_grad():
         packed = model(
