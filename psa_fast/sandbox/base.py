@@ -40,7 +40,7 @@ class BaseRecipe:
     tower_batch: int = 64
     tower_lr: float = 2.5e-3
     pictures: int = 6000
-    language_steps: int = 700
+    language_steps: int = 800
     language_batch: int = 32
     turns: int = 6
     language_lr: float = 2e-3

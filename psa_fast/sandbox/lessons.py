@@ -27,12 +27,12 @@ HINTED, TEXT_RISK, TEXT_TWIN = 0.15, 0.13, 0.06
 # each is a circuit of its own: from a shape to its colour, from a shape to its place, from a colour or place to what is
 # there. Taught all at once, only the last was learned. From the last bound on everything is taught.
 CURRICULUM: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (0.16, ("colour", "colours")),
-    (0.28, ("colour", "colours", "place", "places")),
-    (0.42, ("colour", "place", "list", "shape", "list", "at")),
+    (0.14, ("colour", "colours")),
+    (0.245, ("colour", "colours", "place", "places")),
+    (0.37, ("colour", "place", "list", "shape", "list", "at", "sign")),
 )
-# Kinds of plain questions afterwards, the slow ones twice as often.
-PLAIN_KINDS = ("colour", "colour", "place", "place", "shape", "count", "sign", "list", "colours", "places", "at")
+# Kinds of plain questions afterwards, the slow ones more often.
+PLAIN_KINDS = ("colour", "place", "place", "shape", "count", "sign", "sign", "sign", "list", "colours", "places", "at")
 
 
 @dataclass(frozen=True)
