@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """The numbers of a base training. Steps and batches are sized for about four minutes on two CPU cores."""
+    """The numbers of a base training. Steps and batches are sized for under five minutes on two CPU cores."""
 
     hidden_size: int = 128
     vision_layers: int = 4

@@ -12,7 +12,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     commands = parser.add_subparsers(dest="sandbox_command", required=True, metavar="{data,base}")
     data = commands.add_parser("data", help="draw a world: pictures and JSONL records (about 10 seconds)")
     data.set_defaults(func=_data)
-    base = commands.add_parser("base", help="train the base model (about 4 minutes on 2 cores)")
+    base = commands.add_parser("base", help="train the base model (under 5 minutes on 2 cores)")
     base.set_defaults(func=_base)
     base.add_argument("--policy", type=Path, help="policy file whose hints the base learns (default: the shipped one)")
     for command, made in ((data, "world"), (base, "base")):
