@@ -52,7 +52,7 @@ class TrainConfig:
     lora_r: int = option(256, "LoRA rank")
     lora_alpha: int = option(16, "LoRA alpha (the update is scaled by alpha / r)")
     lora_dropout: float = option(0.05, "LoRA dropout")
-    hint_rate: float = option(0.0, "stage 2: share of risky records whose prompt gets the policy's hint")
+    hint_rate: float = option(0.0, "share of risky records whose prompt gets the policy's hint")
     policy: str | None = option(None, "policy file the hints come from (default: the shipped one)")
 
     concept_loss_weight: float = option(
@@ -112,7 +112,6 @@ RESUME_MAY_DIFFER = {
 STAGE_2_ONLY = (
     "tune_type_llm",
     "tune_type_connector",
-    "hint_rate",
     "connector_learning_rate",
     "safety_learning_rate",
     "addon",
