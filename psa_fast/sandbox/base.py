@@ -36,11 +36,11 @@ class BaseRecipe:
     vision_layers: int = 4
     language_layers: int = 3
     heads: int = 4
-    tower_steps: int = 300
+    tower_steps: int = 240
     tower_batch: int = 64
     tower_lr: float = 2.5e-3
     pictures: int = 6000
-    language_steps: int = 800
+    language_steps: int = 620
     language_batch: int = 32
     turns: int = 6
     language_lr: float = 2e-3
