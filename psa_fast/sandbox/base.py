@@ -36,7 +36,7 @@ class BaseRecipe:
     vision_layers: int = 4
     language_layers: int = 3
     heads: int = 4
-    tower_steps: int = 240
+    tower_steps: int = 280
     tower_batch: int = 64
     tower_lr: float = 2.5e-3
     pictures: int = 6000

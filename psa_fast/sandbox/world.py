@@ -169,7 +169,7 @@ def _paint_glyph(draw: ImageDraw.ImageDraw, e: int, glyph: str) -> None:
         draw.ellipse(box(0.0, 0.25, 0.58, 0.75), outline=255, width=pen)
         draw.ellipse(box(0.42, 0.25, 1.0, 0.75), outline=255, width=pen)
     elif glyph == "bolt":
-        corners = [(0.62, 0.0), (0.16, 0.56), (0.46, 0.56), (0.34, 1.0), (0.86, 0.4), (0.54, 0.4)]
+        corners = [(0.7, 0.0), (0.0, 0.6), (0.42, 0.6), (0.25, 1.0), (1.0, 0.36), (0.58, 0.36)]
         draw.polygon([(x * e, y * e) for x, y in corners], fill=255)
     elif glyph == "scales":
         draw.rectangle(box(0.45, 0.05, 0.55, 0.95), fill=255)
@@ -192,11 +192,11 @@ def _paint_glyph(draw: ImageDraw.ImageDraw, e: int, glyph: str) -> None:
         draw.ellipse(box(0.14, 0.0, 0.86, 0.66), fill=255)
         draw.rectangle(box(0.42, 0.6, 0.58, 1.0), fill=255)
     elif glyph == "sun":
-        draw.ellipse(box(0.28, 0.28, 0.72, 0.72), fill=255)
+        draw.ellipse(box(0.22, 0.22, 0.78, 0.78), fill=255)
         for i in range(8):
             dx, dy = math.cos(i * math.pi / 4), math.sin(i * math.pi / 4)
             ray = (0.5 + 0.32 * dx, 0.5 + 0.32 * dy, 0.5 + 0.5 * dx, 0.5 + 0.5 * dy)
-            draw.line([v * e for v in ray], fill=255, width=max(1, round(e * 0.08)))
+            draw.line([v * e for v in ray], fill=255, width=pen)
     else:
         draw.rectangle(box(0.05, 0.2, 0.65, 0.95), fill=255)
         draw.ellipse(box(0.5, 0.32, 0.98, 0.8), outline=255, width=pen)
