@@ -3,18 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 export PATH := $(abspath $(VENV)/bin):$(PATH)
-# quieter, and no look-ups for models that are never on a hub
 export TOKENIZERS_PARALLELISM := false
-export DS_ACCELERATOR_LOG := 0
 
 DEMO := runs/demo
 # the world the demo reports on; never used to choose anything
 DEMO_SEED := 20261
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo ablation test lint clean
 help:
 	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
+	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make clean  remove runs/ (the virtual environment and the sandbox cache stay)"
 
 .PHONY: prerequisites
@@ -38,6 +37,11 @@ demo: $(STAMP)
 	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --out $(DEMO)/world
 	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO)
 	@echo; echo "report: $(DEMO)/report.md"
+
+# the concept head alone, so the language model is not run
+ablation: $(STAMP)
+	deepspeed train.py --stage 1 --query first --lm_loss_weight 0 --output_dir runs/query-first --resume auto
+	psa-fast evaluate --data $(DEMO)/world --stage query_prompt=$(DEMO)/stage1 --stage query_first=runs/query-first/stage1 --out runs/query-first
 
 test: $(STAMP) lint
 	OMP_NUM_THREADS=2 python -m pytest -m "not gpu"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,12 +112,9 @@ RESUME_MAY_DIFFER = {
 }  # fmt: skip
 
 STAGE_2_ONLY = (
-    "tune_type_llm",
-    "tune_type_connector",
-    "connector_learning_rate",
-    "safety_learning_rate",
-    "addon",
-)
+    "tune_type_llm", "tune_type_connector", "connector_learning_rate", "safety_learning_rate",
+    "lora_r", "lora_alpha", "lora_dropout",
+)  # fmt: skip
 
 
 def find_recipe(name: str) -> Path:
@@ -184,21 +183,15 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     parser.set_defaults(**read_recipe(chosen.recipe, chosen.stage))
     given = parser.parse_args(argv)
     config = TrainConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(TrainConfig)})
-    typed = {a.split("=")[0].lstrip("-") for a in (argv if argv is not None else _sys_argv()) if a.startswith("--")}
+    typed = {a.split("=")[0].lstrip("-") for a in (sys.argv[1:] if argv is None else argv) if a.startswith("--")}
     check(config, typed)
     return config
 
 
-def _sys_argv() -> list[str]:
-    import sys
-
-    return sys.argv[1:]
-
-
-def check(config: TrainConfig, typed: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
     """Refuse, with one sentence, options that cannot work together. `typed`: option names given on the command line."""
     for name in STAGE_2_ONLY:
-        if config.stage == 1 and name in typed and name != "addon":
+        if config.stage == 1 and name in typed:
             raise ValueError(f"--{name} only acts in stage 2; stage 1 keeps the whole VLM frozen")
     for name in ("model_name_or_path", "data_path"):
         if getattr(config, name) is None:
@@ -219,7 +212,7 @@ def check(config: TrainConfig, typed: set[str] = frozenset()) -> None:  # type: 
         raise ValueError("--global_batch_size and --micro_batch_size must be at least 1")
     if config.max_steps is not None and config.max_steps < 1:
         raise ValueError("--max_steps must be at least 1")
-    if config.tune_type_llm == "full" and typed & {"lora_r", "lora_alpha", "lora_dropout"}:
+    if config.tune_type_llm == "full" and {"lora_r", "lora_alpha", "lora_dropout"} & set(typed):
         raise ValueError("--lora_* has no effect with --tune_type_llm full")
     if config.tune_type_connector == "frozen" and "connector_learning_rate" in typed:
         raise ValueError("--connector_learning_rate has no effect while --tune_type_connector is frozen")

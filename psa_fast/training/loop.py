@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -269,13 +270,10 @@ def micro_batches(
     processor: Any,
 ) -> Iterator[dict]:
     """Collated micro-batches of this rank for steps start+1..stop."""
-    from functools import partial
-
-    tokenizer = processor.tokenizer
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=_Schedule(sampler, config, rank, world_size, start, stop),
-        collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        collate_fn=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
         num_workers=config.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
     )

@@ -32,7 +32,7 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--recipe", "nope"], "unknown; shipped recipes are"),
         (["--recipe", "llava-1.5-7b"], "--data_path is needed"),
         (["--recipe", "llava-1.5-7b", "--data_path", "x"], "--image_folder is needed"),
-        (["--stage", "1", "--hint_rate", "0.2"], "--hint_rate only acts in stage 2"),
+        (["--stage", "1", "--tune_type_connector", "full"], "--tune_type_connector only acts in stage 2"),
         (["--stage", "2", "--tune_type_llm", "full", "--lora_r", "8"], r"--lora_\* has no effect"),
         (["--stage", "1", "--concept_loss_weight", "0"], "must be positive in stage 1"),
         (["--stage", "2", "--hint_rate", "1.5"], "share between 0 and 1"),
