@@ -17,8 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def resolve_inputs(config, hint_for):
     """Real paths where the recipe says 'sandbox' (made on first use), and stage 2's add-on."""
-
-    from psa_fast.training.checkpoint import is_finished
+    from psa_fast.training.checkpoint import find_resume, is_finished
 
     changes = {}
     if "sandbox" in (config.model_name_or_path, config.data_path):
@@ -30,7 +29,8 @@ def resolve_inputs(config, hint_for):
         if config.data_path == "sandbox":
             changes["data_path"] = str(world / f"stage{config.stage}.jsonl")
             changes["image_folder"] = str(world)
-    if config.stage == 2 and config.addon is None and config.resume == "none":
+    # --resume auto may find nothing to resume, and must not then start from an untrained add-on
+    if config.stage == 2 and config.addon is None and find_resume(config) is None and not is_finished(config.stage_dir):
         stage1 = dataclasses.replace(config, stage=1).stage_dir
         if not is_finished(stage1):
             raise ValueError(
@@ -62,9 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         from psa_fast.training.loop import train
 
         train(config, hint_for=policy.hint, console=console)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         prefix = "train.py: error:" if rank == 0 else f"train.py: error: [rank {rank}]"
-        print(f"{prefix} {error}", file=sys.stderr)
+        # a data-loading worker hands its error over with its traceback; the sentence is the last line
+        text = str(error)
+        text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
+        print(f"{prefix} {text}", file=sys.stderr)
         return 2
     return 0
 

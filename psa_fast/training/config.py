@@ -73,7 +73,7 @@ class TrainConfig:
         None, "stage 2: the concept bottleneck, trained while concept_loss_weight > 0 (default: learning_rate)"
     )
     connector_learning_rate: float | None = option(None, "stage 2: the VLM's own projector (default: learning_rate)")
-    lr_scheduler_type: str = option("cosine", "a scheduler name of transformers.get_scheduler")
+    lr_scheduler_type: str = option("cosine", "linear, cosine, constant or constant_with_warmup")
     warmup_steps: int = option(20, "steps of linear warm-up")
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
     adam_beta1: float = option(0.9, "AdamW beta 1")
@@ -110,6 +110,8 @@ RESUME_MAY_DIFFER = {
     "output_dir", "save_steps", "save_total_limit", "resume", "overwrite_output_dir", "local_rank",
     "dataloader_num_workers", "micro_batch_size", "gradient_checkpointing", "addon",
 }  # fmt: skip
+
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 STAGE_2_ONLY = (
     "tune_type_llm", "tune_type_connector", "connector_learning_rate", "safety_learning_rate",
@@ -184,6 +186,8 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     given = parser.parse_args(argv)
     config = TrainConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(TrainConfig)})
     typed = {a.split("=")[0].lstrip("-") for a in (sys.argv[1:] if argv is None else argv) if a.startswith("--")}
+    if "num_train_epochs" in typed and "max_steps" not in typed:
+        config.max_steps = None  # the command line beats the recipe's number of steps
     check(config, typed)
     return config
 
@@ -210,6 +214,18 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
         raise ValueError("--lm_loss_weight must be positive in stage 2: it is what tunes the language model")
     if config.global_batch_size < 1 or config.micro_batch_size < 1:
         raise ValueError("--global_batch_size and --micro_batch_size must be at least 1")
+    if config.save_total_limit < 1:
+        raise ValueError("--save_total_limit must be at least 1: the newest checkpoint is always kept")
+    if config.learning_rate <= 0:
+        raise ValueError("--learning_rate must be positive")
+    if config.lora_r < 1:
+        raise ValueError("--lora_r must be at least 1")
+    if config.lr_scheduler_type not in SCHEDULERS:
+        raise ValueError(
+            f"--lr_scheduler_type is {config.lr_scheduler_type!r}; expected one of {', '.join(SCHEDULERS)}"
+        )
+    if {"num_train_epochs", "max_steps"} <= set(typed):
+        raise ValueError("--num_train_epochs and --max_steps exclude each other")
     if config.max_steps is not None and config.max_steps < 1:
         raise ValueError("--max_steps must be at least 1")
     if config.tune_type_llm == "full" and {"lora_r", "lora_alpha", "lora_dropout"} & set(typed):

@@ -18,7 +18,12 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
 
 
 def accumulation_steps(config: TrainConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step and rank. Raises ValueError when the global batch does not divide."""
+    """Micro-batches per optimizer step and rank; lowers a `micro_batch_size` above the rank's share to that share.
+
+    Raises ValueError when the global batch does not divide.
+    """
+    # more ranks than the recipe's micro-batch foresaw: same objective, smaller passes
+    config.micro_batch_size = max(1, min(config.micro_batch_size, config.global_batch_size // world_size))
     per_pass = config.micro_batch_size * world_size
     if config.global_batch_size % per_pass:
         raise ValueError(
@@ -32,9 +37,10 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
     """Fill the JSON's "auto" values from the options; a number there that contradicts an option is refused."""
     ds = read_deepspeed_config(config.deepspeed_config)
     on_gpu = torch.cuda.is_available()
+    accumulation = accumulation_steps(config, world_size)
     values = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.max_grad_norm,
         "train_batch_size": config.global_batch_size,
     }

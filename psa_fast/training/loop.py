@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from psa_fast.data import GlobalBatchSampler, PsaDataset, balance, collate, load_records
+from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, collate, load_records
 from psa_fast.models import PsaVLM, load_processor
 from psa_fast.taxonomy import IGNORE_INDEX
 
@@ -49,7 +49,6 @@ def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console
 
 
 def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> None:
-    assert config.data_path is not None  # parse_args saw to it
     ds_config = resolve_deepspeed_config(config, world_size)
     resume_from = checkpoint.find_resume(config)
     if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
@@ -57,18 +56,10 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         console.print(f"stage {config.stage} is already finished in {config.stage_dir}")
         return
     state = checkpoint.read_state(resume_from, config, world_size) if resume_from else None
+    _refuse_used_output_dir(config)
+    # before the model, so that a bad record costs seconds
+    records = _shared_records(config, rank)
     _claim_output_dir(config, rank)
-
-    # before the model, so that a bad record costs seconds; one rank's look at every pixel is enough
-    records = load_records(
-        config.data_path,
-        config.image_folder,
-        on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
-        decode=rank == 0,
-    )
-    if config.clean_samples is not None:
-        records = balance(records, clean_samples=config.clean_samples, seed=config.seed)
-    dist.barrier()
     torch.manual_seed(config.seed)
     model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon)
     parts = prepare(model, config, resuming=state is not None)
@@ -143,16 +134,18 @@ def train_step(
     began = time.perf_counter()
     device = engine.device
     micros = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
-    counts = torch.zeros(4, dtype=torch.float64)
+    counts = torch.zeros(5, dtype=torch.float64)
     for batch in micros:
         supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-        concept_rows = ((batch["safe_type"] != IGNORE_INDEX) & (batch["image_counts"] > 0)).sum()
-        counts += torch.stack([supervised, concept_rows, batch["attention_mask"].sum(), torch.tensor(0)])
-    counts[3] = float(stop.requested)
+        typed, levelled = (
+            ((batch[name] != IGNORE_INDEX) & (batch["image_counts"] > 0)).sum() for name in ("safe_type", "safe_level")
+        )
+        counts += torch.stack([supervised, typed, levelled, batch["attention_mask"].sum(), torch.tensor(0)])
+    counts[4] = float(stop.requested)
     counts = _all_reduce(counts, device)
     # the engine averages gradients over ranks, so each rank divides by the per-rank share of the global count
     num_items = max(counts[0].item(), 1.0) / world_size
-    num_rows = max(counts[1].item(), 1.0) / world_size
+    num_rows = (counts[1:3].clamp(min=1.0) / world_size).float()
 
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for index, batch in enumerate(micros):
@@ -185,11 +178,11 @@ def train_step(
         **dict(zip(("loss", "loss_lm", "loss_type", "loss_level"), means, strict=True)),
         "grad_norm": float(norm) if norm is not None else 0.0,
         "lr": engine.get_lr()[0],
-        "tokens": int(counts[2]),
+        "tokens": int(counts[3]),
         "supervised_tokens": int(counts[0]),
         "seconds": time.perf_counter() - began,
     }
-    return row, bool(counts[3])
+    return row, bool(counts[4])
 
 
 def _stop_if_not_finite(sums: torch.Tensor, micros: list[dict], step: int) -> None:
@@ -270,17 +263,42 @@ def micro_batches(
     processor: Any,
 ) -> Iterator[dict]:
     """Collated micro-batches of this rank for steps start+1..stop."""
+    tokenizer = processor.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=_Schedule(sampler, config, rank, world_size, start, stop),
-        collate_fn=partial(collate, pad_token_id=processor.tokenizer.pad_token_id),
+        collate_fn=partial(collate, pad_token_id=pad),
         num_workers=config.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
+        # its own generator: drawing worker seeds from the global one would shift a resumed run's dropout
+        generator=torch.Generator().manual_seed(config.seed),
     )
     return iter(loader)
 
 
-def _claim_output_dir(config: TrainConfig, rank: int) -> None:
+def _shared_records(config: TrainConfig, rank: int) -> list[Record]:
+    """Rank 0's records on every rank: it alone looks at every pixel, so it alone knows what `skip` drops."""
+    message: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            records = load_records(
+                str(config.data_path),
+                config.image_folder,
+                on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
+            )
+            if config.clean_samples is not None:
+                records = balance(records, clean_samples=config.clean_samples, seed=config.seed)
+            message[0] = records
+        except ValueError as error:
+            message[1] = str(error)
+    dist.broadcast_object_list(message)
+    if message[1] is not None:
+        raise ValueError(message[1])
+    return message[0]
+
+
+def _refuse_used_output_dir(config: TrainConfig) -> None:
     """Refuse to mix two runs in one folder."""
     used = config.stage_dir.exists() and any(config.stage_dir.iterdir())
     dist.barrier()
@@ -288,11 +306,17 @@ def _claim_output_dir(config: TrainConfig, rank: int) -> None:
         raise ValueError(
             f"{config.stage_dir} holds an earlier run; --resume auto continues it, --overwrite_output_dir deletes it"
         )
+
+
+def _claim_output_dir(config: TrainConfig, rank: int) -> None:
+    """Make the folder; an earlier run that may be overwritten goes only now, after records and options were read."""
     if rank == 0:
-        if used and config.overwrite_output_dir:
+        if config.overwrite_output_dir and config.stage_dir.exists():
             shutil.rmtree(config.stage_dir)
         config.stage_dir.mkdir(parents=True, exist_ok=True)
     dist.barrier()
+    if not config.stage_dir.is_dir():
+        raise ValueError(f"--output_dir {config.output_dir} must be one folder that every node shares")
 
 
 class _StopFlag:

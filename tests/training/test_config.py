@@ -59,6 +59,10 @@ def test_deepspeed_config_is_filled_and_contradictions_are_refused(tmp_path):
     assert "auto" not in json.dumps(ds)
     with pytest.raises(ValueError, match="not a multiple"):
         accumulation_steps(config, 3)
+    # a rank's share smaller than the recipe's micro-batch
+    config.micro_batch_size = 16
+    assert resolve_deepspeed_config(config, world_size=4)["train_micro_batch_size_per_gpu"] == 4
+    config.micro_batch_size = 4
 
     mine = tmp_path / "ds.json"
     mine.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}))
