@@ -9,11 +9,12 @@ DEMO := runs/demo
 # the world the demo reports on; never used to choose anything
 DEMO_SEED := 20261
 
-.PHONY: help demo ablation test lint clean
+.PHONY: help demo ablation test lint bench clean
 help:
 	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
+	@echo "make bench  the fused ops beside what they replace"
 	@echo "make clean  remove runs/ (the virtual environment and the sandbox cache stay)"
 
 .PHONY: prerequisites
@@ -50,6 +51,9 @@ lint: $(STAMP)
 	ruff check .
 	ruff format --check .
 	mypy
+
+bench: $(STAMP)
+	python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
 
 clean:
 	rm -rf runs
