@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import IMAGE_ID, SMALL, make_batch, make_vlm
 from safetensors.torch import load_file, save_file
+from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from psa_fast.models import PsaVLM, add_lora, get_family, load_processor

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE_ID, SMALL, make_batch, make_vlm
+from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 
 from psa_fast.models import ImageFeatures, PsaVLM
 

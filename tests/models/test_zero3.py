@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_batch
 from safetensors.torch import load_file
+from tiny_vlm import make_batch
 
 pytest.importorskip("deepspeed")
 HERE = Path(__file__).parent
