@@ -271,6 +271,7 @@ def micro_batches(
         collate_fn=partial(collate, pad_token_id=pad),
         num_workers=config.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_sigterm_to_the_loop,
         # its own generator: drawing worker seeds from the global one would shift a resumed run's dropout
         generator=torch.Generator().manual_seed(config.seed),
     )
@@ -317,6 +318,11 @@ def _claim_output_dir(config: TrainConfig, rank: int) -> None:
     dist.barrier()
     if not config.stage_dir.is_dir():
         raise ValueError(f"--output_dir {config.output_dir} must be one folder that every node shares")
+
+
+def _leave_sigterm_to_the_loop(worker: int) -> None:
+    """A signal to the whole process group must not take the data away before the loop has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _StopFlag:
