@@ -35,6 +35,7 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--stage", "1", "--tune_type_connector", "full"], "--tune_type_connector only acts in stage 2"),
         (["--stage", "2", "--tune_type_llm", "full", "--lora_r", "8"], r"--lora_\* has no effect"),
         (["--stage", "1", "--concept_loss_weight", "0"], "must be positive in stage 1"),
+        (["--lm_loss_weight", "0", "--token_learning_rate", "1e-3"], "--token_learning_rate has no effect"),
         (["--stage", "2", "--hint_rate", "1.5"], "share between 0 and 1"),
         (["--resume", "auto", "--overwrite_output_dir", "True"], "exclude each other"),
         (["--deepspeed_config", "nowhere.json"], "no such file"),
