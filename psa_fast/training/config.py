@@ -211,7 +211,7 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
     if config.concept_loss_weight < 0 or config.lm_loss_weight < 0:
         raise ValueError("--concept_loss_weight and --lm_loss_weight cannot be negative")
     if config.stage == 1 and config.lm_loss_weight == 0 and "token_learning_rate" in typed:
-        raise ValueError("--token_learning_rate has no effect with --lm_loss_weight 0: only that loss trains the tokens")
+        raise ValueError("--token_learning_rate has no effect without a language loss")
     if config.stage == 2 and config.lm_loss_weight <= 0:
         raise ValueError("--lm_loss_weight must be positive in stage 2: it is what tunes the language model")
     if config.global_batch_size < 1 or config.micro_batch_size < 1:
