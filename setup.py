@@ -16,7 +16,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["psa_fast", "psa_fast.*"]),
+    packages=[*find_packages(include=["psa_fast", "psa_fast.*"]), "psa_kernels"],
+    # a source root: a package called `kernels` beside train.py would shadow the one transformers imports
+    package_dir={"psa_kernels": "kernels/psa_kernels"},
     package_data={"psa_fast": ["**/*.yaml", "py.typed"]},
     install_requires=[
         "torch>=2.11",

@@ -72,3 +72,14 @@ def test_light_imports_stay_light(module, heavy):
 
 def test_kernels_folder_does_not_shadow_hugging_faces_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_kernels_import_torch_and_triton_only():
+    allowed = {"__future__", "collections", "dataclasses", "os", "typing", "torch", "triton", "psa_kernels"}
+    files = sorted((ROOT / "kernels" / "psa_kernels").glob("*.py"))
+    assert files
+    for file in files:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert {name.split(".")[0] for name in names} <= allowed, file.name

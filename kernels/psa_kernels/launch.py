@@ -1,0 +1,44 @@
+"""What the launchers share: the description of a compiled kernel, and questions about where kernels run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import triton
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """One shipped compilation of a kernel, for the ahead-of-time tests.
+
+    `signature` maps every argument to its Triton type ("*bf16", "i32", "fp32", "constexpr"), `constexprs` gives the
+    values of the constexpr ones; `archs` are the compute capabilities it is launched on, times ten.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    archs: tuple[int, ...] = field(default=ARCHS)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name and its constexprs, as "score[BLOCK_S=32, ...]"."""
+        values = ", ".join(f"{k}={v}" for k, v in self.constexprs.items())
+        return f"{self.kernel.__name__}[{values}, warps={self.num_warps}, stages={self.num_stages}]"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported): CPU tensors, slow."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return triton.next_power_of_2(n)
