@@ -40,7 +40,7 @@ class BaseRecipe:
     tower_batch: int = 64
     tower_lr: float = 2.5e-3
     pictures: int = 6000
-    language_steps: int = 620
+    language_steps: int = 500
     language_batch: int = 32
     turns: int = 6
     language_lr: float = 2e-3
@@ -91,7 +91,24 @@ def build_base(processor: LlavaProcessor, recipe: BaseRecipe) -> LlavaForConditi
         tie_word_embeddings=True,
         **special,
     )
-    return LlavaForConditionalGeneration(config)
+    vlm = LlavaForConditionalGeneration(config)
+    _start_as_look_up(vlm)
+    return vlm
+
+
+@torch.no_grad()
+def _start_as_look_up(vlm: LlavaForConditionalGeneration) -> None:
+    """Let every word begin by looking at what is like it (key = query projection) and copying that (output = value^T).
+
+    "What shape is red?" needs the patches that mean red, then what else they mean. From independent projections each
+    direction of look-up (colour to shape, shape to place, ...) was a circuit of its own to be found; this is all of
+    them at once.
+    """
+    for layer in vlm.model.language_model.layers:
+        attention = layer.self_attn
+        attention.q_proj.weight.mul_(1.4)
+        attention.k_proj.weight.copy_(attention.q_proj.weight)
+        attention.o_proj.weight.copy_(1.5 * attention.v_proj.weight.t())
 
 
 def train_base(
@@ -159,9 +176,9 @@ def _train_language(
     embed = vlm.get_input_embeddings()
     trained = [*vlm.model.multi_modal_projector.parameters(), *vlm.model.language_model.parameters()]
     steps = Steps("base, part b (answers)", trained, recipe.language_lr, recipe.language_steps, recipe.warmup, progress)
-    for step in steps:
+    for _ in steps:
         chosen = rng.integers(len(scenes), size=recipe.language_batch)
-        turns = [lessons.draw(scenes[i], recipe.turns, step / recipe.language_steps) for i in chosen]
+        turns = [lessons.draw(scenes[i], recipe.turns) for i in chosen]
         foreign = _foreign_tokens(rng, len(turns), int(rng.integers(recipe.foreign_tokens + 1)), recipe.hidden_size)
         width = len(prefix) + foreign.shape[1] + SIDE * SIDE
         pack = pack_turns(turns, width)

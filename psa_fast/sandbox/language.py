@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from psa_fast.sandbox.world import COLOURS, COLUMNS, GLYPHS, GRID, ROWS, SHAPES, Scene, Split
+from psa_fast.sandbox.world import COLOURS, GLYPHS, PLACES, SHAPES, Scene, Split
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
 HintFor = Callable[[int, int], str | None]
@@ -64,11 +64,6 @@ OBJECTS = (
 )  # fmt: skip
 
 
-def place_of(cell: int) -> str:
-    """The name of a cell, as "top left"."""
-    return f"{ROWS[cell // GRID]} {COLUMNS[cell % GRID]}"
-
-
 def question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, str] | None:
     """A question of a kind about a scene and its true answer; None where the scene offers none (no sign)."""
     thing = scene.things[rng.integers(len(scene.things))]
@@ -81,7 +76,7 @@ def question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, st
     elif kind == "colours":
         answer = ", ".join(f"{t.shape} {t.colour}" for t in scene.things)
     elif kind == "places":
-        answer = ", ".join(f"{t.shape} {place_of(t.cell)}" for t in scene.things)
+        answer = ", ".join(f"{t.shape} {PLACES[t.cell]}" for t in scene.things)
     elif kind == "sign":
         if scene.sign is None:
             return None
@@ -91,9 +86,9 @@ def question(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[str, st
         if scene.sign is not None and rng.random() < 0.25:
             cell, answer = scene.sign.cell, f"sign {scene.sign.glyph}"
     else:
-        answer = {"colour": thing.colour, "shape": thing.shape, "place": place_of(thing.cell)}[kind]
+        answer = {"colour": thing.colour, "shape": thing.shape, "place": PLACES[thing.cell]}[kind]
     form = forms[rng.integers(len(forms))]
-    return form.format(shape=thing.shape, colour=thing.colour, place=place_of(cell)), answer
+    return form.format(shape=thing.shape, colour=thing.colour, place=PLACES[cell]), answer
 
 
 def request_split(verb: int, item: int) -> Split:
@@ -130,7 +125,7 @@ def safe_answer(safe_type: int, safe_level: int, answer: str) -> str:
 
 def all_texts(hint_for: HintFor) -> Iterator[str]:
     """Every text the sandbox can hold, slots filled word by word: what a vocabulary must cover."""
-    words = [*COLOURS, *SHAPES, *GLYPHS, *NUMBERS, *ROWS, *COLUMNS, *OBJECTS]
+    words = [*COLOURS, *SHAPES, *GLYPHS, *NUMBERS, *PLACES, *OBJECTS]
     yield from words
     for verbs in (*RISKY_VERBS, *HARMLESS_VERBS):
         yield from verbs

@@ -21,17 +21,9 @@ from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Shares of turns once the curriculum is over; the rest are plain questions.
+# Shares of turns; the rest are plain questions.
 HINTED, TEXT_RISK, TEXT_TWIN = 0.15, 0.13, 0.06
-# The first lessons: (until which part of all steps, kinds of question). One direction of look-up after the other, as
-# each is a circuit of its own: from a shape to its colour, from a shape to its place, from a colour or place to what is
-# there. Taught all at once, only the last was learned. From the last bound on everything is taught.
-CURRICULUM: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (0.14, ("colour", "colours")),
-    (0.245, ("colour", "colours", "place", "places")),
-    (0.37, ("colour", "place", "list", "shape", "list", "at", "sign")),
-)
-# Kinds of plain questions afterwards, the slow ones more often.
+# Kinds of plain questions, the slow ones more often.
 PLAIN_KINDS = ("colour", "place", "place", "shape", "count", "sign", "sign", "sign", "list", "colours", "places", "at")
 
 
@@ -58,11 +50,9 @@ class Lessons:
             if (text := hint_for(kind, level))
         ]
 
-    def draw(self, scene: Scene, count: int, done: float = 1.0) -> list[Turn]:
-        """`count` turns about a scene, once the part `done` (0..1) of all steps is behind."""
-        kinds = next((kinds for until, kinds in CURRICULUM if done < until), None)
-        pairs = (self._plain(scene, kinds) if kinds else self._any(scene) for _ in range(count))
-        return [self._turn(*pair) for pair in pairs]
+    def draw(self, scene: Scene, count: int) -> list[Turn]:
+        """`count` turns about a scene."""
+        return [self._turn(*self._any(scene)) for _ in range(count)]
 
     def _turn(self, asked: str, answer: str) -> Turn:
         return Turn([*self.ids(asked), *self.ids("ASSISTANT:")], [*self.ids(answer), *self.ids("</s>")])
@@ -74,15 +64,15 @@ class Lessons:
             return text_request(rng, "train", int(rng.integers(CLEAN)))
         if share < TEXT_RISK + TEXT_TWIN:
             return text_request(rng, "train", CLEAN)
-        asked, answer = self._plain(scene, PLAIN_KINDS)
+        asked, answer = self._plain(scene)
         if self.hints and share < TEXT_RISK + TEXT_TWIN + HINTED:
             kind, level, hint = self.hints[rng.integers(len(self.hints))]
             return f"{hint} {asked}", safe_answer(kind, level, answer)
         return asked, answer
 
-    def _plain(self, scene: Scene, kinds: tuple[str, ...]) -> tuple[str, str]:
+    def _plain(self, scene: Scene) -> tuple[str, str]:
         while True:
-            pair = question(scene, kinds[self.rng.integers(len(kinds))], self.rng)
+            pair = question(scene, PLAIN_KINDS[self.rng.integers(len(PLAIN_KINDS))], self.rng)
             if pair is not None:
                 return pair
 

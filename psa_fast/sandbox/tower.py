@@ -20,12 +20,11 @@ from psa_fast.sandbox.processor import PATCH
 from psa_fast.sandbox.world import (
     CELL,
     COLOURS,
-    COLUMNS,
     GLYPHS,
     GRID,
     IMAGE_SIZE,
     MARKS,
-    ROWS,
+    PLACES,
     SHAPES,
     Group,
     Scene,
@@ -40,9 +39,9 @@ if TYPE_CHECKING:
 GROUP_SHARES: dict[Group, float] = {"clean": 0.5, "benign_twin": 0.25, "risk": 0.25}
 SIDE = IMAGE_SIZE // PATCH
 # A patch names one word of each line (or none of it): what CLIP's features would tell of a picture.
-CONTENT = (SHAPES, tuple(COLOURS), GLYPHS, MARKS, NUMBERS, ROWS, COLUMNS)
+CONTENT = (SHAPES, tuple(COLOURS), GLYPHS, MARKS, NUMBERS, PLACES)
 # Shapes span four patches and are learned last: at equal weight they stayed at .85 where the rest was at 1.0.
-LINE_WEIGHTS = (4.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+LINE_WEIGHTS = (4.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
 class _WordScores(nn.Module):
@@ -59,9 +58,9 @@ class _WordScores(nn.Module):
 
 
 def content_labels(scene: Scene) -> np.ndarray:
-    """What each patch must name: int64 [36, 7], one index into each line of CONTENT, -1 for none of it."""
+    """What each patch must name: int64 [36, 6], one index into each line of CONTENT, -1 for none of it."""
     labels = np.full((GRID * GRID, len(CONTENT)), -1, dtype=np.int64)
-    labels[:, 5], labels[:, 6] = np.divmod(np.arange(GRID * GRID), GRID)
+    labels[:, 5] = np.arange(GRID * GRID)
     for thing in scene.things:
         labels[thing.cell, :2] = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)
     if scene.sign is not None:

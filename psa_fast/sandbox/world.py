@@ -39,8 +39,8 @@ RISK_GLYPHS = ("flag", "chain", "bolt", "scales", "eye", "mask")
 HARMLESS_GLYPHS = ("house", "tree", "sun", "cup")
 GLYPHS = RISK_GLYPHS + HARMLESS_GLYPHS
 MARKS = ("red", "blue")
-ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "centre", "right")
+# The cells by name, row by row, as on a map: one word each, so that a place is looked up like a colour.
+PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
 
 Group = Literal["clean", "benign_twin", "risk"]
 GROUPS_WITH_PICTURES: tuple[Group, ...] = ("clean", "benign_twin", "risk")
@@ -49,7 +49,7 @@ Split = Literal["train", "dev", "test"]
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured shape in a cell (0 = top left, row by row)."""
+    """A coloured shape in a cell (an index into PLACES)."""
 
     shape: str
     colour: str
