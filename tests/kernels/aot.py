@@ -3,8 +3,8 @@
     python tests/kernels/aot.py                     a table of all kernels in psa_kernels
     python tests/kernels/aot.py --out FILE NAME...  the same of the modules NAME, as JSON lines
 
-Every `Specialization` is compiled twice: as a launch with 16-byte aligned pointers and sizes divisible by 16 compiles it
-(vector loads, asynchronous copies, most shared memory) and as one where nothing is aligned (most registers).
+Every `Specialization` is compiled twice: as a launch with 16-byte aligned pointers and sizes divisible by 16 compiles
+it (vector loads, asynchronous copies, most shared memory) and as one where nothing is aligned (most registers).
 Run it without TRITON_INTERPRET, which would leave nothing to compile.
 """
 
@@ -23,12 +23,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psa_kernels
 import triton
+from psa_kernels.launch import Specialization
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-import psa_kernels
-from psa_kernels.launch import Specialization
 
 # bytes one block may ask for; the 1 KB the system reserves per block is already deducted
 SHARED_MEMORY = {arch: kib * 1024 for arch, kib in {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}.items()}
