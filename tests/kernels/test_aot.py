@@ -1,0 +1,93 @@
+"""Ahead-of-time compilation of every shipped kernel for every architecture, without a GPU."""
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import aot
+import psa_kernels
+
+SPECIALIZATIONS = [
+    pytest.param(name, i, id=f"{name.removeprefix('psa_kernels.')}-{spec.name}")
+    for name in aot.kernel_modules()
+    for i, spec in enumerate(importlib.import_module(name).SPECIALIZATIONS)
+]
+
+
+def compile_in_subprocess(modules: list[str], out: Path) -> list[aot.Compiled]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Triton prints the whole PTX of a kernel that ptxas refuses
+    done = subprocess.run(
+        [sys.executable, aot.__file__, "--out", out, *modules],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [aot.Compiled(**json.loads(line)) for line in out.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return compile_in_subprocess(aot.kernel_modules(), tmp_path_factory.mktemp("aot") / "compiled.jsonl")
+
+
+@pytest.mark.parametrize(("module", "index"), SPECIALIZATIONS)
+def test_compiles_within_the_limits_of_every_architecture(compiled, module, index):
+    mine = [c for c in compiled if (c.module, c.index) == (module, index)]
+    assert len(mine) == 2 * len(importlib.import_module(module).SPECIALIZATIONS[index].archs)
+    faults = [fault for c in mine for fault in c.faults]
+    assert not faults, "\n".join(faults)
+
+
+def test_the_harness_catches_what_it_is_for(tmp_path):
+    compiled = compile_in_subprocess(["faulty_kernels"], tmp_path / "compiled.jsonl")
+    assert all(0 < c.registers <= 255 for c in compiled if not c.error)
+
+    def faults(kernel, aligned=True):
+        return {c.arch: " ".join(c.faults) for c in compiled if c.name.startswith(kernel) and c.aligned == aligned}
+
+    archs = set(aot.SHARED_MEMORY)
+    assert faults("sound") == faults("sound", aligned=False) == dict.fromkeys(archs, "")
+    for aligned in (True, False):
+        spills = faults("spills", aligned)
+        assert set(spills) == archs
+        assert all(f"sm_{arch}" in text and "bytes per thread in local memory" in text for arch, text in spills.items())
+    shared = faults("needs_too_much_shared_memory")
+    assert set(shared) == archs
+    assert all(f"the limit is {aot.SHARED_MEMORY[arch]}" in text for arch, text in shared.items())
+    assert "does not compile" in faults("does_not_compile")[90]
+
+
+def names_in(module) -> tuple[set[str], set[str]]:
+    """Functions a kernel module launches (`kernel[grid](...)`), and its functions under @triton.jit."""
+    nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text())))
+    subscripted = [n.func.value for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+    launched = {n.id for n in subscripted if isinstance(n, ast.Name)}
+    jitted = {
+        n.name
+        for n in nodes
+        if isinstance(n, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in n.decorator_list)
+    }
+    return launched & jitted, jitted
+
+
+@pytest.mark.parametrize("file", sorted(p.stem for p in Path(psa_kernels.__path__[0]).glob("[!_]*.py")))
+def test_every_launched_kernel_is_compiled_ahead_of_time(file):
+    module = importlib.import_module(f"psa_kernels.{file}")
+    launched, jitted = names_in(module)
+    specialized = {spec.kernel.__name__ for spec in getattr(module, "SPECIALIZATIONS", ())}
+    assert not jitted or launched, f"{file} has kernels and launches none of them as kernel[grid](...)"
+    assert launched == specialized
+    for spec in getattr(module, "SPECIALIZATIONS", ()):
+        assert list(spec.signature) == list(spec.kernel.arg_names), spec.name
+        assert {k for k, v in spec.signature.items() if v == "constexpr"} == set(spec.constexprs), spec.name
