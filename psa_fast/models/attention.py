@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from psa_fast.ops import absorbed_attention
+from psa_fast.ops import attention_pool
 
 
 class ConceptAttention(nn.Module):
@@ -37,7 +37,13 @@ class ConceptAttention(nn.Module):
         self, query: Tensor, safety_tokens: Tensor, features: Tensor, features_mask: Tensor | None = None
     ) -> Tensor:
         """query [B, Q, E], safety_tokens [S0, E], features [B, S1, E], features_mask bool [B, S1] -> [B, Q, E]."""
-        pooled = absorbed_attention(
-            query, safety_tokens, features, self.in_proj_weight, self.in_proj_bias, self.num_heads, features_mask
+        pooled = attention_pool(
+            query,
+            features,
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.num_heads,
+            tokens=safety_tokens,
+            features_mask=features_mask,
         )
         return self.out_proj(pooled)

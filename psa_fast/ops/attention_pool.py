@@ -4,151 +4,329 @@
 
 Equal to nn.MultiheadAttention before its out_proj, in value and in every gradient, but X is never projected:
 2 H Q S E multiplications instead of 2 S E^2. b_k adds the same amount to all scores of a row: the softmax cancels it.
+A last Linear before the attention is absorbed in the same way: with X_1 = a W_r^T + b_r, the pool runs over a with
+W_r^T u_h and the offset u_h . b_r, and W_r is applied once to what is pooled.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from psa_fast.ops.backend import Backend
+from psa_fast.ops.concept_pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
+from psa_fast.ops.memory import at_least_fp32, empty_large
 
 
-def absorbed_attention(
+def attention_pool(
     query: Tensor,
-    tokens: Tensor,
     features: Tensor,
     in_proj_weight: Tensor,
     in_proj_bias: Tensor,
     num_heads: int,
+    *,
+    tokens: Tensor | None = None,
     features_mask: Tensor | None = None,
+    feature_bias: Tensor | None = None,
+    activation: Activation | None = None,
+    readout_weight: Tensor | None = None,
+    readout_bias: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Attend from `query` to the rows of `tokens` (shared by the batch) and `features` under one softmax.
 
+    The features are act(features + feature_bias) @ readout_weight.T + readout_bias, each part only where it is given.
+
     Args:
         query: [B, Q, E]. Worth it while Q is small: below about S*E / (E + (H-1)*S), 305 at E=4096, S=640, H=8.
-        tokens: [S0, E], the first keys of every sample; S0 may be 0.
         features: [B, S1, E].
         in_proj_weight: [3E, E], query, key and value projection stacked as in nn.MultiheadAttention.
         in_proj_bias: [3E]; its key part gets a gradient of exactly 0.
         num_heads: H, divides E.
-        features_mask: bool [B, S1], True = take part. A sample with no key at all (S0 = 0, all masked) gives NaN.
+        tokens: [S0, E], keys that precede every sample's features.
+        features_mask: bool [B, S1], True = take part. A sample with no key at all gives NaN.
+        feature_bias: [E].
+        activation: "silu" or None.
+        readout_weight: [E, E], as in nn.Linear.
+        readout_bias: [E]; needs readout_weight.
+        backend: "torch", "triton" (Q * H <= 128) or "auto", see `psa_fast.ops.backend`.
 
     Returns:
         [B, Q, E], the heads' outputs side by side, before out_proj. Computed in the dtype of `features` (the other
         inputs are cast to it), softmax in fp32 at least, whatever autocast says.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or a backend that cannot run here.
     """
+    if query.dim() != 3 or features.dim() != 3:
+        raise ValueError(
+            f"expected query [B, Q, E] and features [B, S1, E], got {tuple(query.shape)} and {tuple(features.shape)}"
+        )
     embed = query.shape[-1]
-    if query.dim() != 3 or tokens.dim() != 2 or features.dim() != 3:
-        raise ValueError(
-            f"expected query [B, Q, E], tokens [S0, E], features [B, S1, E]; "
-            f"got {tuple(query.shape)}, {tuple(tokens.shape)}, {tuple(features.shape)}"
-        )
-    if tokens.shape[1] != embed or features.shape[2] != embed or features.shape[0] != query.shape[0]:
-        raise ValueError(
-            f"batch or width differ: query {tuple(query.shape)}, tokens {tuple(tokens.shape)}, "
-            f"features {tuple(features.shape)}"
-        )
-    if in_proj_weight.shape != (3 * embed, embed) or in_proj_bias.shape != (3 * embed,):
-        raise ValueError(f"in_proj_weight must be [{3 * embed}, {embed}] and in_proj_bias [{3 * embed}]")
+    for name, tensor, shape in (
+        ("features", features, (query.shape[0], features.shape[1], embed)),
+        ("tokens", tokens, (0 if tokens is None else tokens.shape[0], embed)),
+        ("in_proj_weight", in_proj_weight, (3 * embed, embed)),
+        ("in_proj_bias", in_proj_bias, (3 * embed,)),
+        ("feature_bias", feature_bias, (embed,)),
+        ("readout_weight", readout_weight, (embed, embed)),
+        ("readout_bias", readout_bias, (embed,)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} as query is {list(query.shape)}, got {list(tensor.shape)}")
     if num_heads < 1 or embed % num_heads:
         raise ValueError(f"embed_dim {embed} is not divisible by num_heads {num_heads}")
-    if features_mask is not None and (features_mask.shape != features.shape[:2] or features_mask.dtype != torch.bool):
-        raise ValueError(f"features_mask must be bool {tuple(features.shape[:2])}, True = valid")
-    return _AbsorbedAttention.apply(query, tokens, features, in_proj_weight, in_proj_bias, features_mask, num_heads)
+    if readout_bias is not None and readout_weight is None:
+        raise ValueError("readout_bias needs readout_weight")
+    check_features(features, activation, features_mask)
+    return _attention_pool(
+        query,
+        tokens,
+        features,
+        in_proj_weight,
+        in_proj_bias,
+        feature_bias,
+        readout_weight,
+        readout_bias,
+        features_mask,
+        num_heads,
+        activation == "silu",
+        resolve_rows(backend, features, query.shape[1] * num_heads),
+    )[0]
 
 
 def _heads(weight: Tensor, num_heads: int) -> Tensor:
     """[E, E] -> [H, d, E], a view."""
-    return weight.view(num_heads, -1, weight.shape[1])
+    return weight.unflatten(0, (num_heads, -1))
 
 
-class _AbsorbedAttention(torch.autograd.Function):
-    """Hand-written backward: the packed [3E, E] gradient is written once, autograd's chunk would pad and add three."""
-
-    @staticmethod
-    def forward(ctx, query, tokens, features, in_proj_weight, in_proj_bias, features_mask, num_heads):
-        with torch.autocast(features.device.type, enabled=False):
-            dtype = features.dtype
-            b, q, e = query.shape
-            h, d = num_heads, e // num_heads
-            n0, n1 = tokens.shape[0], features.shape[1]
-            x0, w, bias = tokens.to(dtype), in_proj_weight.to(dtype), in_proj_bias.to(dtype)
-            wq, wk, wv = w.reshape(3, e, e).unbind(0)
-
-            qh = torch.addmm(bias[:e], query.to(dtype).reshape(b * q, e), wq.t()).mul_(d**-0.5)  # [BQ, E]
-            qh = qh.view(b * q, h, d).transpose(0, 1)  # [H, BQ, d]
-            u = torch.bmm(qh, _heads(wk, h)).transpose(0, 1).contiguous().view(b, q * h, e)
-            scores = u.new_empty(b, q * h, n0 + n1)
-            s0, s1 = scores.split([n0, n1], dim=2)
-            s0.copy_((u.view(-1, e) @ x0.t()).view_as(s0))
-            s1.copy_(torch.bmm(u, features.transpose(1, 2)))
-            if features_mask is not None:
-                s1.masked_fill_(~features_mask[:, None, :], float("-inf"))
-            p = torch.softmax(scores, dim=-1, dtype=_at_least_fp32(dtype)).to(dtype)
-            p0, p1 = p.split([n0, n1], dim=2)
-            z = torch.bmm(p1, features)
-            z.view(-1, e).addmm_(p0.reshape(b * q * h, n0), x0)
-            zh = z.view(b * q, h, e).transpose(0, 1)  # [H, BQ, E]
-            out = torch.bmm(zh, _heads(wv, h).transpose(1, 2)).transpose(0, 1).reshape(b, q, e)
-            # the Parameter itself is saved, not a cast or a view of it: ZeRO-3 frees its data and gathers it again
-            ctx.save_for_backward(query, tokens, features, in_proj_weight, qh, u, p, z)
-            ctx.num_heads = h
-            return out.add_(bias[2 * e :])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out):
-        query, tokens, features, in_proj_weight, qh, u, p, z = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        h = ctx.num_heads
-        with torch.autocast(features.device.type, enabled=False):
-            dtype = features.dtype
-            b, q, e = query.shape
-            n0, n1 = tokens.shape[0], features.shape[1]
-            x0, w = tokens.to(dtype), in_proj_weight.to(dtype)
-            wq, wk, wv = w.reshape(3, e, e).unbind(0)
-            p0, p1 = p.split([n0, n1], dim=2)
-
-            grad_out = grad_out.to(dtype).reshape(b * q, e)
-            do = grad_out.view(b * q, h, e // h).transpose(0, 1)  # [H, BQ, d]
-            dz = torch.bmm(do, _heads(wv, h)).transpose(0, 1).contiguous().view(b, q * h, e)
-
-            # softmax backward in fp32 at least; a masked key has p = 0, hence ds = 0
-            dp = torch.cat(
-                [(dz.view(-1, e) @ x0.t()).view(b, q * h, n0), torch.bmm(dz, features.transpose(1, 2))], dim=2
-            ).to(_at_least_fp32(dtype))
-            ds = (p * (dp - (p * dp).sum(-1, keepdim=True))).to(dtype)
-            ds0, ds1 = ds.split([n0, n1], dim=2)
-
-            d_tokens = d_features = d_query = d_weight = d_bias = None
-            if need[1]:
-                d_tokens = ds0.reshape(b * q * h, n0).t() @ u.view(-1, e)
-                d_tokens.addmm_(p0.reshape(b * q * h, n0).t(), dz.view(-1, e))
-                d_tokens = d_tokens.to(tokens.dtype)
-            if need[2]:  # one product over 2QH rows writes dX once
-                d_features = torch.bmm(torch.cat([ds1, p1], dim=1).transpose(1, 2), torch.cat([u, dz], dim=1))
-            if need[0] or need[3] or need[4]:
-                du = torch.bmm(ds1, features)
-                du.view(-1, e).addmm_(ds0.reshape(b * q * h, n0), x0)
-                du = du.view(b * q, h, e).transpose(0, 1)  # [H, BQ, E]
-                dq = torch.bmm(du, _heads(wk, h).transpose(1, 2)).transpose(0, 1).reshape(b * q, e)
-                dq.mul_((e // h) ** -0.5)
-                if need[0]:
-                    d_query = (dq @ wq).view(b, q, e).to(query.dtype)
-                if need[3]:
-                    d_weight = w.new_empty(3 * e, e)
-                    torch.mm(dq.t(), query.to(dtype).reshape(b * q, e), out=d_weight[:e])
-                    torch.bmm(qh.transpose(1, 2), du, out=_heads(d_weight[e : 2 * e], h))
-                    zh = z.view(b * q, h, e).transpose(0, 1)
-                    torch.bmm(do.transpose(1, 2), zh, out=_heads(d_weight[2 * e :], h))
-                    d_weight = d_weight.to(in_proj_weight.dtype)
-                if need[4]:
-                    d_bias = torch.cat([dq.sum(0), dq.new_zeros(e), grad_out.sum(0)]).to(in_proj_weight.dtype)
-            return d_query, d_tokens, d_features, d_weight, d_bias, None, None
+@torch.library.custom_op("psa_fast::attention_pool", mutates_args=())
+def _attention_pool(
+    query: Tensor,
+    tokens: Tensor | None,
+    features: Tensor,
+    in_proj_weight: Tensor,
+    in_proj_bias: Tensor,
+    feature_bias: Tensor | None,
+    readout_weight: Tensor | None,
+    readout_bias: Tensor | None,
+    features_mask: Tensor | None,
+    num_heads: int,
+    silu: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Out [B, Q, E]; for backward: projected query [H, BQ, d], token and feature query [B, R, E], all of Pooled."""
+    dtype = features.dtype
+    b, q, e = query.shape
+    h = num_heads
+    with torch.autocast(features.device.type, enabled=False):
+        x0 = features.new_empty(0, e) if tokens is None else tokens.to(dtype)
+        wq, wk, wv = in_proj_weight.to(dtype).reshape(3, e, e).unbind(0)
+        bias = in_proj_bias.to(dtype)
+        projected = torch.addmm(bias[:e], query.to(dtype).reshape(b * q, e), wq.t()).mul_((e // h) ** -0.5)
+        projected = projected.view(b * q, h, e // h).transpose(0, 1).contiguous()
+        token_query = torch.bmm(projected, _heads(wk, h)).transpose(0, 1).contiguous().view(b, q * h, e)
+        feature_query, offset = _absorb(token_query, readout_weight, readout_bias)
+        pooled = pool_forward(
+            x0,
+            features,
+            token_query,
+            feature_query,
+            offset,
+            None if feature_bias is None else feature_bias.to(dtype),
+            silu,
+            features_mask,
+            backend,
+        )
+        z = _read_out(pooled, readout_weight, readout_bias)
+        out = torch.bmm(z.view(b * q, h, e).transpose(0, 1), _heads(wv, h).transpose(1, 2))
+        out = out.transpose(0, 1).contiguous().view(b, q, e).add_(bias[2 * e :])
+        if readout_weight is None:
+            feature_query = feature_query.clone()  # an op's results may not share memory
+        return out, projected, token_query, feature_query, *pooled
 
 
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _absorb(query: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows [B, R, E] seen from before the readout: query W_r [B, R, E], and the offset query . b_r [B, R]."""
+    if weight is None:
+        return query, None
+    absorbed = (query.view(-1, query.shape[-1]) @ weight.to(query.dtype)).view_as(query)
+    return absorbed, None if bias is None else query @ bias.to(query.dtype)
+
+
+def _read_out(pooled: Pooled, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What every row pools of tokens and of features after the readout: [B, R, E]."""
+    if weight is None:
+        return pooled.token_sum + pooled.feature_sum
+    dtype, e = pooled.feature_sum.dtype, pooled.feature_sum.shape[-1]
+    z = torch.addmm(pooled.token_sum.view(-1, e), pooled.feature_sum.view(-1, e), weight.to(dtype).t())
+    z = z.view_as(pooled.token_sum)
+    return z if bias is None else z.addcmul_(pooled.mass.to(dtype).unsqueeze(-1), bias.to(dtype))
+
+
+@_attention_pool.register_fake
+def _(query, tokens, features, *rest):
+    num_heads = rest[6]
+    b, q, e = query.shape
+    r, keys, wide = q * num_heads, features.shape[1], at_least_fp32(features.dtype)
+    keys = keys if tokens is None else keys + tokens.shape[0]
+    per_row = [features.new_empty(b, r, e) for _ in range(4)]
+    return (
+        features.new_empty(b, q, e),
+        features.new_empty(num_heads, b * q, e // num_heads),
+        *per_row,
+        features.new_empty(b, r, dtype=wide),
+        features.new_empty(b, r, keys, dtype=wide),
+        features.new_empty(b, r, dtype=wide),
+    )
+
+
+@torch.library.custom_op("psa_fast::attention_pool_backward", mutates_args=())
+def _attention_pool_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    tokens: Tensor | None,
+    features: Tensor,
+    in_proj_weight: Tensor,
+    feature_bias: Tensor | None,
+    readout_weight: Tensor | None,
+    readout_bias: Tensor | None,
+    num_heads: int,
+    silu: bool,
+    backend: str,
+    needs: list[bool],
+    projected: Tensor,
+    token_query: Tensor,
+    feature_query: Tensor,
+    token_sum: Tensor,
+    feature_sum: Tensor,
+    mass: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, tokens, features, in_proj_weight, in_proj_bias, feature_bias, readout_weight, readout_bias.
+
+    An empty tensor stands for a gradient that `needs` does not ask for.
+    """
+    dtype = features.dtype
+    b, q, e = query.shape
+    h, r, rows = num_heads, q * num_heads, b * q * num_heads
+    with torch.autocast(features.device.type, enabled=False):
+        pooled = Pooled(token_sum, feature_sum, mass, scores, lse)
+        x0 = features.new_empty(0, e) if tokens is None else tokens.to(dtype)
+        w = in_proj_weight.to(dtype)
+        wq, wk, wv = w.reshape(3, e, e).unbind(0)
+        readout = None if readout_weight is None else readout_weight.to(dtype)
+
+        grad_out = grad_out.to(dtype).reshape(b * q, e)
+        head_grad = grad_out.view(b * q, h, e // h).transpose(0, 1)  # [H, BQ, d]
+        dz = torch.bmm(head_grad, _heads(wv, h)).transpose(0, 1).contiguous().view(b, r, e)
+        feature_dz, mass_grad = _absorb(dz, readout, readout_bias)
+        grads = pool_backward(
+            dz,
+            feature_dz,
+            mass.new_zeros(b, r) if mass_grad is None else mass_grad.to(mass.dtype),
+            x0,
+            features,
+            token_query,
+            feature_query,
+            None if feature_bias is None else feature_bias.to(dtype),
+            silu,
+            pooled,
+            backend,
+        )
+        du = grads.token_query
+        offset_grad = grads.feature_offset.to(dtype)
+        if readout is None:
+            du = du + grads.feature_query
+        else:
+            du = torch.addmm(du.view(rows, e), grads.feature_query.view(rows, e), readout.t()).view(b, r, e)
+        if readout_bias is not None:
+            du.addcmul_(offset_grad.unsqueeze(-1), readout_bias.to(dtype))
+        du = du.view(b * q, h, e).transpose(0, 1)  # [H, BQ, E]
+        dq = torch.bmm(du, _heads(wk, h).transpose(1, 2)).transpose(0, 1).reshape(b * q, e)
+        dq.mul_((e // h) ** -0.5)
+
+        query_grad, weight_grad, bias_grad, readout_grad, readout_bias_grad = (w.new_empty(0) for _ in range(5))
+        if needs[0]:
+            query_grad = (dq @ wq).view(b, q, e)
+        if needs[1]:
+            weight_grad = empty_large((3 * e, e), w)
+            torch.mm(dq.t(), query.to(dtype).reshape(b * q, e), out=weight_grad[:e])
+            torch.bmm(projected.transpose(1, 2), du, out=_heads(weight_grad[e : 2 * e], h))
+            z = _read_out(pooled, readout, readout_bias).view(b * q, h, e).transpose(0, 1)
+            torch.bmm(head_grad.transpose(1, 2), z, out=_heads(weight_grad[2 * e :], h))
+        if needs[2]:
+            bias_grad = torch.cat([dq.sum(0), dq.new_zeros(e), grad_out.sum(0)])
+        if readout is not None and needs[3]:
+            left = torch.cat([dz.view(rows, e), token_query.view(rows, e)])
+            right = torch.cat([feature_sum.view(rows, e), grads.feature_query.view(rows, e)])
+            readout_grad = torch.mm(left.t(), right, out=empty_large((e, e), w))
+        if readout_bias is not None and needs[4]:
+            readout_bias_grad = torch.mv(dz.view(rows, e).t(), mass.to(dtype).view(rows))
+            readout_bias_grad.addmv_(token_query.view(rows, e).t(), offset_grad.view(rows))
+        return (
+            query_grad,
+            grads.tokens,
+            grads.features,
+            weight_grad,
+            bias_grad,
+            w.new_empty(0) if grads.feature_bias is None else grads.feature_bias,
+            readout_grad,
+            readout_bias_grad,
+        )
+
+
+@_attention_pool_backward.register_fake
+def _(grad_out, query, tokens, features, in_proj_weight, feature_bias, readout_weight, readout_bias, *rest):
+    needs, e = rest[3], query.shape[-1]
+    new = features.new_empty
+    return (
+        new(query.shape if needs[0] else 0),
+        new((0, e) if tokens is None else tokens.shape),
+        new(features.shape),
+        new(in_proj_weight.shape if needs[1] else 0),
+        new(3 * e if needs[2] else 0),
+        new(0) if feature_bias is None else new(e, dtype=at_least_fp32(features.dtype)),
+        new(0 if readout_weight is None or not needs[3] else readout_weight.shape),
+        new(0 if readout_bias is None or not needs[4] else e),
+    )
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, _, num_heads, silu, backend = inputs
+    query, tokens, features, in_proj_weight, _, feature_bias, readout_weight, readout_bias = tensors
+    # the Parameters themselves are saved, not casts or views of them: ZeRO-3 frees their data and gathers it again
+    ctx.save_for_backward(
+        query, tokens, features, in_proj_weight, feature_bias, readout_weight, readout_bias, *output[1:]
+    )
+    ctx.options = num_heads, silu, backend
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
+def _backward(ctx, grad_out, *unused):
+    query, tokens, features, in_proj_weight, feature_bias, readout_weight, readout_bias, *saved = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 3, 4, 6, 7)]
+    grads = _attention_pool_backward(
+        grad_out,
+        query,
+        tokens,
+        features,
+        in_proj_weight,
+        feature_bias,
+        readout_weight,
+        readout_bias,
+        *ctx.options,
+        wanted,
+        *saved,
+    )
+    found = (
+        grad.to(dtype) if dtype is not None and needed else None
+        for grad, dtype, needed in zip(grads, ctx.dtypes, ctx.needs_input_grad, strict=False)
+    )
+    return (*found, None, None, None, None)
+
+
+_attention_pool.register_autograd(_backward, setup_context=_setup_context)

@@ -1,10 +1,14 @@
-"""absorbed_attention against nn.MultiheadAttention in fp64, and its edge cases."""
+"""attention_pool against nn.MultiheadAttention in fp64, and its edge cases."""
 
 import pytest
 import torch
 from torch import nn
 
-from psa_fast.ops import absorbed_attention
+from psa_fast.ops import attention_pool
+
+
+def pool(query, tokens, features, weight, bias, heads, mask=None):
+    return attention_pool(query, features, weight, bias, heads, tokens=tokens, features_mask=mask)
 
 
 def official(query, tokens, features, mha, mask=None):
@@ -16,10 +20,7 @@ def official(query, tokens, features, mha, mask=None):
 
 
 def ours(query, tokens, features, mha, mask=None):
-    pooled = absorbed_attention(
-        query, tokens, features, mha.in_proj_weight, mha.in_proj_bias, mha.num_heads, features_mask=mask
-    )
-    return mha.out_proj(pooled)
+    return mha.out_proj(pool(query, tokens, features, mha.in_proj_weight, mha.in_proj_bias, mha.num_heads, mask))
 
 
 def draw(b=3, q=2, s0=5, s1=7, e=12, heads=3, dtype=torch.float64):
@@ -60,7 +61,7 @@ def test_gradcheck_with_mask_and_autocast_on():
     mask = torch.tensor([[True, False, True, True], [True, True, False, False]])
     args = (*inputs, mha.in_proj_weight, mha.in_proj_bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.autograd.gradcheck(lambda *a: absorbed_attention(*a, 2, mask), args)
+        assert torch.autograd.gradcheck(lambda *a: pool(*a, 2, mask), args)
 
 
 def test_a_fully_masked_sample_sees_the_tokens_only():
@@ -125,10 +126,10 @@ def test_shapes_that_do_not_fit_are_refused():
     mha, (query, tokens, features) = draw()
     w, bias = mha.in_proj_weight, mha.in_proj_bias
     with pytest.raises(ValueError, match="divisible"):
-        absorbed_attention(query, tokens, features, w, bias, 5)
-    with pytest.raises(ValueError, match="batch or width"):
-        absorbed_attention(query[:1], tokens, features, w, bias, 3)
+        pool(query, tokens, features, w, bias, 5)
+    with pytest.raises(ValueError, match="features must be"):
+        pool(query[:1], tokens, features, w, bias, 3)
     with pytest.raises(ValueError, match="features_mask"):
-        absorbed_attention(query, tokens, features, w, bias, 3, torch.ones(3, 7))
+        pool(query, tokens, features, w, bias, 3, torch.ones(3, 7))
     with pytest.raises(ValueError, match="in_proj_weight"):
-        absorbed_attention(query, tokens, features, w[:12], bias, 3)
+        pool(query, tokens, features, w[:12], bias, 3)

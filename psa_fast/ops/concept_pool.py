@@ -1,0 +1,409 @@
+"""The two-segment attention pool: shared tokens and per-sample features under one softmax.
+
+x = act(features + bias)    s = [token_query . tokens ; feature_query . x + feature_offset]    p = softmax(s)
+token_sum = p_0 tokens      feature_sum = p_1 x      mass = sum(p_1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from psa_fast.ops.backend import Backend, resolve
+from psa_fast.ops.memory import at_least_fp32, empty_large
+
+Activation = Literal["silu"]
+
+# elements of a chunk of features on the CPU: 16 MB in fp32, so that its second reading comes from the cache
+_CHUNK_ELEMENTS = 1 << 22
+
+
+class ConceptPool(NamedTuple):
+    """token_sum [B, R, E] and feature_sum [B, R, E], the weighted sums; mass [B, R], the features' share of p."""
+
+    token_sum: Tensor
+    feature_sum: Tensor
+    mass: Tensor
+
+
+def concept_pool(
+    tokens: Tensor,
+    features: Tensor,
+    token_query: Tensor,
+    feature_query: Tensor,
+    feature_offset: Tensor | None = None,
+    *,
+    feature_bias: Tensor | None = None,
+    activation: Activation | None = None,
+    features_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> ConceptPool:
+    """Pool the rows of two segments with the weights of one softmax.
+
+    Args:
+        tokens: [S0, E], the first keys of every sample, never copied; S0 may be 0.
+        features: [B, S1, E].
+        token_query: [B, R, E], what a row (a query's head) looks for among the tokens, scale included.
+        feature_query: [B, R, E], the same among the features.
+        feature_offset: [B, R], added to a row's scores of all features.
+        feature_bias: [E], added to the features before the activation.
+        activation: "silu" or None.
+        features_mask: bool [B, S1], True = take part. A sample with no key at all gives NaN.
+        backend: "torch", "triton" (up to 128 rows) or "auto", see `psa_fast.ops.backend`.
+
+    Returns:
+        ConceptPool in the dtype of `features` (mass: fp32 at least). The other inputs are cast to that dtype; softmax
+        and sums are fp32 at least, whatever autocast says.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a backend that cannot run here.
+    """
+    if tokens.dim() != 2 or features.dim() != 3 or token_query.dim() != 3:
+        raise ValueError(
+            f"expected tokens [S0, E], features [B, S1, E], queries [B, R, E]; "
+            f"got {tuple(tokens.shape)}, {tuple(features.shape)}, {tuple(token_query.shape)}"
+        )
+    rows = (features.shape[0], token_query.shape[1])
+    for name, tensor, shape in (
+        ("tokens", tokens, (tokens.shape[0], features.shape[2])),
+        ("token_query", token_query, (*rows, features.shape[2])),
+        ("feature_query", feature_query, (*rows, features.shape[2])),
+        ("feature_offset", feature_offset, rows),
+        ("feature_bias", feature_bias, features.shape[2:]),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    check_features(features, activation, features_mask)
+    out = _concept_pool(
+        tokens,
+        features,
+        token_query,
+        feature_query,
+        feature_offset,
+        feature_bias,
+        activation == "silu",
+        features_mask,
+        resolve_rows(backend, features, rows[1]),
+    )
+    return ConceptPool(*out[:3])
+
+
+def check_features(features: Tensor, activation: str | None, features_mask: Tensor | None) -> None:
+    """Raise ValueError for an unknown activation or a mask that does not fit."""
+    if activation not in (None, "silu"):
+        raise ValueError(f'activation must be "silu" or None, got {activation!r}')
+    if features_mask is not None and (features_mask.shape != features.shape[:2] or features_mask.dtype != torch.bool):
+        raise ValueError(f"features_mask must be bool {list(features.shape[:2])}, True = valid")
+
+
+def resolve_rows(backend: Backend, features: Tensor, rows: int) -> Literal["torch", "triton"]:
+    """The implementation for `rows` rows a sample; the kernels hold up to 128 of them at once."""
+    choice = resolve(backend, features)
+    if choice == "triton" and rows > 128:
+        if backend == "triton":
+            raise ValueError(f'backend="triton" pools at most 128 rows (queries x heads) a sample, got {rows}')
+        return "torch"
+    return choice
+
+
+class Pooled(NamedTuple):
+    """A ConceptPool with what backward needs: scores [B, R, S0 + S1] and lse [B, R], fp32 at least."""
+
+    token_sum: Tensor
+    feature_sum: Tensor
+    mass: Tensor
+    scores: Tensor
+    lse: Tensor
+
+
+class PoolGrads(NamedTuple):
+    """Gradients of tokens, features, token_query, feature_query, feature_offset and feature_bias (None without)."""
+
+    tokens: Tensor
+    features: Tensor
+    token_query: Tensor
+    feature_query: Tensor
+    feature_offset: Tensor
+    feature_bias: Tensor | None
+
+
+def pool_forward(
+    tokens: Tensor,
+    features: Tensor,
+    token_query: Tensor,
+    feature_query: Tensor,
+    feature_offset: Tensor | None,
+    feature_bias: Tensor | None,
+    silu: bool,
+    features_mask: Tensor | None,
+    backend: str,
+) -> Pooled:
+    """The forward of either implementation; all inputs in the dtype of the features, autocast off."""
+    if backend == "triton" and features.numel():
+        from psa_kernels import concept_pool as kernels
+
+        return Pooled(
+            *kernels.pool_forward(
+                _rows(tokens),
+                _rows(features),
+                token_query.contiguous(),
+                feature_query.contiguous(),
+                None if feature_offset is None else feature_offset.contiguous().to(at_least_fp32(features.dtype)),
+                None if feature_bias is None else feature_bias.contiguous(),
+                silu,
+                None if features_mask is None else features_mask.contiguous(),
+                _precision(features),
+            )
+        )
+    b, s1, e = features.shape
+    s0, r = tokens.shape[0], token_query.shape[1]
+    wide = at_least_fp32(features.dtype)
+    out = Pooled(
+        features.new_empty(b, r, e),
+        features.new_empty(b, r, e),
+        features.new_empty(b, r, dtype=wide),
+        features.new_empty(b, r, s0 + s1, dtype=wide),
+        features.new_empty(b, r, dtype=wide),
+    )
+    out.scores[..., :s0] = (token_query.reshape(b * r, e) @ tokens.t()).view(b, r, s0)
+    for part, x in _activated(features, feature_bias, silu):
+        scores = out.scores[part]
+        scores[..., s0:] = torch.bmm(feature_query[part], x.transpose(1, 2))
+        if feature_offset is not None:
+            scores[..., s0:] += feature_offset[part].unsqueeze(-1)
+        if features_mask is not None:
+            scores[..., s0:].masked_fill_(~features_mask[part].unsqueeze(1), float("-inf"))
+        torch.logsumexp(scores, -1, out=out.lse[part])
+        p = torch.exp(scores - out.lse[part].unsqueeze(-1))
+        torch.sum(p[..., s0:], -1, out=out.mass[part])
+        low = p.to(features.dtype)
+        torch.bmm(low[..., s0:], x, out=out.feature_sum[part])
+        out.token_sum[part] = low[..., :s0] @ tokens
+    return out
+
+
+def pool_backward(
+    token_sum_grad: Tensor,
+    feature_sum_grad: Tensor,
+    mass_grad: Tensor,
+    tokens: Tensor,
+    features: Tensor,
+    token_query: Tensor,
+    feature_query: Tensor,
+    feature_bias: Tensor | None,
+    silu: bool,
+    pooled: Pooled,
+    backend: str,
+) -> PoolGrads:
+    """The backward of either implementation; gradients of the sums in the dtype of the features."""
+    if backend == "triton" and features.numel():
+        from psa_kernels import concept_pool as kernels
+
+        return PoolGrads(
+            *kernels.pool_backward(
+                token_sum_grad.contiguous(),
+                feature_sum_grad.contiguous(),
+                mass_grad.contiguous(),
+                _rows(tokens),
+                _rows(features),
+                token_query.contiguous(),
+                feature_query.contiguous(),
+                None if feature_bias is None else feature_bias.contiguous(),
+                silu,
+                kernels.Pooled(*pooled),
+                _precision(features),
+            )
+        )
+    b, s1, e = features.shape
+    s0, r = tokens.shape[0], token_query.shape[1]
+    wide = at_least_fp32(features.dtype)
+    features_grad = empty_large((b, s1, e), features)
+    feature_query_grad = features.new_empty(b, r, e)
+    low_p = features.new_empty(b, r, s0 + s1)
+    low_ds = torch.empty_like(low_p)
+    scores_grad = features.new_empty(b, r, s0 + s1, dtype=wide)
+    scores_grad[..., :s0] = (token_sum_grad.reshape(b * r, e) @ tokens.t()).view(b, r, s0)
+    bias_grad = None if feature_bias is None else features.new_zeros(e, dtype=wide)
+    offset_grad = features.new_empty(b, r, dtype=wide)
+    for part, x in _activated(features, feature_bias, silu):
+        grad = scores_grad[part]
+        grad[..., s0:] = torch.bmm(feature_sum_grad[part], x.transpose(1, 2))
+        grad[..., s0:] += mass_grad[part].unsqueeze(-1)
+        # softmax backward; a masked key has p = 0, hence ds = 0
+        p = torch.exp(pooled.scores[part] - pooled.lse[part].unsqueeze(-1))
+        ds = p * (grad - (p * grad).sum(-1, keepdim=True))
+        torch.sum(ds[..., s0:], -1, out=offset_grad[part])
+        low_p[part], low_ds[part] = p, ds
+        torch.bmm(low_ds[part][..., s0:], x, out=feature_query_grad[part])
+        # one product over 2R rows writes the features' gradient once
+        weights = torch.cat([low_ds[part][..., s0:], low_p[part][..., s0:]], dim=1).transpose(1, 2)
+        x_grad = features_grad[part]
+        torch.bmm(weights, torch.cat([feature_query[part], feature_sum_grad[part]], dim=1), out=x_grad)
+        if silu:
+            before = features[part] if feature_bias is None else torch.add(features[part], feature_bias, out=x)
+            torch.ops.aten.silu_backward.grad_input(x_grad, before, grad_input=x_grad)
+        if bias_grad is not None:
+            bias_grad += x_grad.sum((0, 1), dtype=wide)
+    ds0, p0 = low_ds[..., :s0].reshape(b * r, s0), low_p[..., :s0].reshape(b * r, s0)
+    tokens_grad = ds0.t() @ token_query.reshape(b * r, e)
+    tokens_grad.addmm_(p0.t(), token_sum_grad.reshape(b * r, e))
+    return PoolGrads(
+        tokens_grad,
+        features_grad,
+        (ds0 @ tokens).view(b, r, e),
+        feature_query_grad,
+        offset_grad,
+        bias_grad,
+    )
+
+
+def _activated(features: Tensor, bias: Tensor | None, silu: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Samples in chunks, with act(features + bias) of each; on the CPU in one buffer that stays in the cache."""
+    b, s1, e = features.shape
+    step = max(b, 1) if features.device.type != "cpu" else max(1, _CHUNK_ELEMENTS // max(1, s1 * e))
+    plain = bias is None and not silu
+    buffer = None if plain else features.new_empty(min(step, b), s1, e)
+    for start in range(0, b, step):
+        part = slice(start, min(start + step, b))
+        x = features[part]
+        if buffer is not None:
+            out = buffer[: x.shape[0]]
+            if bias is not None:
+                x = torch.add(x, bias, out=out)
+            if silu:
+                x = torch.ops.aten.silu.out(x, out=out)
+        yield part, x
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With channels of stride 1, as the kernels read them."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _precision(tensor: Tensor) -> str:
+    return "tf32" if tensor.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@torch.library.custom_op("psa_fast::concept_pool", mutates_args=())
+def _concept_pool(
+    tokens: Tensor,
+    features: Tensor,
+    token_query: Tensor,
+    feature_query: Tensor,
+    feature_offset: Tensor | None,
+    feature_bias: Tensor | None,
+    silu: bool,
+    features_mask: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(features.device.type, enabled=False):
+        cast = _caster(features.dtype)
+        return tuple(
+            pool_forward(
+                cast(tokens),
+                features,
+                cast(token_query),
+                cast(feature_query),
+                cast(feature_offset),
+                cast(feature_bias),
+                silu,
+                features_mask,
+                backend,
+            )
+        )  # type: ignore[return-value]
+
+
+@_concept_pool.register_fake
+def _(tokens, features, token_query, feature_query, feature_offset, feature_bias, silu, features_mask, backend):
+    b, s1, e = features.shape
+    r, keys, wide = token_query.shape[1], tokens.shape[0] + s1, at_least_fp32(features.dtype)
+    sums = features.new_empty(b, r, e)
+    rows = features.new_empty(b, r, dtype=wide)
+    return sums, torch.empty_like(sums), rows, features.new_empty(b, r, keys, dtype=wide), torch.empty_like(rows)
+
+
+@torch.library.custom_op("psa_fast::concept_pool_backward", mutates_args=())
+def _concept_pool_backward(
+    token_sum_grad: Tensor,
+    feature_sum_grad: Tensor,
+    mass_grad: Tensor,
+    tokens: Tensor,
+    features: Tensor,
+    token_query: Tensor,
+    feature_query: Tensor,
+    feature_bias: Tensor | None,
+    silu: bool,
+    token_sum: Tensor,
+    feature_sum: Tensor,
+    mass: Tensor,
+    scores: Tensor,
+    lse: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(features.device.type, enabled=False):
+        cast = _caster(features.dtype)
+        grads = pool_backward(
+            token_sum_grad.to(features.dtype),
+            feature_sum_grad.to(features.dtype),
+            mass_grad.to(scores.dtype),
+            cast(tokens),
+            features,
+            cast(token_query),
+            cast(feature_query),
+            cast(feature_bias),
+            silu,
+            Pooled(token_sum, feature_sum, mass, scores, lse),
+            backend,
+        )
+        bias_grad = features.new_empty(0, dtype=scores.dtype) if grads.feature_bias is None else grads.feature_bias
+        return (*grads[:5], bias_grad)
+
+
+@_concept_pool_backward.register_fake
+def _(token_sum_grad, feature_sum_grad, mass_grad, tokens, features, token_query, feature_query, feature_bias, *rest):
+    scores = rest[4]
+    sums = features.new_empty(token_query.shape)
+    return (
+        features.new_empty(tokens.shape),
+        features.new_empty(features.shape),
+        sums,
+        torch.empty_like(sums),
+        features.new_empty(token_query.shape[:2], dtype=scores.dtype),
+        features.new_empty(0 if feature_bias is None else features.shape[2], dtype=scores.dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    tokens, features, token_query, feature_query, feature_offset, feature_bias, silu, _, backend = inputs
+    ctx.save_for_backward(tokens, features, token_query, feature_query, feature_offset, feature_bias, *output)
+    ctx.silu, ctx.backend = silu, backend
+
+
+def _backward(ctx, token_sum_grad, feature_sum_grad, mass_grad, *unused):
+    tokens, features, token_query, feature_query, feature_offset, feature_bias, *saved = ctx.saved_tensors
+    grads = _concept_pool_backward(
+        token_sum_grad,
+        feature_sum_grad,
+        mass_grad,
+        tokens,
+        features,
+        token_query,
+        feature_query,
+        feature_bias,
+        ctx.silu,
+        *saved,
+        ctx.backend,
+    )
+    inputs = (tokens, features, token_query, feature_query, feature_offset, feature_bias)
+    found = (None if x is None else g.to(x.dtype) for x, g in zip(inputs, grads, strict=True))
+    return (*found, None, None, None)
+
+
+_concept_pool.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _caster(dtype: torch.dtype) -> Callable[[Tensor | None], Any]:
+    return lambda tensor: None if tensor is None else tensor.to(dtype)
