@@ -21,8 +21,6 @@ from torch import Tensor
 
 from psa_kernels.launch import Specialization, next_power_of_2
 
-MAX_ROWS = 128
-
 
 @dataclass(frozen=True)
 class PoolConfig:
@@ -37,14 +35,17 @@ class PoolConfig:
     num_stages: int = 3
 
 
-DEFAULT = PoolConfig()
+FEW_ROWS = PoolConfig()
+MANY_ROWS = PoolConfig(pool_keys=16, num_warps=8)
 # exact fp32 products are not tensor core instructions: larger tiles would spill
 FP32 = PoolConfig(score_keys=16, score_channels=32, pool_keys=16, pool_channels=32, num_stages=2)
 
 
-def default_config(dtype: torch.dtype) -> PoolConfig:
-    """The tile sizes for features of a dtype."""
-    return DEFAULT if dtype.itemsize == 2 else FP32
+def default_config(bytes_per_element: int, rows: int) -> PoolConfig:
+    """The configuration for a width of element and a number of rows."""
+    if bytes_per_element > 2:
+        return FP32
+    return FEW_ROWS if rows <= 16 else MANY_ROWS
 
 
 class Pooled(NamedTuple):
@@ -325,7 +326,7 @@ def pool_forward(
     tokens [S0, E], features [B, S1, E], queries [B, R, E] of one dtype; feature_offset [B, R], bias [E], mask bool
     [B, S1]. The channel stride of tokens and features is 1, queries are contiguous. B, E and S0 + S1 are at least 1.
     """
-    config = config or default_config(features.dtype)
+    config = config or default_config(features.element_size(), token_query.shape[1])
     batch, s1, channels = features.shape
     s0, rows = tokens.shape[0], token_query.shape[1]
     acc = _accumulator(features.dtype)
@@ -371,7 +372,7 @@ def pool_backward(
 
     token_sum_grad and feature_sum_grad [B, R, E] contiguous in the features' dtype, mass_grad [B, R] contiguous.
     """
-    config = config or default_config(features.dtype)
+    config = config or default_config(features.element_size(), token_query.shape[1])
     batch, s1, channels = features.shape
     s0, rows = tokens.shape[0], token_query.shape[1]
     acc = pooled.scores.dtype
@@ -451,47 +452,56 @@ def _triton_type(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+# element type, rows, and whether all that is optional is on, as in the concept bottleneck
+_SHIPPED = (
+    ("bf16", 16, True),
+    ("bf16", 16, False),
+    ("bf16", 32, True),
+    ("fp16", 16, True),
+    ("fp32", 16, True),
+    ("fp32", 16, False),
+)
+
+
 def _specializations() -> tuple[Specialization, ...]:
-    """Every element type, with all that is optional on (as in the concept bottleneck) and with none of it."""
     found = []
-    for element in ("bf16", "fp16", "fp32"):
-        c = FP32 if element == "fp32" else DEFAULT
+    for element, rows, full in _SHIPPED:
+        c = default_config(4 if element == "fp32" else 2, rows)
         x, acc, i = f"*{element}", "*fp32", "i32"
-        for full in (True, False):
-            flags = {"SILU": full, "HAS_BIAS": full}
-            shared = {"BLOCK_R": 16, "ACC": tl.float32, "PRECISION": "ieee"}
-            optional = x if full else "constexpr"
-            strides = dict.fromkeys(("token_stride", "sample_stride", "feature_stride"), i)
-            sizes = dict.fromkeys(("s0", "s1", "rows", "channels"), i) | strides
-            for backward in (False, True):
-                saved = x if backward else "constexpr"
-                pointers = {
-                    "tokens_ptr": x, "features_ptr": x, "bias_ptr": optional, "token_query_ptr": x,
-                    "feature_query_ptr": x, "offset_ptr": acc if full or backward else "constexpr",
-                    "mask_ptr": "*i1" if full and not backward else "constexpr",
-                    "token_sum_ptr": saved, "feature_sum_ptr": saved, "mass_ptr": acc if backward else "constexpr",
-                    "out_ptr": acc, "delta_ptr": acc if backward else "constexpr",
-                }  # fmt: skip
-                own = {
-                    "HAS_OFFSET": full or backward, "HAS_MASK": full and not backward, "WITH_DELTA": backward,
-                    "BLOCK_S": c.score_keys, "BLOCK_E": c.score_channels,
-                }  # fmt: skip
-                signature = pointers | {"batch": i, "token_blocks": i} | sizes
-                found.append(_specialization(scores, signature, flags | own | shared, c))
+        flags = {"SILU": full, "HAS_BIAS": full}
+        shared = {"BLOCK_R": _row_block(rows), "ACC": tl.float32, "PRECISION": "ieee"}
+        optional = x if full else "constexpr"
+        strides = dict.fromkeys(("token_stride", "sample_stride", "feature_stride"), i)
+        sizes = dict.fromkeys(("s0", "s1", "rows", "channels"), i) | strides
+        for backward in (False, True):
+            saved = x if backward else "constexpr"
             pointers = {
-                "tokens_ptr": x, "features_ptr": x, "bias_ptr": optional, "scores_ptr": acc, "token_sum_ptr": x,
-                "feature_sum_ptr": x, "mass_ptr": acc, "lse_ptr": acc,
+                "tokens_ptr": x, "features_ptr": x, "bias_ptr": optional, "token_query_ptr": x,
+                "feature_query_ptr": x, "offset_ptr": acc if full or backward else "constexpr",
+                "mask_ptr": "*i1" if full and not backward else "constexpr",
+                "token_sum_ptr": saved, "feature_sum_ptr": saved, "mass_ptr": acc if backward else "constexpr",
+                "out_ptr": acc, "delta_ptr": acc if backward else "constexpr",
             }  # fmt: skip
-            own = {"BLOCK_S": c.pool_keys, "BLOCK_E": c.pool_channels}
-            statistics = {"BLOCK_N": c.statistics_keys}
-            found.append(_specialization(pool, pointers | sizes, flags | own | statistics | shared, c))
-            pointers = {
-                "tokens_ptr": x, "features_ptr": x, "bias_ptr": optional, "feature_query_ptr": x,
-                "feature_sum_grad_ptr": x, "scores_ptr": acc, "scores_grad_ptr": acc, "lse_ptr": acc, "delta_ptr": acc,
-                "features_grad_ptr": x, "token_query_grad_ptr": x, "feature_query_grad_ptr": x, "offset_grad_ptr": acc,
-                "bias_grad_ptr": acc if full else "constexpr", "token_p_ptr": x, "token_ds_ptr": x, "batch": i,
+            own = {
+                "HAS_OFFSET": full or backward, "HAS_MASK": full and not backward, "WITH_DELTA": backward,
+                "BLOCK_S": c.score_keys, "BLOCK_E": c.score_channels,
             }  # fmt: skip
-            found.append(_specialization(pool_grad, pointers | sizes, flags | own | shared, c))
+            signature = pointers | {"batch": i, "token_blocks": i} | sizes
+            found.append(_specialization(scores, signature, flags | own | shared, c))
+        pointers = {
+            "tokens_ptr": x, "features_ptr": x, "bias_ptr": optional, "scores_ptr": acc, "token_sum_ptr": x,
+            "feature_sum_ptr": x, "mass_ptr": acc, "lse_ptr": acc,
+        }  # fmt: skip
+        own = {"BLOCK_S": c.pool_keys, "BLOCK_E": c.pool_channels}
+        statistics = {"BLOCK_N": c.statistics_keys}
+        found.append(_specialization(pool, pointers | sizes, flags | own | statistics | shared, c))
+        pointers = {
+            "tokens_ptr": x, "features_ptr": x, "bias_ptr": optional, "feature_query_ptr": x,
+            "feature_sum_grad_ptr": x, "scores_ptr": acc, "scores_grad_ptr": acc, "lse_ptr": acc, "delta_ptr": acc,
+            "features_grad_ptr": x, "token_query_grad_ptr": x, "feature_query_grad_ptr": x, "offset_grad_ptr": acc,
+            "bias_grad_ptr": acc if full else "constexpr", "token_p_ptr": x, "token_ds_ptr": x, "batch": i,
+        }  # fmt: skip
+        found.append(_specialization(pool_grad, pointers | sizes, flags | own | shared, c))
     return tuple(found)
 
 

@@ -51,7 +51,7 @@ def attention_pool(
         activation: "silu" or None.
         readout_weight: [E, E], as in nn.Linear.
         readout_bias: [E]; needs readout_weight.
-        backend: "torch", "triton" (Q * H <= 128) or "auto", see `psa_fast.ops.backend`.
+        backend: "torch", "triton" (Q * H up to 32, 16 in fp32) or "auto", see `psa_fast.ops.backend`.
 
     Returns:
         [B, Q, E], the heads' outputs side by side, before out_proj. Computed in the dtype of `features` (the other

@@ -52,7 +52,7 @@ def concept_pool(
         feature_bias: [E], added to the features before the activation.
         activation: "silu" or None.
         features_mask: bool [B, S1], True = take part. A sample with no key at all gives NaN.
-        backend: "torch", "triton" (up to 128 rows) or "auto", see `psa_fast.ops.backend`.
+        backend: "torch", "triton" (up to 32 rows, 16 in fp32) or "auto", see `psa_fast.ops.backend`.
 
     Returns:
         ConceptPool in the dtype of `features` (mass: fp32 at least). The other inputs are cast to that dtype; softmax
@@ -100,11 +100,14 @@ def check_features(features: Tensor, activation: str | None, features_mask: Tens
 
 
 def resolve_rows(backend: Backend, features: Tensor, rows: int) -> Literal["torch", "triton"]:
-    """The implementation for `rows` rows a sample; the kernels hold up to 128 of them at once."""
+    """The implementation for `rows` rows a sample; the kernels hold all of them in registers."""
     choice = resolve(backend, features)
-    if choice == "triton" and rows > 128:
+    most = 32 if features.element_size() == 2 else 16
+    if choice == "triton" and rows > most:
         if backend == "triton":
-            raise ValueError(f'backend="triton" pools at most 128 rows (queries x heads) a sample, got {rows}')
+            raise ValueError(
+                f'backend="triton" pools at most {most} rows (queries x heads) a sample in {features.dtype}, got {rows}'
+            )
         return "torch"
     return choice
 
