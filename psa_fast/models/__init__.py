@@ -1,6 +1,6 @@
 """The concept bottleneck and PsaVLM, composed around a stock Hugging Face vision-language model."""
 
-from psa_fast.models.attention import ConceptAttention
+from psa_fast.models.attention import ConceptAttention, ConceptReadout
 from psa_fast.models.bottleneck import ConceptBottleneck
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import Family, ImageFeatures, get_family
@@ -13,6 +13,7 @@ from psa_fast.models.tokens import SafetyTokens
 __all__ = [
     "ConceptAttention",
     "ConceptBottleneck",
+    "ConceptReadout",
     "Family",
     "ImageFeatures",
     "PsaConfig",

@@ -1,6 +1,12 @@
-"""Concept attention: nn.MultiheadAttention over [safety tokens ; features], without projecting the keys."""
+"""Concept attention: nn.MultiheadAttention over [safety tokens ; features], without projecting the keys.
+
+`ConceptReadout` is the same behind the last SiLU and Linear of the safety projector, which it absorbs: their parameters
+are here, as ZeRO-3 gathers a parameter only for the forward of the module that owns it.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +30,18 @@ class ConceptAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim, device=device, dtype=dtype))
         self.out_proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype)
-        self.reset_parameters()
+        self.reset_attention()
 
-    def reset_parameters(self) -> None:
-        """Initialise as nn.MultiheadAttention does; call it after a meta-device build."""
+    def reset_attention(self) -> None:
+        """Initialise as nn.MultiheadAttention does."""
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.in_proj_bias)
         self.out_proj.reset_parameters()
         nn.init.zeros_(self.out_proj.bias)
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters; call it after a meta-device build."""
+        self.reset_attention()
 
     def forward(
         self, query: Tensor, safety_tokens: Tensor, features: Tensor, features_mask: Tensor | None = None
@@ -45,5 +55,47 @@ class ConceptAttention(nn.Module):
             self.num_heads,
             tokens=safety_tokens,
             features_mask=features_mask,
+            **self.absorbed(),
         )
         return self.out_proj(pooled)
+
+    def absorbed(self) -> dict[str, Any]:
+        """Options of `attention_pool` that say what is done to the features first."""
+        return {}
+
+
+class ConceptReadout(ConceptAttention):
+    """ConceptAttention over Linear(SiLU(features + feature_bias)), which is never computed.
+
+    `feature_bias` [E] is the bias of the Linear before the SiLU; `readout_weight` [E, E] and `readout_bias` [E] are the
+    Linear after it. All start as those of nn.Linear do.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__(embed_dim, num_heads, device, dtype)
+        self.feature_bias = nn.Parameter(torch.empty(embed_dim, device=device, dtype=dtype))
+        self.readout_weight = nn.Parameter(torch.empty(embed_dim, embed_dim, device=device, dtype=dtype))
+        self.readout_bias = nn.Parameter(torch.empty(embed_dim, device=device, dtype=dtype))
+        self.reset_readout()
+
+    def reset_readout(self) -> None:
+        """Initialise what comes before the attention."""
+        bound = self.embed_dim**-0.5
+        for parameter in (self.feature_bias, self.readout_weight, self.readout_bias):
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters; call it after a meta-device build."""
+        self.reset_attention()
+        self.reset_readout()
+
+    def absorbed(self) -> dict[str, Any]:
+        """The SiLU and the readout."""
+        return {
+            "feature_bias": self.feature_bias,
+            "activation": "silu",
+            "readout_weight": self.readout_weight,
+            "readout_bias": self.readout_bias,
+        }

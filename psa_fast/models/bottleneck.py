@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from psa_fast.models.attention import ConceptAttention
+from psa_fast.models.attention import ConceptReadout
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.projector import SafetyProjector
 from psa_fast.models.tokens import SafetyTokens
@@ -57,7 +57,7 @@ class ConceptBottleneck(nn.Module):
         )
         self.head_tokens = SafetyTokens(config.num_head_tokens, config.hidden_size)
         self.query = SafetyTokens(1, config.hidden_size) if config.query == "prompt" else None
-        self.attention = ConceptAttention(config.hidden_size, config.num_attention_heads)
+        self.attention = ConceptReadout(config.hidden_size, config.num_attention_heads)
         self.heads = ConceptHeads(config.hidden_size, config.head_sizes)
 
     def forward(self, vision_features: Tensor, query_embeds: Tensor, features_mask: Tensor | None = None) -> Tensor:
@@ -74,11 +74,11 @@ class ConceptBottleneck(nn.Module):
         b, s1, width = vision_features.shape
         dtype = self.heads.weight.dtype
         grids = vision_features.to(dtype).reshape(b * s1 // self.image_tokens, self.image_tokens, width)
-        safety_features = self.projector(grids).reshape(b, s1, -1)
+        features = self.projector(grids).reshape(b, s1, -1)
         query = query_embeds.to(dtype)
         if self.query is not None:
             query = query + self.query(1)[0]
-        return self.attention(query.unsqueeze(1), self.head_tokens(1)[0], safety_features, features_mask).squeeze(1)
+        return self.attention(query.unsqueeze(1), self.head_tokens(1)[0], features, features_mask).squeeze(1)
 
     def loss(
         self,

@@ -1,6 +1,7 @@
 """The safety projector: Honeybee's C-Abstractor (arXiv 2312.06742), in channels-last.
 
 RegStage -> AdaptiveAvgPool2d to the query grid (here the input grid: an identity) -> RegStage -> Linear, SiLU, Linear.
+The last bias, SiLU and Linear belong to the attention that absorbs them (attention.ConceptReadout).
 A RegStage block is RegNet's bottleneck as timm builds it with bottle_ratio 1, group size 1, se_ratio 0.25 and LayerNorm
 over channels: every 1x1 convolution is a Linear here, every norm a plain LayerNorm on the last dimension.
 """
@@ -67,7 +68,7 @@ class RegBlock(nn.Module):
 
 
 class SafetyProjector(nn.Module):
-    """g(h_o): vision features to the language model's width, on the same grid.
+    """g(h_o) up to its last activation: vision features to the language model's width, on the same grid.
 
     Args:
         vision_hidden_size: Dv.
@@ -80,16 +81,16 @@ class SafetyProjector(nn.Module):
         super().__init__()
         self.stage1 = _stage(vision_hidden_size, width, depth)
         self.stage2 = _stage(width, width, depth)
-        self.readout = nn.Sequential(nn.Linear(width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.expand = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[N, S, Dv] -> [N, S, E]; S must be a square grid."""
+        """[N, S, Dv] -> [N, S, E], before bias and SiLU; S must be a square grid."""
         n, s, width = features.shape
         side = isqrt(s)
         if side * side != s:
             raise ValueError(f"the safety projector needs a square grid of features, got {s}")
         x = self.stage2(self.stage1(features.reshape(n, side, side, width)))
-        return self.readout(x.reshape(n, s, x.shape[-1]))
+        return self.expand(x.reshape(n, s, x.shape[-1]))
 
 
 def _stage(in_channels: int, channels: int, depth: int) -> nn.Sequential:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from psa_fast.models import ConceptAttention, PsaConfig, SafetyProjector, SafetyTokens
+from psa_fast.models import ConceptAttention, ConceptReadout, PsaConfig, SafetyProjector, SafetyTokens
 
 
 @pytest.mark.parametrize(("e", "heads", "q"), [(40, 5, 1), (32, 8, 3), (51, 17, 2)])
@@ -36,9 +36,20 @@ def test_equals_multihead_attention(e, heads, q, masked):
     assert (key_bias.grad[e : 2 * e] == 0).all()
 
 
+def test_readout_is_silu_linear_and_multihead_attention():
+    torch.manual_seed(0)
+    ours = ConceptReadout(20, 5).double()
+    theirs = nn.MultiheadAttention(20, 5, batch_first=True).double()
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if not k.startswith(("feature", "readout"))})
+    query, tokens, x = (torch.randn(s, dtype=torch.float64) for s in ((3, 1, 20), (4, 20), (3, 9, 20)))
+    features = F.linear(F.silu(x + ours.feature_bias), ours.readout_weight, ours.readout_bias)
+    keys = torch.cat([tokens.expand(3, -1, -1), features], 1)
+    torch.testing.assert_close(ours(query, tokens, x), theirs(query, keys, keys)[0], rtol=1e-11, atol=1e-11)
+
+
 def test_initialisation_survives_a_meta_build():
     with torch.device("meta"):
-        modules = [ConceptAttention(16, 2), SafetyTokens(5, 16)]
+        modules = [ConceptAttention(16, 2), ConceptReadout(16, 2), SafetyTokens(5, 16)]
     for module in modules:
         module.to_empty(device="cpu")
         for p in module.parameters():
@@ -96,8 +107,7 @@ def test_projector_is_the_c_abstractor():
     for block, (cin, cout) in zip(blocks, [(12, 20), (20, 20), (20, 20), (20, 20)], strict=True):
         y = ChannelsFirstBlock(block, cin, cout)(y)
     y = F.adaptive_avg_pool2d(y, (5, 5)).flatten(2).transpose(1, 2)
-    first, _, last = projector.readout
-    y = F.linear(F.silu(F.linear(y, first.weight, first.bias)), last.weight, last.bias)
+    y = F.linear(y, projector.expand.weight)
     torch.testing.assert_close(projector(x), y, rtol=1e-11, atol=1e-11)
     with pytest.raises(ValueError, match="square"):
         projector(x[:, :24])
@@ -111,7 +121,7 @@ def test_projector_size_at_7b():
     c, d = 1088, 1024
     block = lambda cin, r: cin * c + c * 9 + c * c + 6 * c + (2 * c * r + r + c)  # noqa: E731
     stage1 = block(d, 256) + (d * c + 2 * c) + 2 * block(c, 272)
-    assert count == stage1 + 3 * block(c, 272) + (c * 4096 + 4096) + (4096 * 4096 + 4096)
+    assert count == stage1 + 3 * block(c, 272) + c * 4096
 
 
 def test_config_round_trip_and_refusals(tmp_path):
