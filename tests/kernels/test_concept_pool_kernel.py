@@ -1,0 +1,142 @@
+"""The pool kernels against the op written word by word in fp64: in Triton's interpreter, or on a GPU."""
+
+import contextlib
+
+import pytest
+import torch
+
+from psa_fast.ops import attention_pool, concept_pool
+
+pytest.importorskip("triton")
+
+
+def specification(tokens, features, token_query, feature_query, offset, bias, mask):
+    x = features
+    if bias is not None:
+        x = torch.nn.functional.silu(features + bias)
+    s0 = torch.einsum("bre,se->brs", token_query, tokens)
+    s1 = torch.einsum("bre,bse->brs", feature_query, x)
+    if offset is not None:
+        s1 = s1 + offset[..., None]
+    if mask is not None:
+        s1 = s1.masked_fill(~mask[:, None], float("-inf"))
+    p0, p1 = torch.softmax(torch.cat([s0, s1], -1), -1).split([s0.shape[-1], s1.shape[-1]], -1)
+    return torch.einsum("brs,se->bre", p0, tokens), torch.einsum("brs,bse->bre", p1, x), p1.sum(-1)
+
+
+def draw(device, dtype, b, r, s0, s1, e, full):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(s0, e), (b, s1, e), (b, r, e), (b, r, e)] + ([(b, r), (e,)] if full else [])
+    scales = [1, 1, 2 * e**-0.5, 2 * e**-0.5, 1, 1]
+    inputs = [(torch.randn(s, generator=g) * c).to(device, dtype) for s, c in zip(shapes, scales, strict=False)]
+    mask = (torch.rand(b, s1, generator=g) < 0.6).to(device) if full else None
+    if mask is not None:
+        mask[:, :1] = True
+    return inputs + [None] * (6 - len(inputs)), mask
+
+
+def run(inputs, mask, backend):
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    *five, bias = leaves
+    activation = None if bias is None else "silu"
+    out = concept_pool(*five, feature_bias=bias, activation=activation, features_mask=mask, backend=backend)
+    return out, gradients(out, leaves)
+
+
+def gradients(out, leaves):
+    g = torch.Generator().manual_seed(1)
+    probes = [torch.randn(x.shape, generator=g).to(x.device, x.dtype) for x in out]
+    wanted = [x for x in leaves if x is not None]
+    return torch.autograd.grad(out, wanted, probes, allow_unused=True, materialize_grads=True)
+
+
+def exact(inputs, mask):
+    leaves = [None if x is None else x.double().requires_grad_() for x in inputs]
+    out = specification(*leaves, mask)
+    return out, gradients(out, leaves)
+
+
+# keys and channels below, at, just above and more than twice a block; primes; one of everything
+SHAPES = [
+    (1, 1, 1, 1, 1), (2, 3, 5, 37, 20), (1, 16, 0, 16, 64), (2, 8, 17, 31, 65), (1, 2, 33, 0, 7), (3, 5, 16, 67, 131),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels have no fp64 products on a GPU")
+def test_interpreted_kernels_are_exact_in_fp64(shape, full):
+    inputs, mask = draw("cpu", torch.float64, *shape, full)
+    with uninitialised_memory_is_nan():
+        got, grads = run(inputs, mask, "triton")
+    expected, references = exact(inputs, mask)
+    for g, x in zip((*got, *grads), (*expected, *references), strict=True):
+        torch.testing.assert_close(g, x, rtol=1e-10, atol=1e-10)
+
+
+@contextlib.contextmanager
+def uninitialised_memory_is_nan():
+    """Every torch.empty is filled with NaN, so that what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def within_budget(inputs, mask, backend):
+    """Each result's error is at most twice that of the plain torch form in the same dtype, plus its rounding."""
+    got, grads = run(inputs, mask, backend)
+    plain_leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    plain = specification(*plain_leaves, mask)
+    eager = (*plain, *gradients(plain, plain_leaves))
+    expected, references = exact(inputs, mask)
+    eps = torch.finfo(inputs[1].dtype).eps
+    for g, low, x in zip((*got, *grads), eager, (*expected, *references), strict=True):
+        if x.numel():
+            error, allowed = (g.double() - x).abs().max(), (low.double() - x).abs().max()
+            assert error <= 2 * allowed + eps * x.abs().max(), (error, allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_error_budget(device, dtype):
+    inputs, mask = draw(device, dtype, 2, 24 if dtype == torch.float16 else 8, 5, 50, 72, True)
+    within_budget(inputs, mask, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(4, 8, 64, 576, 4096), (2, 8, 8, 577, 1088), (3, 13, 0, 1000, 5120)])
+def test_error_budget_at_real_widths_and_the_same_bits_twice(dtype, shape):
+    inputs, mask = draw("cuda", dtype, *shape, True)
+    within_budget(inputs, mask, "triton")
+    (first, first_grads), (again, again_grads) = (run(inputs, mask, "triton") for _ in range(2))
+    for a, b in zip((*first, *first_grads), (*again, *again_grads), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attention_pool_on_the_kernels(device):
+    """The composition around the kernels, with an absorbed readout, against its plain torch backend."""
+    g = torch.Generator().manual_seed(0)
+    e = 24
+    dtype = torch.float32 if device == "cuda" else torch.float64
+    shapes = [(2, 2, e), (2, 19, e), (3 * e, e), (3 * e,), (5, e), (e,), (e, e), (e,)]
+    leaves = [torch.randn(s, generator=g).to(device, dtype).requires_grad_() for s in shapes]
+
+    def pool(backend):
+        query, features, weight, bias, tokens, feature_bias, readout_weight, readout_bias = leaves
+        out = attention_pool(
+            query, features, weight, bias, 4, tokens=tokens, feature_bias=feature_bias, activation="silu",
+            readout_weight=readout_weight, readout_bias=readout_bias, backend=backend,
+        )  # fmt: skip
+        return out, *gradients([out], leaves)
+
+    for got, expected in zip(pool("triton"), pool("torch"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4 if device == "cuda" else 1e-9, atol=1e-4)
+
+
+def test_too_many_rows_are_refused_and_auto_says_so_by_working(device):
+    inputs, mask = draw(device, torch.float32, 1, 17, 2, 3, 4, False)
+    with pytest.raises(ValueError, match="at most 16 rows"):
+        run(inputs, mask, "triton")
+    run(inputs, mask, "auto")
