@@ -133,3 +133,20 @@ def test_shapes_that_do_not_fit_are_refused():
         pool(query, tokens, features, w, bias, 3, torch.ones(3, 7))
     with pytest.raises(ValueError, match="in_proj_weight"):
         pool(query, tokens, features, w[:12], bias, 3)
+
+
+def test_replaces_the_attention_of_a_pooling_head():
+    """The example of docs/ops/attention_pool.md on a pooling head that others use."""
+    from transformers import SiglipVisionConfig
+    from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
+
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(hidden_size=24, intermediate_size=32, num_attention_heads=4)
+    head = SiglipMultiheadAttentionPoolingHead(config).double()
+    hidden = torch.randn(3, 10, 24, dtype=torch.float64)
+    expected = head(hidden)
+    a = head.attention
+    probe = head.probe.expand(3, -1, -1)
+    pooled = a.out_proj(attention_pool(probe, hidden, a.in_proj_weight, a.in_proj_bias, a.num_heads))
+    got = pooled + head.mlp(head.layernorm(pooled))
+    torch.testing.assert_close(got[:, 0], expected, rtol=1e-11, atol=1e-11)
