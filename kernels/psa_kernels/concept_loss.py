@@ -42,7 +42,7 @@ def _store_loss(total, share, losses, norms, num_items, items, stride_items, h, 
 
 
 @triton.jit(do_not_specialize=["B"])
-def forward_kernel(  # noqa: D103
+def forward_kernel(
     pooled,  # [B, E]
     weight,  # [C, E]
     bias,  # [C]
@@ -77,6 +77,7 @@ def forward_kernel(  # noqa: D103
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """One program: the logits, losses and gradients of BLOCK_B rows. SINGLE: of all rows, and the divided sums."""
     HEADS: tl.constexpr = len(STARTS) - 1
     C: tl.constexpr = STARTS[HEADS]
     i_b = tl.program_id(0)
@@ -116,8 +117,9 @@ def forward_kernel(  # noqa: D103
         wrong = valid & ((b_t < 0) | (b_t >= STARTS[h + 1] - STARTS[h]))
         is_target = (o_c[None, :] == (b_t + STARTS[h])[:, None]) & m_h[None, :]
 
-        b_max = tl.max(tl.where(m_h[None, :], b_s, float("-inf")), 1)
-        b_p = tl.where(m_h[None, :], tl.exp2((b_s - b_max[:, None]) * _LOG2E), 0.0)
+        b_h = tl.where(m_h[None, :], b_s, float("-inf"))
+        b_max = tl.max(b_h, 1)
+        b_p = tl.exp2((b_h - b_max[:, None]) * _LOG2E)
         b_z = tl.sum(b_p, 1)
         b_logp = b_s - (b_max + tl.log(b_z))[:, None]
 
@@ -161,6 +163,7 @@ def finish_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Add the sums of all programs of the forward kernel."""
     o_p = tl.arange(0, BLOCK).to(tl.int64)
     total_loss = tl.sum(tl.zeros([BLOCK], ACC), 0)
     for h in tl.static_range(HEADS):
@@ -206,6 +209,7 @@ def backward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """One program: BLOCK_E columns of the gradients of pooled and weight, all rows; the first also the bias's."""
     HEADS: tl.constexpr = len(STARTS) - 1
     C: tl.constexpr = STARTS[HEADS]
     i_e = tl.program_id(0)
@@ -252,9 +256,8 @@ def backward_kernel(
     if NEED_WEIGHT:
         p_dw = dweight + o_c[:, None].to(tl.int64) * E + o_e[None, :]
         tl.store(p_dw, b_dw.to(dweight.dtype.element_ty), mask=m_ce)
-    if NEED_BIAS:
-        if i_e == 0:
-            tl.store(dbias + o_c, b_db.to(dbias.dtype.element_ty), mask=m_c)
+    if NEED_BIAS and i_e == 0:
+        tl.store(dbias + o_c, b_db.to(dbias.dtype.element_ty), mask=m_c)
 
 
 def concept_loss_forward(
