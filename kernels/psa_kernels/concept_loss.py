@@ -1,7 +1,7 @@
 """Linear heads with one cross-entropy each: logits, losses and the gradient of the logits in one launch.
 
 The classes are few (11 in the paper), the features wide (4096): one program multiplies a block of rows with all heads
-and has every logit of its rows, so softmax, loss and gradient follow in registers. Up to 64 rows are one program, whose
+and has every logit of its rows, so softmax, loss and gradient follow in registers. Up to 32 rows are one program, whose
 sums are the losses. More rows are more programs and a second, tiny launch that adds their sums in a fixed order: a
 "last program adds" counter would have to be zeroed first, which is a launch too.
 """
@@ -283,7 +283,7 @@ def concept_loss_forward(
         head_sizes: classes of each head, at most MAX_HEADS heads and MAX_CLASSES classes.
         label_smoothing, ignore_index: as in F.cross_entropy.
         need_grad: False leaves the gradient empty ([0, C]).
-        block_rows: rows of one program, a power of two from 16; default: all rows in one program, up to 64 of them in
+        block_rows: rows of one program, a power of two from 16; default: all rows in one program, up to 32 of them in
             16-bit dtypes with at most 16 classes and 16 otherwise, where products or registers are dearer.
     """
     (b, e), c, heads = pooled.shape, weight.shape[0], len(head_sizes)
@@ -411,7 +411,8 @@ _FINISH_BLOCK = 128
 
 
 def _most_rows(classes: int, element_size: int) -> int:
-    return 64 if element_size == 2 and classes <= 16 else 16
+    # 64 rows would use Blackwell's tcgen05 products, where Triton 3.6 fails to compile the reductions that follow
+    return 32 if element_size == 2 and classes <= 16 else 16
 
 
 def _forward_config(block_b: int, classes: int, element_size: int, weight_element_size: int) -> dict[str, int]:
@@ -453,7 +454,7 @@ def _specializations() -> tuple[Specialization, ...]:
     return (
         _forward_specialization("bf16", "bf16", 16, (7, 4), options=False, single=True),
         _forward_specialization("bf16", "fp32", 32, (7, 4), options=True, single=True),
-        _forward_specialization("bf16", "bf16", 64, (7, 4), options=True, single=False),
+        _forward_specialization("bf16", "bf16", 32, (7, 4), options=True, single=False),
         _forward_specialization("fp32", "fp32", 16, (7, 4), options=True, single=True),
         _forward_specialization("fp16", "fp32", 16, (50, MAX_CLASSES - 50), options=True, single=False),
         _backward_specialization("bf16", "fp32", (7, 4)),

@@ -274,7 +274,7 @@ def test_compiles_without_a_graph_break(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("weight_dtype", [torch.float32, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("b", [1, 8, 32, 64, 65, 300])
+@pytest.mark.parametrize("b", [1, 8, 16, 32, 33, 300])
 def test_error_budget_and_determinism(b, dtype, weight_dtype):
     """Error against fp64 at most twice that of eager torch in the same dtype."""
     tensors, targets = make("cuda", dtype, b, 4096)
