@@ -1,7 +1,7 @@
 """concept_loss beside what it replaces, forward and backward. Each form is checked before it is timed.
 
-CPU: fp32, plain torch. CUDA: bf16, the Triton kernels, and torch.compile of the plain forms. Times include the host: the
-work is small, so launches are what is measured.
+CPU: fp32, plain torch. CUDA: bf16, the Triton kernels, and torch.compile of the plain forms. Times include the host,
+because launches are most of the work.
 """
 
 import functools
