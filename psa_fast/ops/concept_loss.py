@@ -5,12 +5,18 @@ L = sum over heads of CE(head) (arXiv 2411.11543, section 3: risk type, 7 classe
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from psa_fast.ops.backend import Backend, resolve
+
+_SUM = 2  # nll_loss's number for reduction="sum"
 
 
 class ConceptLoss(NamedTuple):
@@ -31,6 +37,7 @@ def concept_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     num_items: float | Tensor | None = None,
+    backend: Backend = "auto",
 ) -> ConceptLoss:
     """Logits and cross-entropies of all heads; each head as F.cross_entropy of its slice, but never NaN.
 
@@ -40,63 +47,206 @@ def concept_loss(
         bias: [sum(head_sizes)] or None.
         targets: int64 [B, heads]; `ignore_index` marks a row that has no label for that head.
         head_sizes: number of classes of each head.
-        class_weights: [sum(head_sizes)], or one tensor (or None) per head.
+        class_weights: [sum(head_sizes)], or one tensor (or None) per head. Not differentiated.
         label_smoothing: as in F.cross_entropy.
         ignore_index: the target that is left out.
         num_items: divide each head's sum by this (a number, a 0-dim tensor, or one value per head [heads]) instead of
             by the sum of the class weights of its valid targets (their count without weights), as for a batch that is
-            spread over ranks or accumulation steps.
+            spread over ranks or accumulation steps. Not differentiated.
+        backend: "auto" (Triton on CUDA, torch elsewhere), "torch" or "triton". The kernels take up to 64 classes in
+            up to 16 heads in float16, bfloat16 and float32; "auto" leaves the rest to torch.
 
     Returns:
         ConceptLoss. A head without any valid target has loss 0, connected to the graph. Logits are computed in the
-        dtype of `pooled`, softmax and loss in fp32 at least, whatever autocast says.
+        dtype of `pooled`, softmax and loss in fp32 at least, whatever autocast says. No double backward.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or backend="triton" where the kernels cannot run.
+        IndexError: a target outside its head, on the CPU. The Triton kernels make the loss NaN instead.
     """
-    classes = sum(head_sizes)
+    classes, heads = sum(head_sizes), len(head_sizes)
     if pooled.dim() != 2 or weight.shape != (classes, pooled.shape[1]):
         raise ValueError(f"pooled {tuple(pooled.shape)}, weight {tuple(weight.shape)}: not [B, E] and [{classes}, E]")
-    if targets.shape != (pooled.shape[0], len(head_sizes)):
-        raise ValueError(f"targets must be [{pooled.shape[0]}, {len(head_sizes)}], got {tuple(targets.shape)}")
-    weights = _per_head(class_weights, head_sizes)
-    with torch.autocast(pooled.device.type, enabled=False):
-        logits = F.linear(pooled, weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = []
-        for head, (scores, w) in enumerate(zip(wide.split(tuple(head_sizes), dim=1), weights, strict=True)):
-            target = targets[:, head]
-            w = None if w is None else w.to(device=scores.device, dtype=scores.dtype)
-            total = F.cross_entropy(
-                scores, target, w, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
-            )
-            if num_items is None:
-                valid = target != ignore_index
-                share = valid.to(scores.dtype) if w is None else w[target.where(valid, 0)] * valid
-                norm = share.sum()
-                total = total / norm.where(norm > 0, 1)
-            losses.append(total)
-        stacked = torch.stack(losses)
-        if num_items is not None:
-            norm = torch.as_tensor(num_items, device=stacked.device, dtype=stacked.dtype)
-            if norm.dim() > 1 or (norm.dim() == 1 and norm.shape[0] != len(head_sizes)):
-                raise ValueError(f"num_items must be one number or {len(head_sizes)} numbers, got {tuple(norm.shape)}")
-            stacked = stacked / norm.where(norm > 0, 1)  # 0 items: the sum is 0 too
-        return ConceptLoss(stacked.sum(), stacked, logits)
+    if bias is not None and bias.shape != (classes,):
+        raise ValueError(f"bias must be [{classes}], got {tuple(bias.shape)}")
+    if targets.shape != (pooled.shape[0], heads) or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets must be int64 [{pooled.shape[0]}, {heads}], got {targets.dtype} {tuple(targets.shape)}"
+        )
+    if isinstance(num_items, Tensor):
+        if num_items.dim() > 1 or (num_items.dim() == 1 and num_items.shape[0] != heads):
+            raise ValueError(f"num_items must be one number or {heads} numbers, got {tuple(num_items.shape)}")
+        num_items = num_items.detach().to(pooled.device)
+    wide = torch.promote_types(pooled.dtype, torch.float32)
+    weights = _all_heads(class_weights, tuple(head_sizes), pooled.device, wide)
+    sizes = tuple(head_sizes)
+    if _chosen(backend, pooled, weight, sizes) == "torch":
+        return _torch_concept_loss(
+            pooled, weight, bias, targets, weights, num_items, sizes, label_smoothing, ignore_index
+        )
+    train = torch.is_grad_enabled()
+    needs = tuple(train and t is not None and t.requires_grad for t in (pooled, weight, bias))
+    return ConceptLoss(
+        *_TritonConceptLoss.apply(
+            pooled, weight, bias, targets, weights, num_items, sizes, label_smoothing, ignore_index, needs
+        )
+    )
 
 
-def _per_head(
-    class_weights: Tensor | Sequence[Tensor | None] | None, head_sizes: Sequence[int]
-) -> Sequence[Tensor | None]:
+def _all_heads(
+    class_weights: Tensor | Sequence[Tensor | None] | None,
+    head_sizes: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Class weights of all heads as one tensor [sum(head_sizes)], or None where no head has any."""
     if class_weights is None:
-        return [None] * len(head_sizes)
+        return None
     if isinstance(class_weights, Tensor):
         if class_weights.shape != (sum(head_sizes),):
             raise ValueError(f"class_weights must have {sum(head_sizes)} entries, got {tuple(class_weights.shape)}")
-        return class_weights.split(tuple(head_sizes))
+        return class_weights.detach().to(device, dtype)
     if len(class_weights) != len(head_sizes):
         raise ValueError(f"class_weights needs one entry per head ({len(head_sizes)}), got {len(class_weights)}")
     for w, size in zip(class_weights, head_sizes, strict=True):
         if w is not None and w.shape != (size,):
             raise ValueError(f"class_weights of a head with {size} classes has shape {tuple(w.shape)}")
-    return class_weights
+    if all(w is None for w in class_weights):
+        return None
+    parts = [
+        torch.ones(size, device=device, dtype=dtype) if w is None else w.detach().to(device, dtype)
+        for w, size in zip(class_weights, head_sizes, strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _chosen(backend: Backend, pooled: Tensor, weight: Tensor, head_sizes: Sequence[int]) -> str:
+    choice = resolve(backend, pooled)
+    if choice == "triton":
+        from psa_kernels.concept_loss import MAX_CLASSES, MAX_HEADS
+
+        obstacle = None
+        if sum(head_sizes) > MAX_CLASSES or len(head_sizes) > MAX_HEADS:
+            obstacle = f"more than {MAX_CLASSES} classes or {MAX_HEADS} heads"
+        elif pooled.device.type == "cuda" and torch.float64 in (pooled.dtype, weight.dtype):
+            obstacle = "the kernels are compiled for float16, bfloat16 and float32"
+        if obstacle and backend == "triton":
+            raise ValueError(f'backend="triton" cannot run concept_loss here: {obstacle}')
+        if obstacle:
+            return "torch"
+    return choice
+
+
+def _torch_concept_loss(
+    pooled: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    class_weights: Tensor | None,
+    num_items: float | Tensor | None,
+    head_sizes: tuple[int, ...],
+    label_smoothing: float,
+    ignore_index: int,
+) -> ConceptLoss:
+    """The specification, and the CPU's implementation."""
+    with _without_autocast(pooled.device.type):
+        logits = F.linear(pooled, weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = [None] * len(head_sizes) if class_weights is None else class_weights.split(head_sizes)
+        sums, shares = [], []
+        for s, target, w in zip(scores.split(head_sizes, 1), targets.unbind(1), weights, strict=True):
+            logp = torch.log_softmax(s, 1)
+            # unlike F.nll_loss it also returns the sum of the valid targets' weights
+            total, share = torch.ops.aten.nll_loss_forward.default(logp, target, w, _SUM, ignore_index)
+            if label_smoothing:
+                each = logp.where((target != ignore_index).unsqueeze(1), 0).sum(0)
+                uniform = each.sum() if w is None else each.dot(w)
+                total = (1 - label_smoothing) * total - label_smoothing / s.shape[1] * uniform
+            sums.append(total)
+            shares.append(share)
+        if num_items is None:
+            norms = torch.stack(shares)
+        else:
+            norms = torch.as_tensor(num_items, dtype=scores.dtype, device=scores.device)
+        losses = torch.stack(sums) / norms.where(norms > 0, 1)  # 0 items: the sum is 0 too
+        return ConceptLoss(losses.sum(), losses, logits)
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    # entering torch.autocast costs as much as three of these small operations
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
+
+
+class _TritonConceptLoss(torch.autograd.Function):
+    """One launch each way; the gradient of the logits is formed in forward, backward scales it and multiplies.
+
+    The weight itself is saved for backward: under ZeRO-3 its owner's pre-backward hook brings the data back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, pooled, weight, bias, targets, class_weights, num_items, head_sizes, label_smoothing, ignore_index, needs
+    ):
+        ctx.set_materialize_grads(False)
+        divisors, divisor = (num_items, None) if isinstance(num_items, Tensor) else (None, num_items)
+        loss, losses, norms, logits, dlogits = torch.ops.psa_fast.concept_loss(
+            pooled, weight, bias, targets, class_weights, divisors, divisor, head_sizes, label_smoothing, ignore_index,
+            any(needs),
+        )  # fmt: skip
+        ctx.save_for_backward(pooled, weight, norms, dlogits)
+        ctx.needs, ctx.head_sizes, ctx.bias_dtype = needs, head_sizes, (weight if bias is None else bias).dtype
+        return loss, losses, logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, grad_losses, grad_logits):
+        pooled, weight, norms, dlogits = ctx.saved_tensors
+        grads = torch.ops.psa_fast.concept_loss_backward(
+            grad_loss, grad_losses, grad_logits, dlogits, norms, pooled, weight, ctx.head_sizes, ctx.bias_dtype,
+            list(ctx.needs),
+        )  # fmt: skip
+        needed = [g if need else None for g, need in zip(grads, ctx.needs, strict=True)]
+        return *needed, None, None, None, None, None, None, None
+
+
+torch.library.define(
+    "psa_fast::concept_loss",
+    "(Tensor pooled, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weights, Tensor? num_items, "
+    "float? items, int[] head_sizes, float label_smoothing, int ignore_index, bool need_grad) "
+    "-> (Tensor loss, Tensor losses, Tensor norms, Tensor logits, Tensor dlogits)",
+)
+torch.library.define(
+    "psa_fast::concept_loss_backward",
+    "(Tensor? grad_loss, Tensor? grad_losses, Tensor? grad_logits, Tensor dlogits, Tensor norms, Tensor pooled, "
+    "Tensor weight, int[] head_sizes, ScalarType bias_dtype, bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("psa_fast::concept_loss", ("CPU", "CUDA"))
+def _forward(*args):
+    from psa_kernels.concept_loss import concept_loss_forward
+
+    return concept_loss_forward(*args)
+
+
+@torch.library.impl("psa_fast::concept_loss_backward", ("CPU", "CUDA"))
+def _backward(*args):
+    from psa_kernels.concept_loss import concept_loss_backward
+
+    return concept_loss_backward(*args)
+
+
+@torch.library.register_fake("psa_fast::concept_loss")
+def _forward_fake(pooled, weight, bias, targets, class_weights, num_items, items, head_sizes, *options):
+    (b, _), c, heads, need_grad = pooled.shape, weight.shape[0], len(head_sizes), options[-1]
+    wide = torch.promote_types(pooled.dtype, torch.float32)
+    loss, losses, norms = (pooled.new_empty(shape, dtype=wide) for shape in ((), heads, heads))
+    return loss, losses, norms, pooled.new_empty(b, c), pooled.new_empty(b if need_grad else 0, c, dtype=wide)
+
+
+@torch.library.register_fake("psa_fast::concept_loss_backward")
+def _backward_fake(grad_loss, grad_losses, grad_logits, dlogits, norms, pooled, weight, head_sizes, bias_dtype, needs):
+    (b, e), c = pooled.shape, weight.shape[0]
+    dbias = weight.new_empty(c if needs[2] else 0, dtype=bias_dtype)
+    return pooled.new_empty(b if needs[0] else 0, e), weight.new_empty(c if needs[1] else 0, e), dbias

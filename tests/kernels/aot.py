@@ -99,17 +99,21 @@ def compile_one(task: tuple[str, int, int, bool]) -> Compiled:
     )
 
 
-def compile_all(modules: Iterable[str], processes: int = 2) -> Iterator[Compiled]:
-    """Every specialization of `modules`, in no particular order."""
-    tasks = [
+def tasks(modules: Iterable[str]) -> list[tuple[str, int, int, bool]]:
+    """Arguments of `compile_one` for every specialization of `modules`."""
+    return [
         (module, index, arch, aligned)
         for module in modules
         for index, spec in enumerate(importlib.import_module(module).SPECIALIZATIONS)
         for arch in spec.archs
         for aligned in ((True, False) if arch == UNALIGNED_ARCH else (True,))
     ]
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap_unordered(compile_one, tasks)
+
+
+def compile_all(modules: Iterable[str], processes: int = 2) -> Iterator[Compiled]:
+    """Every specialization of `modules`, in no particular order."""
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap_unordered(compile_one, tasks(modules))
 
 
 def _attributes(spec: Specialization) -> dict[tuple[int, ...], list[list]]:

@@ -1,4 +1,4 @@
-"""concept_loss and supervised_linear_cross_entropy against F.cross_entropy in fp64, and their edge cases."""
+"""supervised_linear_cross_entropy against F.cross_entropy in fp64, and its edge cases."""
 
 import subprocess
 import sys
@@ -8,74 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import psa_fast.ops.supervised_cross_entropy as module
-from psa_fast.ops import concept_loss, supervised_linear_cross_entropy
-
-TARGETS = torch.tensor([[0, 3], [6, -100], [2, 1], [-100, 0], [6, 2]])
-
-
-def concept_inputs(b=5, e=9):
-    torch.manual_seed(1)
-    return [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((b, e), (11, e), (11,))]
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_concept_loss_is_cross_entropy_of_each_slice(weighted, smoothing):
-    pooled, weight, bias = inputs = concept_inputs()
-    w = torch.rand(11, dtype=torch.float64) + 0.1 if weighted else None
-    out = concept_loss(pooled, weight, bias, TARGETS, class_weights=w, label_smoothing=smoothing)
-    logits = pooled @ weight.t() + bias
-    expected = [
-        F.cross_entropy(logits[:, s], TARGETS[:, i], None if w is None else w[s], label_smoothing=smoothing)
-        for i, s in enumerate((slice(0, 7), slice(7, 11)))
-    ]
-    torch.testing.assert_close(out.logits, logits)
-    torch.testing.assert_close(out.losses, torch.stack(expected), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(out.loss, sum(expected), rtol=1e-12, atol=1e-12)
-    for g, r in zip(torch.autograd.grad(out.loss, inputs), torch.autograd.grad(sum(expected), inputs), strict=True):
-        torch.testing.assert_close(g, r, rtol=1e-11, atol=1e-11)
-    if w is not None:
-        split = concept_loss(pooled, weight, bias, TARGETS, class_weights=[w[:7], w[7:]], label_smoothing=smoothing)
-        torch.testing.assert_close(split.losses, out.losses)
-
-
-def test_concept_loss_gradcheck_and_num_items():
-    inputs = concept_inputs()
-    assert torch.autograd.gradcheck(lambda *a: concept_loss(*a, TARGETS, label_smoothing=0.2).loss, inputs)
-    mean = concept_loss(*inputs, TARGETS).losses
-    for items in (8.0, torch.tensor(8), torch.tensor([8.0, 8.0])):
-        torch.testing.assert_close(concept_loss(*inputs, TARGETS, num_items=items).losses, mean * 4 / 8)
-
-
-@pytest.mark.parametrize("num_items", [None, 3, torch.tensor(0.0)])
-@pytest.mark.parametrize("rows", [0, 5])
-def test_concept_loss_without_a_label_is_a_connected_zero(rows, num_items):
-    inputs = concept_inputs(b=rows)
-    out = concept_loss(*inputs, torch.full((rows, 2), -100), num_items=num_items)
-    assert out.loss.item() == 0
-    assert out.logits.shape == (rows, 11)
-    for g in torch.autograd.grad(out.loss, inputs):
-        assert (g == 0).all()
-
-
-def test_concept_loss_under_autocast_stays_in_the_inputs_dtype():
-    inputs = [t.detach().float() for t in concept_inputs()]
-    plain = concept_loss(*inputs, TARGETS)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        auto = concept_loss(*inputs, TARGETS)
-    assert auto.loss == plain.loss
-    low = concept_loss(inputs[0].bfloat16(), *inputs[1:], TARGETS)
-    assert (low.loss.dtype, low.logits.dtype) == (torch.float32, torch.bfloat16)
-
-
-def test_concept_loss_refuses_shapes():
-    pooled, weight, bias = concept_inputs()
-    with pytest.raises(ValueError, match="weight"):
-        concept_loss(pooled, weight[:10], bias, TARGETS)
-    with pytest.raises(ValueError, match="targets"):
-        concept_loss(pooled, weight, bias, TARGETS[:, 0])
-    with pytest.raises(ValueError, match="class_weights"):
-        concept_loss(pooled, weight, bias, TARGETS, class_weights=torch.ones(7))
+from psa_fast.ops import supervised_linear_cross_entropy
 
 
 def lm_inputs(shape=(3, 6), e=5, v=13):
