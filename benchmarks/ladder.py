@@ -1,0 +1,176 @@
+"""Times an op beside the forms it replaces, in turn and in one process, and writes down what is needed to read it.
+
+The ratios survive the machine's other load, the times do not. A form whose result is wrong gets no time.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+Form = Callable[[], Tensor]
+
+
+def relative_errors(form: Form, leaves: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest error of a form's value and gradients, in the norm and relative to the expected ones (fp64)."""
+    value = form()
+    got = (value.detach(), *torch.autograd.grad(value.sum(), list(leaves), materialize_grads=True, allow_unused=True))
+    scale = max(e.norm().item() for e in expected[1:])
+    worst = 0.0
+    for g, e in zip(got, expected, strict=True):
+        # a gradient that is nothing beside the others is compared with those
+        worst = max(worst, ((g.double() - e).norm() / max(e.norm().item(), 1e-6 * scale)).item())
+    return worst
+
+
+def run(form: Form, leaves: Sequence[Tensor]) -> None:
+    """Forward and backward, with fresh gradients."""
+    for leaf in leaves:
+        leaf.grad = None
+    form().sum().backward()
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def timed(form: Form, leaves: Sequence[Tensor]) -> float:
+    """Seconds of a run, host included."""
+    start = time.perf_counter()
+    run(form, leaves)
+    return time.perf_counter() - start
+
+
+def climb(
+    benchmark,
+    capsys,
+    title: str,
+    ours: Form,
+    others: dict[str, Form],
+    leaves: Sequence[Tensor],
+    rounds: int,
+    bytes_moved: int | None = None,
+) -> None:
+    """Time `ours` under pytest-benchmark and every other form in turn with it; print and keep the table.
+
+    `bytes_moved`: what must cross the memory at least; on a GPU the share of the measured copy bandwidth is reported.
+    """
+    times: dict[str, list[float]] = {name: [] for name in others}
+    for form in others.values():
+        run(form, leaves)
+
+    def setup() -> None:
+        for name, form in others.items():
+            times[name].append(timed(form, leaves))
+
+    benchmark.group = title
+    benchmark.pedantic(run, args=(ours, leaves), setup=setup, rounds=rounds, warmup_rounds=1)
+    if benchmark.disabled:
+        return
+    medians = {"ours": benchmark.stats.stats.median}
+    medians |= {name: statistics.median(found[-rounds:]) for name, found in times.items()}
+    rows = {}
+    for name, seconds in medians.items():
+        form = ours if name == "ours" else others[name]
+        rows[name] = {"ms": seconds * 1e3, "ratio": seconds / medians["ours"], "peak_mb": peak_memory(form, leaves)}
+        if CUDA:
+            rows[name] |= gpu_times(form, leaves)
+            if bytes_moved:
+                rows[name]["of_copy_bandwidth"] = bytes_moved / (rows[name]["graph_ms"] * 1e-3) / copy_bandwidth()
+    benchmark.extra_info |= {"title": title, "rows": rows, **where()}
+    with capsys.disabled():
+        print(f"\n{title}")
+        for name, row in rows.items():
+            values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)
+            print(f"  {name:34s}{values}")
+
+
+def peak_memory(form: Form, leaves: Sequence[Tensor]) -> float | None:
+    """MB above the inputs, gradients included, on a GPU; None on a CPU (see `peak_memory_of_process`)."""
+    if not CUDA:
+        return None
+    for leaf in leaves:
+        leaf.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(form, leaves)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def peak_memory_of_process() -> float:
+    """MB this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def gpu_times(form: Form, leaves: Sequence[Tensor], rounds: int = 30) -> dict[str, float | None]:
+    """Milliseconds with nothing of the inputs in the L2 cache, and captured in a graph (None where it cannot be)."""
+    flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
+    cold = []
+    for _ in range(rounds):
+        flush.zero_()
+        torch.cuda.synchronize()
+        cold.append(timed(form, leaves))
+    try:
+        graph = torch.cuda.CUDAGraph()
+        for leaf in leaves:
+            leaf.grad = None
+        with torch.cuda.graph(graph):
+            form().sum().backward()
+    except RuntimeError as reason:
+        print(f"no graph: {str(reason).splitlines()[0]}")
+        torch.cuda.synchronize()
+        return {"cold_ms": statistics.median(cold) * 1e3, "graph_ms": None}
+    warm = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        warm.append(start.elapsed_time(end))
+    return {"cold_ms": statistics.median(cold) * 1e3, "graph_ms": statistics.median(warm)}
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second read and written by a copy of 1 GB, the best of ten."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        best = max(best, 2 * source.nbytes / (start.elapsed_time(end) * 1e-3))
+    return best
+
+
+def where() -> dict[str, object]:
+    """Hardware, versions and commit."""
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root, check=False)
+    found: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(DTYPE)}
+    found["commit"] = commit.stdout.strip() or None
+    if CUDA:
+        import triton
+
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found |= {"triton": triton.__version__, "cuda": torch.version.cuda, "driver": driver.stdout.strip()}
+        found["device"] = torch.cuda.get_device_name()
+    else:
+        cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        found["device"] = cpu[0].split(":")[1].strip() if cpu else "cpu"
+    return found
