@@ -5,13 +5,10 @@ CPU, fp32. A ratio means something within one run only: the machine's other load
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from psa_fast.models import ConceptAttention
-from psa_fast.ops import supervised_linear_cross_entropy
 
 E, HEADS, TEXT, HEAD_TOKENS, IMAGE_TOKENS, BATCH = 1024, 8, 64, 64, 576, 2
-VOCAB, ROWS, SUPERVISED = 32064, 1024, 0.1
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +40,3 @@ def absorbed_pool(attention):
 def test_concept_attention(benchmark, attention, pool):
     torch.testing.assert_close(absorbed_pool(attention), official_pool(attention), rtol=1e-4, atol=1e-5)
     benchmark.pedantic(lambda: pool(attention).sum().backward(), rounds=5, warmup_rounds=1)
-
-
-@pytest.fixture(scope="module")
-def language():
-    torch.manual_seed(0)
-    hidden = torch.randn(ROWS, E, requires_grad=True)
-    labels = torch.where(torch.rand(ROWS) < SUPERVISED, torch.randint(VOCAB, (ROWS,)), -100)
-    return hidden, torch.randn(VOCAB, E) / E**0.5, labels
-
-
-def full_logits(hidden, weight, labels):
-    return F.cross_entropy(hidden @ weight.t(), labels)
-
-
-@pytest.mark.benchmark(group="language loss, frozen head, 10% supervised")
-@pytest.mark.parametrize("loss", [full_logits, supervised_linear_cross_entropy])
-def test_language_loss(benchmark, language, loss):
-    torch.testing.assert_close(supervised_linear_cross_entropy(*language), full_logits(*language), rtol=1e-5, atol=1e-6)
-    benchmark.pedantic(lambda: loss(*language).backward(), rounds=5, warmup_rounds=1)
