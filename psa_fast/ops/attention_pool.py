@@ -17,7 +17,7 @@ from torch import Tensor
 
 from psa_fast.ops.backend import Backend
 from psa_fast.ops.concept_pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
-from psa_fast.ops.memory import at_least_fp32, empty_large
+from psa_fast.ops.precision import at_least_fp32
 
 
 def attention_pool(
@@ -125,8 +125,9 @@ def _attention_pool(
         x0 = features.new_empty(0, e) if tokens is None else tokens.to(dtype)
         wq, wk, wv = in_proj_weight.to(dtype).reshape(3, e, e).unbind(0)
         bias = in_proj_bias.to(dtype)
-        projected = torch.addmm(bias[:e], query.to(dtype).reshape(b * q, e), wq.t()).mul_((e // h) ** -0.5)
-        projected = projected.view(b * q, h, e // h).transpose(0, 1).contiguous()
+        # head by head: as one matrix product of few rows it takes twice as long on a CPU
+        rows = query.to(dtype).reshape(1, b * q, e).expand(h, -1, -1)
+        projected = torch.baddbmm(bias[:e].view(h, 1, -1), rows, _heads(wq, h).transpose(1, 2)).mul_((e // h) ** -0.5)
         token_query = torch.bmm(projected, _heads(wk, h)).transpose(0, 1).contiguous().view(b, q * h, e)
         feature_query, offset = _absorb(token_query, readout_weight, readout_bias)
         pooled = pool_forward(
@@ -246,14 +247,14 @@ def _attention_pool_backward(
         if readout_bias is not None:
             du.addcmul_(offset_grad.unsqueeze(-1), readout_bias.to(dtype))
         du = du.view(b * q, h, e).transpose(0, 1)  # [H, BQ, E]
-        dq = torch.bmm(du, _heads(wk, h).transpose(1, 2)).transpose(0, 1).reshape(b * q, e)
-        dq.mul_((e // h) ** -0.5)
+        head_dq = torch.bmm(du, _heads(wk, h).transpose(1, 2)).mul_((e // h) ** -0.5)  # [H, BQ, d]
+        dq = head_dq.transpose(0, 1).reshape(b * q, e)
 
         query_grad, weight_grad, bias_grad, readout_grad, readout_bias_grad = (w.new_empty(0) for _ in range(5))
         if needs[0]:
-            query_grad = (dq @ wq).view(b, q, e)
+            query_grad = torch.bmm(head_dq, _heads(wq, h)).sum(0).view(b, q, e)
         if needs[1]:
-            weight_grad = empty_large((3 * e, e), w)
+            weight_grad = w.new_empty(3 * e, e)
             torch.mm(dq.t(), query.to(dtype).reshape(b * q, e), out=weight_grad[:e])
             torch.bmm(projected.transpose(1, 2), du, out=_heads(weight_grad[e : 2 * e], h))
             z = _read_out(pooled, readout, readout_bias).view(b * q, h, e).transpose(0, 1)
@@ -263,7 +264,7 @@ def _attention_pool_backward(
         if readout is not None and needs[3]:
             left = torch.cat([dz.view(rows, e), token_query.view(rows, e)])
             right = torch.cat([feature_sum.view(rows, e), grads.feature_query.view(rows, e)])
-            readout_grad = torch.mm(left.t(), right, out=empty_large((e, e), w))
+            readout_grad = left.t() @ right
         if readout_bias is not None and needs[4]:
             readout_bias_grad = torch.mv(dz.view(rows, e).t(), mass.to(dtype).view(rows))
             readout_bias_grad.addmv_(token_query.view(rows, e).t(), offset_grad.view(rows))

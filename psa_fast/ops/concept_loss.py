@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from psa_fast.ops.backend import Backend, resolve
+from psa_fast.ops.precision import at_least_fp32
 
 _SUM = 2  # nll_loss's number for reduction="sum"
 
@@ -77,7 +78,7 @@ def concept_loss(
         if num_items.dim() > 1 or (num_items.dim() == 1 and num_items.shape[0] != heads):
             raise ValueError(f"num_items must be one number or {heads} numbers, got {tuple(num_items.shape)}")
         num_items = num_items.detach().to(pooled.device)
-    wide = torch.promote_types(pooled.dtype, torch.float32)
+    wide = at_least_fp32(pooled.dtype)
     weights = _all_heads(class_weights, tuple(head_sizes), pooled.device, wide)
     sizes = tuple(head_sizes)
     if _chosen(backend, pooled, weight, sizes) == "torch":
@@ -151,7 +152,7 @@ def _torch_concept_loss(
     """The specification, and the CPU's implementation."""
     with _without_autocast(pooled.device.type):
         logits = F.linear(pooled, weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        scores = logits.to(at_least_fp32(logits.dtype))
         weights = [None] * len(head_sizes) if class_weights is None else class_weights.split(head_sizes)
         sums, shares = [], []
         for s, target, w in zip(scores.split(head_sizes, 1), targets.unbind(1), weights, strict=True):
@@ -240,7 +241,7 @@ def _backward(*args):
 @torch.library.register_fake("psa_fast::concept_loss")
 def _forward_fake(pooled, weight, bias, targets, class_weights, num_items, items, head_sizes, *options):
     (b, _), c, heads, need_grad = pooled.shape, weight.shape[0], len(head_sizes), options[-1]
-    wide = torch.promote_types(pooled.dtype, torch.float32)
+    wide = at_least_fp32(pooled.dtype)
     loss, losses, norms = (pooled.new_empty(shape, dtype=wide) for shape in ((), heads, heads))
     return loss, losses, norms, pooled.new_empty(b, c), pooled.new_empty(b if need_grad else 0, c, dtype=wide)
 
