@@ -8,13 +8,16 @@ export TOKENIZERS_PARALLELISM := false
 DEMO := runs/demo
 # the world the demo reports on; never used to choose anything
 DEMO_SEED := 20261
+BENCH := runs/bench
+GPU_PYTHON ?= python3
 
-.PHONY: help demo ablation test lint bench clean
+.PHONY: help demo ablation test lint bench gpu clean
 help:
 	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
-	@echo "make bench  the fused ops beside what they replace"
+	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"
+	@echo "make gpu    gpu tests and the same benchmarks on a CUDA device: runs/bench/gpu.md (GPU_PYTHON=python to use)"
 	@echo "make clean  remove runs/ (the virtual environment and the sandbox cache stay)"
 
 .PHONY: prerequisites
@@ -53,7 +56,17 @@ lint: $(STAMP)
 	mypy
 
 bench: $(STAMP)
-	python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
+	$(VENV)/bin/pip install --quiet --editable '.[test,bench]'
+	mkdir -p $(BENCH)
+	python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-json $(BENCH)/bench.json
+	python benchmarks/report.py $(BENCH)/bench.json
+
+# offline, with whatever python has torch, triton and pytest-benchmark installed: GPU machines bring their own
+gpu:
+	mkdir -p $(BENCH)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m pytest -m gpu tests --junitxml $(BENCH)/gpu-tests.xml; status=$$?; \
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m pytest benchmarks --benchmark-json $(BENCH)/gpu.json \
+		&& $(GPU_PYTHON) benchmarks/report.py $(BENCH)/gpu.json && exit $$status
 
 clean:
 	rm -rf runs

@@ -5,7 +5,6 @@ The ratios survive the machine's other load, the times do not. A form whose resu
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import time
@@ -17,6 +16,8 @@ from torch import Tensor
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+# fresh memory is slow the first few times in a virtual machine; a form that takes seconds does not notice
+WARMUP = 5
 Form = Callable[[], Tensor]
 
 
@@ -30,6 +31,25 @@ def relative_errors(form: Form, leaves: Sequence[Tensor], expected: Sequence[Ten
         # a gradient that is nothing beside the others is compared with those
         worst = max(worst, ((g.double() - e).norm() / max(e.norm().item(), 1e-6 * scale)).item())
     return worst
+
+
+def check(
+    forms: dict[str, Form], leaves: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
+) -> tuple[dict[str, Form], dict[str, str]]:
+    """The forms whose value and every gradient are right, and what is wrong with the others; "ours" must be right."""
+    right, wrong = {}, {}
+    for name, form in forms.items():
+        try:
+            error = relative_errors(form, leaves, expected)
+        except Exception as failure:  # a package that does not run here must not stop the others
+            wrong[name] = f"failed: {failure}".splitlines()[0][:120]
+            continue
+        if error <= tolerance:
+            right[name] = form
+        else:
+            wrong[name] = f"wrong by {error:.1e}"
+    assert "ours" in right, wrong
+    return right, wrong
 
 
 def run(form: Form, leaves: Sequence[Tensor]) -> None:
@@ -52,50 +72,55 @@ def climb(
     benchmark,
     capsys,
     title: str,
-    ours: Form,
-    others: dict[str, Form],
+    forms: dict[str, Form],
     leaves: Sequence[Tensor],
     rounds: int,
     bytes_moved: int | None = None,
+    wrong: dict[str, str] | None = None,
 ) -> None:
-    """Time `ours` under pytest-benchmark and every other form in turn with it; print and keep the table.
+    """Time "ours" under pytest-benchmark and every other form in turn with it; print and keep the table.
 
     `bytes_moved`: what must cross the memory at least; on a GPU the share of the measured copy bandwidth is reported.
     """
+    ours = forms["ours"]
+    others = {name: form for name, form in forms.items() if name != "ours"}
     times: dict[str, list[float]] = {name: [] for name in others}
-    for form in others.values():
-        run(form, leaves)
 
     def setup() -> None:
         for name, form in others.items():
             times[name].append(timed(form, leaves))
 
     benchmark.group = title
-    benchmark.pedantic(run, args=(ours, leaves), setup=setup, rounds=rounds, warmup_rounds=1)
+    for name, form in forms.items():
+        for _ in range(WARMUP if name == "ours" or CUDA else 0):
+            run(form, leaves)
+    benchmark.pedantic(run, args=(ours, leaves), setup=setup, rounds=rounds)
     if benchmark.disabled:
         return
     medians = {"ours": benchmark.stats.stats.median}
-    medians |= {name: statistics.median(found[-rounds:]) for name, found in times.items()}
+    medians |= {name: statistics.median(found) for name, found in times.items()}
     rows = {}
     for name, seconds in medians.items():
-        form = ours if name == "ours" else others[name]
+        form = forms[name]
         rows[name] = {"ms": seconds * 1e3, "ratio": seconds / medians["ours"], "peak_mb": peak_memory(form, leaves)}
         if CUDA:
             rows[name] |= gpu_times(form, leaves)
             if bytes_moved:
                 rows[name]["of_copy_bandwidth"] = bytes_moved / (rows[name]["graph_ms"] * 1e-3) / copy_bandwidth()
-    benchmark.extra_info |= {"title": title, "rows": rows, **where()}
+    benchmark.extra_info |= {"title": title, "rows": rows, "wrong": wrong or {}, **where()}
     with capsys.disabled():
         print(f"\n{title}")
         for name, row in rows.items():
             values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)
             print(f"  {name:34s}{values}")
+        for name, reason in (wrong or {}).items():
+            print(f"  {name:34s}{reason}")
 
 
 def peak_memory(form: Form, leaves: Sequence[Tensor]) -> float | None:
-    """MB above the inputs, gradients included, on a GPU; None on a CPU (see `peak_memory_of_process`)."""
+    """MB above the inputs, gradients included."""
     if not CUDA:
-        return None
+        return _peak_on_cpu(form, leaves)
     for leaf in leaves:
         leaf.grad = None
     torch.cuda.reset_peak_memory_stats()
@@ -104,9 +129,20 @@ def peak_memory(form: Form, leaves: Sequence[Tensor]) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def peak_memory_of_process() -> float:
-    """MB this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _peak_on_cpu(form: Form, leaves: Sequence[Tensor]) -> float:
+    """The highest sum of allocations less frees that torch's profiler sees."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for leaf in leaves:
+        leaf.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run(form, leaves)
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
 
 
 def gpu_times(form: Form, leaves: Sequence[Tensor], rounds: int = 30) -> dict[str, float | None]:

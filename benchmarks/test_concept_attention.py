@@ -7,7 +7,7 @@ torch.compile of the absorbed form besides.
 import pytest
 import torch
 import torch.nn.functional as F
-from ladder import CUDA, DEVICE, DTYPE, climb, relative_errors
+from ladder import CUDA, DEVICE, DTYPE, check, climb
 from torch import nn
 
 from psa_fast.models import ConceptAttention, ConceptReadout
@@ -95,13 +95,6 @@ class Case:
         return (value.detach(), *grads)
 
 
-def right(case, forms, expected):
-    """The forms whose value and every gradient are right; ours must be."""
-    errors = {name: relative_errors(form, case.leaves, expected) for name, form in forms.items()}
-    assert errors["ours"] <= TOLERANCE, errors
-    return {name: form for name, form in forms.items() if errors[name] <= TOLERANCE and name != "ours"}
-
-
 @pytest.mark.parametrize("batch", BATCHES)
 def test_concept_attention(benchmark, capsys, batch):
     case = Case(2)
@@ -115,16 +108,15 @@ def test_concept_attention(benchmark, capsys, batch):
     if CUDA:
         compiled = torch.compile(Case.absorbed)
         forms["absorbed, compiled"] = lambda: compiled(case, case.features)
-    checked = right(case, forms, case.exact(forms["one query"]))
+    right, wrong = check(forms, case.leaves, case.exact(forms["one query"]), TOLERANCE)
     if batch > 2 and not CUDA:  # half a minute a step each: only the rungs that are quoted
-        checked = {name: checked[name] for name in ("official: all queries, weights", "absorbed, autograd")}
+        right = {name: right[name] for name in ("official: all queries, weights", "absorbed, autograd", "ours")}
     case = Case(batch)
     element = case.features.element_size()
     # forward reads the features, backward reads them and writes their gradient
     moved = 3 * case.features.numel() * element
-    climb(
-        benchmark, capsys, f"concept attention, B={batch}, {DEVICE}", forms["ours"], checked, case.leaves, ROUNDS, moved
-    )
+    title = f"concept attention, B={batch}, {DEVICE}"
+    climb(benchmark, capsys, title, right, case.leaves, ROUNDS, moved, wrong)
 
 
 @pytest.mark.parametrize("batch", [16] if CUDA else [8])
@@ -136,9 +128,9 @@ def test_bottleneck_from_preactivations_to_loss(benchmark, capsys, batch):
         "absorbed, autograd": lambda: case.loss(case.absorbed(case.read_out())),
         "ours": lambda: case.fused_loss(),
     }
-    checked = right(case, forms, case.exact(forms["one query"]))
+    right, wrong = check(forms, case.leaves, case.exact(forms["one query"]), TOLERANCE)
     if not CUDA:
-        checked = {name: checked[name] for name in ("official modules", "absorbed, autograd")}
+        right = {name: right[name] for name in ("official modules", "absorbed, autograd", "ours")}
     case = Case(batch, readout=True)
     title = f"bottleneck from pre-activations to loss, B={batch}, {DEVICE}"
-    climb(benchmark, capsys, title, forms["ours"], checked, [*case.leaves, *case.heads.parameters()], ROUNDS)
+    climb(benchmark, capsys, title, right, [*case.leaves, *case.heads.parameters()], ROUNDS, wrong=wrong)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from psa_fast.ops.backend import Backend
 from psa_fast.ops.concept_pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
+from psa_fast.ops.memory import empty_large
 from psa_fast.ops.precision import at_least_fp32
 
 
@@ -254,7 +255,7 @@ def _attention_pool_backward(
         if needs[0]:
             query_grad = torch.bmm(head_dq, _heads(wq, h)).sum(0).view(b, q, e)
         if needs[1]:
-            weight_grad = w.new_empty(3 * e, e)
+            weight_grad = empty_large((3 * e, e), w)
             torch.mm(dq.t(), query.to(dtype).reshape(b * q, e), out=weight_grad[:e])
             torch.bmm(projected.transpose(1, 2), du, out=_heads(weight_grad[e : 2 * e], h))
             z = _read_out(pooled, readout, readout_bias).view(b * q, h, e).transpose(0, 1)
@@ -264,7 +265,7 @@ def _attention_pool_backward(
         if readout is not None and needs[3]:
             left = torch.cat([dz.view(rows, e), token_query.view(rows, e)])
             right = torch.cat([feature_sum.view(rows, e), grads.feature_query.view(rows, e)])
-            readout_grad = left.t() @ right
+            readout_grad = torch.mm(left.t(), right, out=empty_large((e, e), w))
         if readout_bias is not None and needs[4]:
             readout_bias_grad = torch.mv(dz.view(rows, e).t(), mass.to(dtype).view(rows))
             readout_bias_grad.addmv_(token_query.view(rows, e).t(), offset_grad.view(rows))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from psa_fast.ops.backend import Backend, resolve
+from psa_fast.ops.memory import empty_large
 from psa_fast.ops.precision import at_least_fp32
 
 Activation = Literal["silu"]
@@ -223,7 +224,7 @@ def pool_backward(
     b, s1, e = features.shape
     s0, r = tokens.shape[0], token_query.shape[1]
     wide = at_least_fp32(features.dtype)
-    features_grad = features.new_empty(b, s1, e)
+    features_grad = empty_large((b, s1, e), features)
     feature_query_grad = features.new_empty(b, r, e)
     low_p = features.new_empty(b, r, s0 + s1)
     low_ds = torch.empty_like(low_p)
