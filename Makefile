@@ -13,7 +13,7 @@ GPU_PYTHON ?= python3
 
 .PHONY: help demo ablation test lint bench gpu clean
 help:
-	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
+	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 10 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"

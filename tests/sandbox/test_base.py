@@ -77,11 +77,11 @@ def test_the_base_never_sees_a_held_out_composition():
 
 def test_content_labels_name_what_is_in_a_cell():
     scene = Scene("field", (Thing("star", "green", 2),), Sign("eye", "red", 3, 6), 0)
-    labels = content_labels(scene).reshape(6, 6, 7)
-    assert labels[0, 5].tolist() == [3, 1, -1, -1, -1, 0, 2]
-    assert labels[1, 4].tolist() == [3, 1, -1, -1, -1, 0, 2]
-    assert labels[5, 0].tolist() == [-1, -1, 4, 0, 2, 2, 0]
-    assert labels[2, 2].tolist() == [-1, -1, -1, -1, -1, 1, 1]
+    labels = content_labels(scene).reshape(6, 6, 6)
+    assert labels[0, 5].tolist() == [3, 1, -1, -1, -1, 2]
+    assert labels[1, 4].tolist() == [3, 1, -1, -1, -1, 2]
+    assert labels[5, 0].tolist() == [-1, -1, 4, 0, 2, 6]
+    assert labels[2, 2].tolist() == [-1, -1, -1, -1, -1, 4]
 
 
 def test_packed_turns_see_what_they_would_see_alone():
