@@ -16,8 +16,6 @@ from torch import Tensor
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-# fresh memory is slow the first few times in a virtual machine; a form that takes seconds does not notice
-WARMUP = 5
 Form = Callable[[], Tensor]
 
 
@@ -92,7 +90,7 @@ def climb(
 
     benchmark.group = title
     for name, form in forms.items():
-        for _ in range(WARMUP if name == "ours" or CUDA else 0):
+        for _ in range(2 if name == "ours" or CUDA else 0):
             run(form, leaves)
     benchmark.pedantic(run, args=(ours, leaves), setup=setup, rounds=rounds)
     if benchmark.disabled:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from psa_fast.ops.backend import Backend
 from psa_fast.ops.concept_pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
-from psa_fast.ops.memory import empty_large
 from psa_fast.ops.precision import at_least_fp32
 
 
@@ -117,8 +116,8 @@ def _attention_pool(
     num_heads: int,
     silu: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Out [B, Q, E]; for backward: projected query [H, BQ, d], token and feature query [B, R, E], all of Pooled."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Out [B, Q, E]; for backward: projected query [H, BQ, d], token and feature query and z [B, R, E], then Pooled."""
     dtype = features.dtype
     b, q, e = query.shape
     h = num_heads
@@ -147,7 +146,7 @@ def _attention_pool(
         out = out.transpose(0, 1).contiguous().view(b, q, e).add_(bias[2 * e :])
         if readout_weight is None:
             feature_query = feature_query.clone()  # an op's results may not share memory
-        return out, projected, token_query, feature_query, *pooled
+        return out, projected, token_query, feature_query, z, *pooled
 
 
 def _absorb(query: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -174,7 +173,7 @@ def _(query, tokens, features, *rest):
     b, q, e = query.shape
     r, keys, wide = q * num_heads, features.shape[1], at_least_fp32(features.dtype)
     keys = keys if tokens is None else keys + tokens.shape[0]
-    per_row = [features.new_empty(b, r, e) for _ in range(4)]
+    per_row = [features.new_empty(b, r, e) for _ in range(5)]
     return (
         features.new_empty(b, q, e),
         features.new_empty(num_heads, b * q, e // num_heads),
@@ -202,6 +201,7 @@ def _attention_pool_backward(
     projected: Tensor,
     token_query: Tensor,
     feature_query: Tensor,
+    z: Tensor,
     token_sum: Tensor,
     feature_sum: Tensor,
     mass: Tensor,
@@ -255,17 +255,18 @@ def _attention_pool_backward(
         if needs[0]:
             query_grad = torch.bmm(head_dq, _heads(wq, h)).sum(0).view(b, q, e)
         if needs[1]:
-            weight_grad = empty_large((3 * e, e), w)
+            weight_grad = w.new_empty(3 * e, e)
             torch.mm(dq.t(), query.to(dtype).reshape(b * q, e), out=weight_grad[:e])
             torch.bmm(projected.transpose(1, 2), du, out=_heads(weight_grad[e : 2 * e], h))
-            z = _read_out(pooled, readout, readout_bias).view(b * q, h, e).transpose(0, 1)
-            torch.bmm(head_grad.transpose(1, 2), z, out=_heads(weight_grad[2 * e :], h))
+            torch.bmm(
+                head_grad.transpose(1, 2), z.view(b * q, h, e).transpose(0, 1), out=_heads(weight_grad[2 * e :], h)
+            )
         if needs[2]:
             bias_grad = torch.cat([dq.sum(0), dq.new_zeros(e), grad_out.sum(0)])
         if readout is not None and needs[3]:
             left = torch.cat([dz.view(rows, e), token_query.view(rows, e)])
             right = torch.cat([feature_sum.view(rows, e), grads.feature_query.view(rows, e)])
-            readout_grad = torch.mm(left.t(), right, out=empty_large((e, e), w))
+            readout_grad = left.t() @ right
         if readout_bias is not None and needs[4]:
             readout_bias_grad = torch.mv(dz.view(rows, e).t(), mass.to(dtype).view(rows))
             readout_bias_grad.addmv_(token_query.view(rows, e).t(), offset_grad.view(rows))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from psa_fast.ops.backend import Backend, resolve
-from psa_fast.ops.memory import empty_large
 from psa_fast.ops.precision import at_least_fp32
 
 Activation = Literal["silu"]
@@ -173,7 +172,7 @@ def pool_forward(
         features.new_empty(b, r, dtype=wide),
     )
     out.scores[..., :s0] = (token_query.reshape(b * r, e) @ tokens.t()).view(b, r, s0)
-    for part, x in _activated(features, feature_bias, silu):
+    for part, _, x in _activated(features, feature_bias, silu):
         scores = out.scores[part]
         scores[..., s0:] = torch.bmm(feature_query[part], x.transpose(1, 2))
         if feature_offset is not None:
@@ -224,7 +223,7 @@ def pool_backward(
     b, s1, e = features.shape
     s0, r = tokens.shape[0], token_query.shape[1]
     wide = at_least_fp32(features.dtype)
-    features_grad = empty_large((b, s1, e), features)
+    features_grad = features.new_empty(b, s1, e)
     feature_query_grad = features.new_empty(b, r, e)
     low_p = features.new_empty(b, r, s0 + s1)
     low_ds = torch.empty_like(low_p)
@@ -232,7 +231,7 @@ def pool_backward(
     scores_grad[..., :s0] = (token_sum_grad.reshape(b * r, e) @ tokens.t()).view(b, r, s0)
     bias_grad = None if feature_bias is None else features.new_zeros(e, dtype=wide)
     offset_grad = features.new_empty(b, r, dtype=wide)
-    for part, x in _activated(features, feature_bias, silu):
+    for part, before, x in _activated(features, feature_bias, silu):
         grad = scores_grad[part]
         grad[..., s0:] = torch.bmm(feature_sum_grad[part], x.transpose(1, 2))
         grad[..., s0:] += mass_grad[part].unsqueeze(-1)
@@ -247,7 +246,6 @@ def pool_backward(
         x_grad = features_grad[part]
         torch.bmm(weights, torch.cat([feature_query[part], feature_sum_grad[part]], dim=1), out=x_grad)
         if silu:
-            before = features[part] if feature_bias is None else torch.add(features[part], feature_bias, out=x)
             torch.ops.aten.silu_backward.grad_input(x_grad, before, grad_input=x_grad)
         if bias_grad is not None:
             bias_grad += x_grad.sum((0, 1), dtype=wide)
@@ -264,22 +262,19 @@ def pool_backward(
     )
 
 
-def _activated(features: Tensor, bias: Tensor | None, silu: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Samples in chunks, with act(features + bias) of each; on the CPU in one buffer that stays in the cache."""
+def _activated(features: Tensor, bias: Tensor | None, silu: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Samples in chunks, with features + bias and act of it; on the CPU in buffers that stay in the cache."""
     b, s1, e = features.shape
     step = max(b, 1) if features.device.type != "cpu" else max(1, _CHUNK_ELEMENTS // max(1, s1 * e))
-    plain = bias is None and not silu
-    buffer = None if plain else features.new_empty(min(step, b), s1, e)
+    before_buffer, x_buffer = (
+        features.new_empty(min(step, b) if used else 0, s1, e) for used in (bias is not None, silu)
+    )
     for start in range(0, b, step):
         part = slice(start, min(start + step, b))
-        x = features[part]
-        if buffer is not None:
-            out = buffer[: x.shape[0]]
-            if bias is not None:
-                x = torch.add(x, bias, out=out)
-            if silu:
-                x = torch.ops.aten.silu.out(x, out=out)
-        yield part, x
+        before = features[part]
+        if bias is not None:
+            before = torch.add(before, bias, out=before_buffer[: before.shape[0]])
+        yield part, before, torch.ops.aten.silu.out(before, out=x_buffer[: before.shape[0]]) if silu else before
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from psa_fast.ops.backend import Backend, resolve
-from psa_fast.ops.memory import empty_large
 from psa_fast.ops.precision import at_least_fp32
 
 # fewer rows, and reading the head's weight (on a CPU: packing it anew for each product) shows
@@ -133,7 +132,7 @@ def _compute(
         least = _MIN_CHUNK_ROWS_CPU if hidden.device.type == "cpu" else _MIN_CHUNK_ROWS
         step = _chunk_rows(labels.numel(), count, vocabulary, width, least)
         # rows of an odd vocabulary would leave both products without aligned loads
-        buffer = empty_large((min(step, count), math.ceil(vocabulary / 64) * 64), h)[:, :vocabulary]
+        buffer = h.new_empty(min(step, count), math.ceil(vocabulary / 64) * 64)[:, :vocabulary]
         row_loss = h.new_empty(count, dtype=wide)
         weight_sum = _WeightSum(weight, dtype, wide, math.ceil(count / step)) if need_weight else None
         d_bias = h.new_zeros(vocabulary, dtype=wide) if need_bias else None
