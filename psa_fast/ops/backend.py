@@ -20,6 +20,15 @@ def resolve(backend: Backend, tensor: Tensor) -> Literal["torch", "triton"]:
     return _choose(backend, tensor)[0]
 
 
+def within(choice: Literal["torch", "triton"], backend: Backend, limit: str | None) -> Literal["torch", "triton"]:
+    """`choice`, unless it is "triton" and an op's kernels have a `limit`: then "torch", or ValueError if asked for."""
+    if choice == "torch" or limit is None:
+        return choice
+    if backend == "triton":
+        raise ValueError(f'backend="triton" cannot run here: {limit}')
+    return "torch"
+
+
 def explain(backend: Backend, tensor: Tensor) -> str:
     """The implementation `resolve` picks and the reason, as one sentence."""
     choice, reason = _choose(backend, tensor)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from psa_fast.ops.backend import Backend, resolve
+from psa_fast.ops.backend import Backend, resolve, within
 from psa_fast.ops.precision import at_least_fp32
 
 _SUM = 2  # nll_loss's number for reduction="sum"
@@ -123,19 +123,16 @@ def _all_heads(
 
 def _chosen(backend: Backend, pooled: Tensor, weight: Tensor, head_sizes: Sequence[int]) -> str:
     choice = resolve(backend, pooled)
-    if choice == "triton":
-        from psa_kernels.concept_loss import MAX_CLASSES, MAX_HEADS
+    if choice == "torch":
+        return choice
+    from psa_kernels.concept_loss import MAX_CLASSES, MAX_HEADS
 
-        obstacle = None
-        if sum(head_sizes) > MAX_CLASSES or len(head_sizes) > MAX_HEADS:
-            obstacle = f"more than {MAX_CLASSES} classes or {MAX_HEADS} heads"
-        elif pooled.device.type == "cuda" and torch.float64 in (pooled.dtype, weight.dtype):
-            obstacle = "the kernels are compiled for float16, bfloat16 and float32"
-        if obstacle and backend == "triton":
-            raise ValueError(f'backend="triton" cannot run concept_loss here: {obstacle}')
-        if obstacle:
-            return "torch"
-    return choice
+    limit = None
+    if sum(head_sizes) > MAX_CLASSES or len(head_sizes) > MAX_HEADS:
+        limit = f"concept_loss has more than {MAX_CLASSES} classes or {MAX_HEADS} heads"
+    elif pooled.device.type == "cuda" and torch.float64 in (pooled.dtype, weight.dtype):
+        limit = "the kernels of concept_loss have no fp64 products"
+    return within(choice, backend, limit)
 
 
 def _torch_concept_loss(

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from psa_fast.ops.backend import Backend, resolve
+from psa_fast.ops.backend import Backend, resolve, within
 from psa_fast.ops.precision import at_least_fp32
 
 Activation = Literal["silu"]
@@ -101,15 +101,13 @@ def check_features(features: Tensor, activation: str | None, features_mask: Tens
 
 def resolve_rows(backend: Backend, features: Tensor, rows: int) -> Literal["torch", "triton"]:
     """The implementation for `rows` rows a sample; the kernels hold all of them in registers."""
-    choice = resolve(backend, features)
     most = 32 if features.element_size() == 2 else 16
-    if choice == "triton" and rows > most:
-        if backend == "triton":
-            raise ValueError(
-                f'backend="triton" pools at most {most} rows (queries x heads) a sample in {features.dtype}, got {rows}'
-            )
-        return "torch"
-    return choice
+    limit = None
+    if rows > most:
+        limit = f"the pool takes at most {most} rows (queries x heads) a sample in {features.dtype}, got {rows}"
+    elif features.device.type == "cuda" and features.dtype == torch.float64:
+        limit = "the kernels of the pool have no fp64 products"
+    return within(resolve(backend, features), backend, limit)
 
 
 class Pooled(NamedTuple):
