@@ -3,6 +3,8 @@
 import pytest
 import torch
 from tiny_vlm import SMALL, make_batch, make_vlm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
 
 from psa_fast.models import PsaVLM, add_lora
 from psa_fast.models.packing import SDPA_BY_SAMPLE, Packing
@@ -55,14 +57,32 @@ def run(psa, batch):
     return out, seen["rows"].detach(), gradients
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", SDPA_BY_SAMPLE])
+def cumulative(module, query, key, value, attention_mask, *, cu_seq_lens_q, cu_seq_lens_k, scaling=None, **kwargs):
+    """Attention by FlashAttention's int32 cumulative lengths; query, key, value [1, H, T, D] -> [1, T, H, D]."""
+    assert attention_mask is None
+    assert cu_seq_lens_q.dtype == cu_seq_lens_k.dtype == torch.int32
+    longest = cu_seq_lens_q.diff().max().item()
+    assert (kwargs["max_length_q"], kwargs["max_length_k"]) == (longest, longest)
+    bounds = zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_k[1:].tolist(), strict=True)
+    outputs = []
+    for start, end in bounds:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        scores = q @ k.transpose(-1, -2) * scaling
+        hidden = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        outputs.append((scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v).transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register("cumulative", cumulative)
+AttentionMaskInterface.register("cumulative", flash_attention_mask)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", SDPA_BY_SAMPLE, "cumulative"])
 @pytest.mark.parametrize("query", ["prompt", "first"])
 def test_packed_equals_padded(attention, query):
-    psa = build(attention, query)
     batch = padded_batch()
-    (expected, rows, gradients), (got, packed_rows, packed_gradients) = (
-        run(psa, b) for b in (batch, packed_batch(batch))
-    )
+    expected, rows, gradients = run(build("sdpa", query), batch)
+    got, packed_rows, packed_gradients = run(build(attention, query), packed_batch(batch))
     for name in ("loss", "loss_lm", "loss_type", "loss_level"):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-6)
     assert got.concept_rows.tolist() == expected.concept_rows.tolist() == [0, 2, 3]

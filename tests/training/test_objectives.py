@@ -26,7 +26,7 @@ def train(command, run):
     return go
 
 
-def test_joint_equals_concept_and_tokens_apart(train, tmp_path, partitioned):
+def test_joint_equals_concept_and_tokens_apart(train, command, run, tmp_path, partitioned):
     joint, concept, tokens = (tmp_path / name for name in ("joint", "concept", "tokens"))
     # every gradient norm is far above the limit, so that one norm over both parts would show
     shared = ["--deepspeed_config", partitioned, "--max_grad_norm", 0.01, "--warmup_steps", 0, "--max_steps", 3]
@@ -40,6 +40,10 @@ def test_joint_equals_concept_and_tokens_apart(train, tmp_path, partitioned):
         torch.testing.assert_close(apart, tensor, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
         # the tokens were trained on top of the bottleneck, which they left alone
         torch.testing.assert_close(weights["tokens"][name], apart, rtol=0, atol=0)
+    # ZeRO-2 keeps whole gradients where ZeRO-3 has shards
+    run(command(tmp_path / "zero2", *shared[2:], "--deepspeed_config", ROOT / "ds_configs" / "zero2.json", ranks=2))
+    for name, tensor in load_file(tmp_path / "zero2" / "stage1" / "psa.safetensors").items():
+        torch.testing.assert_close(tensor, weights["joint"][name], rtol=1e-4, atol=1e-5)
     moved = weights["joint"]["safety_tokens.weight"] - weights["concept"]["safety_tokens.weight"]
     assert moved.abs().max() > 1e-4
     for both, first, second in zip(rows_of(joint), rows_of(concept), rows_of(tokens), strict=True):
