@@ -41,7 +41,7 @@ demo: $(STAMP)
 
 # the concept head alone, so the language model is not run
 ablation: $(STAMP)
-	deepspeed train.py --stage 1 --query first --lm_loss_weight 0 --output_dir runs/query-first --resume auto
+	deepspeed train.py --stage 1 --query first --stage1_objective concept --output_dir runs/query-first --resume auto
 	psa-fast evaluate --data $(DEMO)/world --stage query_prompt=$(DEMO)/stage1 --stage query_first=runs/query-first/stage1 --out runs/query-first
 
 test: $(STAMP) lint

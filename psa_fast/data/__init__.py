@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psa_fast.data.chat import Encoded, encode, prepare_images, stop_token_ids
-    from psa_fast.data.dataset import PsaDataset, collate
+    from psa_fast.data.dataset import PsaDataset, collate, pack
     from psa_fast.data.images import ImageError, load_image
     from psa_fast.data.records import DataError, Problem, Record, Turn, find_problems, load_records
     from psa_fast.data.sampler import GlobalBatchSampler, balance
 
 _HOME = {
     "chat": ("Encoded", "encode", "prepare_images", "stop_token_ids"),
-    "dataset": ("PsaDataset", "collate"),
+    "dataset": ("PsaDataset", "collate", "pack"),
     "images": ("ImageError", "load_image"),
     "records": ("DataError", "Problem", "Record", "Turn", "find_problems", "load_records"),
     "sampler": ("GlobalBatchSampler", "balance"),
@@ -38,6 +38,7 @@ __all__ = [
     "find_problems",
     "load_image",
     "load_records",
+    "pack",
     "prepare_images",
     "stop_token_ids",
 ]

@@ -1,4 +1,4 @@
-"""Records as model inputs: the dataset of encoded rows and their padded batches."""
+"""Records as model inputs: the dataset of encoded rows and their batches, padded or packed."""
 
 from __future__ import annotations
 
@@ -101,12 +101,36 @@ def collate(
         left = padding_side == "left"
         return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in zip(fill, rows, strict=True)])
 
-    pixels = [item.pixel_values for item in items if item.pixel_values is not None]
     return {
         "input_ids": padded([item.input_ids for item in items], pad_token_id),
         "attention_mask": padded([[1] * len(item.input_ids) for item in items], 0),
         "labels": padded([item.labels for item in items], IGNORE_INDEX),
         "query_mask": padded([item.query_mask for item in items], False).bool(),
+        **_per_sample(items),
+    }
+
+
+def pack(items: Sequence[Encoded]) -> dict[str, Any]:
+    """Lay rows end to end: one row of PsaVLM.forward's arguments without padding, plus "where" as in `collate`.
+
+    Returns input_ids, labels int64 [1, T], query_mask bool [1, T], lengths (python ints, one for each sample), and
+    pixel_values, image_counts, safe_type, safe_level as `collate`. The first label of each sample is -100.
+    """
+    if not items:
+        raise ValueError("a batch needs at least one row")
+    labels = [label for item in items for label in (IGNORE_INDEX, *item.labels[1:])]
+    return {
+        "input_ids": torch.tensor([[token for item in items for token in item.input_ids]]),
+        "labels": torch.tensor([labels]),
+        "query_mask": torch.tensor([[asked for item in items for asked in item.query_mask]]),
+        "lengths": [len(item.input_ids) for item in items],
+        **_per_sample(items),
+    }
+
+
+def _per_sample(items: Sequence[Encoded]) -> dict[str, Any]:
+    pixels = [item.pixel_values for item in items if item.pixel_values is not None]
+    return {
         "pixel_values": torch.cat(pixels) if pixels else None,
         "image_counts": torch.tensor([item.image_count for item in items]),
         "safe_type": torch.tensor([item.safe_type for item in items]),

@@ -1,6 +1,7 @@
 """The concept bottleneck and PsaVLM, composed around a stock Hugging Face vision-language model."""
 
 from psa_fast.models.attention import ConceptAttention, ConceptReadout
+from psa_fast.models.base_model import load_base
 from psa_fast.models.bottleneck import ConceptBottleneck
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import Family, ImageFeatures, get_family
@@ -23,5 +24,6 @@ __all__ = [
     "SafetyTokens",
     "add_lora",
     "get_family",
+    "load_base",
     "load_processor",
 ]

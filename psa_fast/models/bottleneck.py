@@ -97,17 +97,25 @@ class ConceptBottleneck(nn.Module):
 def prompt_query(embeds: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Mean of the embeddings [B, T, E] where mask [B, T] is True, scaled to root mean square 1: [B, E].
 
+    Embeddings [1, T, E] serve all rows of the mask, as in a packed row.
+
     Word embeddings of real language models are tiny (Llama: 0.02 per entry, their mean smaller still): without the
     scale the query would start as good as constant and its projection would need a hundredfold learning rate.
     A row without any True gets zeros. Computed in fp32 at least.
     """
     wide = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
     weights = mask.to(wide.dtype)
-    mean = torch.bmm(weights.unsqueeze(1), wide).squeeze(1) / weights.sum(1, keepdim=True).clamp_min(1)
+    total = weights @ wide[0] if wide.shape[0] == 1 else torch.bmm(weights.unsqueeze(1), wide).squeeze(1)
+    mean = total / weights.sum(1, keepdim=True).clamp_min(1)
     return mean * torch.rsqrt(mean.square().mean(-1, keepdim=True) + eps)
 
 
 def first_query(embeds: Tensor, mask: Tensor) -> Tensor:
-    """Embedding of the prompt's first token (BOS), as in the paper's code, never padding: [B, T, E] -> [B, E]."""
+    """Embedding of the prompt's first token (BOS), as in the paper's code, never padding: [B, T, E] -> [B, E].
+
+    Embeddings [1, T, E] serve all rows of the mask [B, T], as in a packed row.
+    """
     first = mask.to(torch.int64).argmax(dim=1)
+    if embeds.shape[0] == 1:
+        return embeds[0, first]
     return embeds[torch.arange(embeds.shape[0], device=embeds.device), first]

@@ -18,6 +18,7 @@ from psa_fast.models.bottleneck import ConceptBottleneck, first_query, prompt_qu
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import Family, ImageFeatures, get_family
 from psa_fast.models.lm_head import supervise
+from psa_fast.models.packing import Packing
 from psa_fast.models.tokens import SafetyTokens
 from psa_fast.taxonomy import IGNORE_INDEX
 
@@ -126,6 +127,7 @@ class PsaVLM(nn.Module):
         image_counts: Tensor | None = None,
         labels: Tensor | None = None,
         query_mask: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         safe_type: Tensor | None = None,
         safe_level: Tensor | None = None,
         num_items: float | Tensor | None = None,
@@ -137,6 +139,9 @@ class PsaVLM(nn.Module):
     ) -> PsaOutput:
         """Losses of one batch from one vision pass. Every rank runs the same modules, whatever its batch holds.
 
+        A batch is B padded rows or, with `lengths`, one packed row of B samples end to end ([1, T] below): the same
+        losses. image_counts, safe_type, safe_level and the concept rows are per sample in either case.
+
         Args:
             input_ids: int64 [B, T]; each image has num_safety_tokens + image_tokens placeholders.
             attention_mask: [B, T], 1 = real; left or right padding. None: no padding.
@@ -144,6 +149,7 @@ class PsaVLM(nn.Module):
             image_counts: int64 [B], images of each row (kept on the CPU it costs no synchronisation); None: counted.
             labels: int64 [B, T], unshifted as in transformers; -100 ignored. None: the language model is not run.
             query_mask: bool [B, T], the prompt's text positions; None: all text that is not padding and has no label.
+            lengths: tokens of each sample of a packed row, as python ints; None: the rows are padded.
             safe_type, safe_level: int64 [B], -100 = none. Rows without an image never count. If both are None but
                 labels are given, the bottleneck is not run.
             num_items, num_concept_rows: divisors of the summed losses, for batches spread over ranks or accumulation
@@ -153,22 +159,23 @@ class PsaVLM(nn.Module):
             class_weights, label_smoothing: of the concept losses, see ops.concept_loss.
 
         Raises:
-            ValueError: images, image_counts and placeholders do not agree.
+            ValueError: images, image_counts and placeholders do not agree, or input_ids and lengths.
         """
-        counts = self._image_counts(input_ids, pixel_values, image_counts)
+        packing = None if lengths is None else _pack(lengths, input_ids, attention_mask)
+        counts = self._image_counts(input_ids, pixel_values, image_counts, packing)
         has_images = any(counts)
         if pixel_values is None or not has_images:
             pixel_values = self.family.blank_image(input_ids.device)
-        features = self.encode_images(pixel_values)
+        features = self.family.vision_features(self.vlm, pixel_values)
         embeds = self.family.embed(self.vlm, input_ids)
         out = PsaOutput()
         losses = []
 
         if labels is None or safe_type is not None or safe_level is not None:
             rows = [row for row, count in enumerate(counts) if count] or [0]  # row 0 stands in, unlabelled
-            query = self._query_embeds(embeds, input_ids, attention_mask, labels, query_mask)
+            query = self._query_embeds(embeds, input_ids, attention_mask, labels, query_mask, packing)
             index = torch.tensor(rows, device=input_ids.device)
-            vision, mask = _by_row(features.vision, [counts[row] for row in rows] if has_images else [1])
+            vision, mask = _by_row(features, [counts[row] for row in rows] if has_images else [1])
             pooled = self.bottleneck(vision, query[index], mask)
             none = index.new_full((len(rows),), IGNORE_INDEX)
             picked = [
@@ -185,10 +192,17 @@ class PsaVLM(nn.Module):
                 losses.append(concept_loss_weight * concept.loss + 0.0 * concept.logits.sum().to(concept.loss.dtype))
 
         if labels is not None:
-            inputs_embeds = self._insert_images(embeds, input_ids, features.projected, counts, has_images)
-            positions = None if attention_mask is None else _position_ids(attention_mask)
-            hidden = self.family.hidden_states(self.vlm, inputs_embeds, attention_mask, positions)
+            projected = self.family.project(self.vlm, features)
+            inputs_embeds = self._insert_images(embeds, input_ids, projected, counts, has_images)
             aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            if packing is not None:
+                hidden = self.family.hidden_states(
+                    self.vlm, inputs_embeds, None, packing.position_ids, **packing.attention_kwargs()
+                )
+                aligned = aligned.index_fill(1, packing.last(), IGNORE_INDEX)  # the next sample is no continuation
+            else:
+                positions = None if attention_mask is None else _position_ids(attention_mask)
+                hidden = self.family.hidden_states(self.vlm, inputs_embeds, attention_mask, positions)
             head: Any = self.family.module(self.vlm, "lm_head")
             out.loss_lm = head(hidden, labels=aligned, num_items=num_items)
             losses.append(lm_loss_weight * out.loss_lm)
@@ -254,21 +268,22 @@ class PsaVLM(nn.Module):
         return self.family.generate(self.vlm, embeds, attention_mask, **kwargs)
 
     def _image_counts(
-        self, input_ids: Tensor, images: Tensor | None, image_counts: Tensor | Sequence[int] | None
+        self,
+        input_ids: Tensor,
+        images: Tensor | None,
+        image_counts: Tensor | Sequence[int] | None,
+        packing: Packing | None = None,
     ) -> list[int]:
-        """Images of each row, checked against the number of images and, on the CPU, against the placeholders."""
+        """Images of each row or sample, checked against the number of images and, on the CPU, the placeholders."""
         span = self.config.num_safety_tokens + self.config.image_tokens
         n = 0 if images is None else images.shape[0]
-        if image_counts is None:
-            placeholders = (input_ids == self.family.image_token_id).sum(1).tolist()
-            counts = [p // span for p in placeholders]
-        else:
-            counts = _as_list(image_counts)
-        if len(counts) != input_ids.shape[0]:
-            raise ValueError(f"image_counts has {len(counts)} entries for {input_ids.shape[0]} rows")
+        placeholders = input_ids == self.family.image_token_id
+        found = placeholders.sum(1) if packing is None else packing.count(placeholders)
+        counts = [p // span for p in found.tolist()] if image_counts is None else _as_list(image_counts)
+        if len(counts) != len(found):
+            raise ValueError(f"image_counts has {len(counts)} entries for {len(found)} rows")
         if sum(counts) != n:
             raise ValueError(f"the batch has {n} images, its rows ask for {sum(counts)} ({counts})")
-        found = (input_ids == self.family.image_token_id).sum(1)
         if input_ids.is_cuda:  # a wrong count stops the device without costing every step a synchronisation
             wanted = torch.tensor([c * span for c in counts]).pin_memory().to(found.device, non_blocking=True)
             torch._assert_async((found == wanted).all(), "image placeholders and image_counts disagree")
@@ -297,6 +312,7 @@ class PsaVLM(nn.Module):
         attention_mask: Tensor | None,
         labels: Tensor | None,
         query_mask: Tensor | None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """What the concept attention asks with, [B, E]; never from an answer's tokens, that would leak the label."""
         text = input_ids != self.family.image_token_id
@@ -307,11 +323,21 @@ class PsaVLM(nn.Module):
                 text = text & attention_mask.bool()
             if labels is not None:
                 text = text & (labels == IGNORE_INDEX)
+        if packing is not None:
+            text = packing.by_sample(text)
         return first_query(embeds, text) if self.config.query == "first" else prompt_query(embeds, text)
 
 
 def _as_list(counts: Tensor | Sequence[int]) -> list[int]:
     return [int(c) for c in (counts.tolist() if isinstance(counts, Tensor) else counts)]
+
+
+def _pack(lengths: Sequence[int], input_ids: Tensor, attention_mask: Tensor | None) -> Packing:
+    if attention_mask is not None:
+        raise ValueError("a packed row (lengths) has no padding, so it takes no attention_mask")
+    if tuple(input_ids.shape) != (1, sum(lengths)):
+        raise ValueError(f"lengths {list(lengths)} make one row [1, {sum(lengths)}], got {list(input_ids.shape)}")
+    return Packing(lengths, input_ids.device)
 
 
 def _position_ids(attention_mask: Tensor) -> Tensor:

@@ -49,6 +49,12 @@ class TrainConfig:
         "prompt", "concept query: the prompt's text, or its first position as in the paper", choices=["prompt", "first"]
     )
 
+    stage1_objective: str = option(
+        "joint",
+        "stage 1: both losses; the concept loss alone, without the language model's layers; the safety tokens alone",
+        choices=["joint", "concept", "tokens"],
+    )
+
     tune_type_llm: str = option("lora", "stage 2: how the language model is tuned", choices=["lora", "full"])
     tune_type_connector: str = option("frozen", "stage 2: the VLM's own projector", choices=["frozen", "full"])
     lora_r: int = option(256, "LoRA rank")
@@ -78,7 +84,15 @@ class TrainConfig:
     weight_decay: float = option(0.0, "AdamW weight decay, on matrices only")
     adam_beta1: float = option(0.9, "AdamW beta 1")
     adam_beta2: float = option(0.999, "AdamW beta 2")
-    max_grad_norm: float = option(1.0, "gradient clipping over all trained parameters (0: off)")
+    max_grad_norm: float = option(
+        1.0, "gradient clipping (0: off): stage 1 clips bottleneck and tokens each by itself, stage 2 all together"
+    )
+    packing: bool = option(True, "lay a micro-batch's rows end to end instead of padding them to the longest")
+    attn_implementation: str = option(
+        "auto",
+        "attention of the language model; auto: FlashAttention 3, then 2, then SDPA",
+        choices=["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"],
+    )
     gradient_checkpointing: bool = option(False, "recompute the language model's activations in the backward pass")
 
     deepspeed_config: str = option(
@@ -96,6 +110,21 @@ class TrainConfig:
     local_rank: int = option(-1, "set by the deepspeed launcher")
 
     @property
+    def runs_bottleneck(self) -> bool:
+        """Whether the concept losses are computed at all."""
+        return self.concept_loss_weight > 0 and not (self.stage == 1 and self.stage1_objective == "tokens")
+
+    @property
+    def runs_language_model(self) -> bool:
+        """Whether the language model runs at all; it does but for stage 1's `concept`."""
+        return not (self.stage == 1 and self.stage1_objective == "concept")
+
+    @property
+    def clips_each_part(self) -> bool:
+        """Whether gradients are clipped part by part: stage 1 with both losses, which share no trained parameter."""
+        return self.max_grad_norm > 0 and self.stage == 1 and self.stage1_objective == "joint"
+
+    @property
     def stage_dir(self) -> Path:
         """Where this stage's checkpoints, metrics and final add-on go."""
         return Path(self.output_dir) / f"stage{self.stage}"
@@ -109,7 +138,15 @@ class TrainConfig:
 RESUME_MAY_DIFFER = {
     "output_dir", "save_steps", "save_total_limit", "resume", "overwrite_output_dir", "local_rank",
     "dataloader_num_workers", "micro_batch_size", "gradient_checkpointing", "addon",
+    "packing", "attn_implementation",
 }  # fmt: skip
+
+# options without an effect under a stage-1 objective that leaves one of the two losses out
+NO_EFFECT = {
+    "joint": (),
+    "concept": ("lm_loss_weight", "token_learning_rate", "gradient_checkpointing", "attn_implementation"),
+    "tokens": ("concept_loss_weight", "label_smoothing"),
+}
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -194,9 +231,19 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
 
 def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
     """Refuse, with one sentence, options that cannot work together. `typed`: option names given on the command line."""
+    for f in dataclasses.fields(config):  # the command line's values are checked already, a recipe's are not
+        choices = f.metadata.get("choices")
+        if choices and getattr(config, f.name) not in choices:
+            allowed = ", ".join(map(str, choices))
+            raise ValueError(f"--{f.name} is {getattr(config, f.name)!r}; expected one of {allowed}")
     for name in STAGE_2_ONLY:
         if config.stage == 1 and name in typed:
             raise ValueError(f"--{name} only acts in stage 2; stage 1 keeps the whole VLM frozen")
+    if config.stage == 2 and "stage1_objective" in typed:
+        raise ValueError("--stage1_objective only acts in stage 1")
+    for name in NO_EFFECT[config.stage1_objective] if config.stage == 1 else ():
+        if name in typed:
+            raise ValueError(f"--{name} has no effect with --stage1_objective {config.stage1_objective}")
     for name in ("model_name_or_path", "data_path"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed: the recipe {config.recipe!r} does not set it")
@@ -207,11 +254,17 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
     if not 0.0 <= config.hint_rate <= 1.0:
         raise ValueError(f"--hint_rate is {config.hint_rate}; it is a share between 0 and 1")
     if config.stage == 1 and config.concept_loss_weight <= 0:
-        raise ValueError("--concept_loss_weight must be positive in stage 1: it is what trains the concept bottleneck")
+        raise ValueError(
+            "--concept_loss_weight must be positive in stage 1; --stage1_objective tokens leaves the concept loss out"
+        )
+    if config.stage == 1 and config.lm_loss_weight <= 0:
+        raise ValueError(
+            "--lm_loss_weight must be positive in stage 1; --stage1_objective concept leaves the language loss out"
+        )
+    if config.stage == 1 and config.stage1_objective == "tokens" and config.num_safety_tokens < 1:
+        raise ValueError("--stage1_objective tokens has nothing to train with --num_safety_tokens 0")
     if config.concept_loss_weight < 0 or config.lm_loss_weight < 0:
         raise ValueError("--concept_loss_weight and --lm_loss_weight cannot be negative")
-    if config.stage == 1 and config.lm_loss_weight == 0 and "token_learning_rate" in typed:
-        raise ValueError("--token_learning_rate has no effect without a language loss")
     if config.stage == 2 and config.lm_loss_weight <= 0:
         raise ValueError("--lm_loss_weight must be positive in stage 2: it is what tunes the language model")
     if config.global_batch_size < 1 or config.micro_batch_size < 1:

@@ -50,6 +50,8 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
                 f'{config.deepspeed_config}: {key} is {ds[key]}, but the training options say {value}; use "auto"'
             )
         ds[key] = value
+    if config.clips_each_part:  # DeepSpeed has one norm for all, see clipping.py
+        ds["gradient_clipping"] = 0.0
     if ds.get("fp16", {}).get("enabled"):
         raise ValueError(f"{config.deepspeed_config}: fp16 is not supported; use bf16 or fp32 (--dtype)")
     bf16 = ds.setdefault("bf16", {})

@@ -7,21 +7,25 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, collate, load_records
-from psa_fast.models import PsaVLM, load_processor
+from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, collate, load_records, pack
+from psa_fast.models import PsaVLM, load_base, load_processor
+from psa_fast.models.addon import ADAPTER, CHANGED
 from psa_fast.taxonomy import IGNORE_INDEX
 
 from . import checkpoint
+from .attention import choose_attention
+from .clipping import clip_each
 from .config import TrainConfig
 from .engine import accumulation_steps, build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
 from .metrics import MetricsLog
-from .stages import optimizer_groups, prepare, print_table
+from .stages import clip_groups, optimizer_groups, prepare, print_table
 
 HintFor = Callable[[int, int], str | None]
 
@@ -50,6 +54,7 @@ def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console
 
 def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> None:
     ds_config = resolve_deepspeed_config(config, world_size)
+    attention = choose_attention(config) if config.runs_language_model else None
     resume_from = checkpoint.find_resume(config)
     if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
         checkpoint.read_state(config.stage_dir, config, world_size)
@@ -60,8 +65,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     # before the model, so that a bad record costs seconds
     records = _shared_records(config, rank)
     _claim_output_dir(config, rank)
-    torch.manual_seed(config.seed)
-    model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon)
+    model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon, attention)
     parts = prepare(model, config, resuming=state is not None)
     if config.gradient_checkpointing:
         model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -82,7 +86,8 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     console.print(
         f"stage {config.stage}: {len(dataset)} records, {total_steps} steps of {config.global_batch_size} rows, "
         f"{world_size} rank(s), ZeRO-{zero}, {str(compute_dtype(config)).removeprefix('torch.')}, "
-        f"attention {model.vlm.config._attn_implementation}"
+        f"{f'attention {attention}' if attention else 'no language model'}, "
+        f"{'packed rows' if config.packing else 'padded rows'}"
     )
 
     engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)
@@ -140,7 +145,8 @@ def train_step(
         typed, levelled = (
             ((batch[name] != IGNORE_INDEX) & (batch["image_counts"] > 0)).sum() for name in ("safe_type", "safe_level")
         )
-        counts += torch.stack([supervised, typed, levelled, batch["attention_mask"].sum(), torch.tensor(0)])
+        tokens = torch.tensor(sum(batch["lengths"])) if "lengths" in batch else batch["attention_mask"].sum()
+        counts += torch.stack([supervised, typed, levelled, tokens, torch.tensor(0)])
     counts[4] = float(stop.requested)
     counts = _all_reduce(counts, device)
     # the engine averages gradients over ranks, so each rank divides by the per-rank share of the global count
@@ -149,9 +155,9 @@ def train_step(
 
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for index, batch in enumerate(micros):
-        # a loss of weight zero is not computed at all, on every rank alike
-        skipped = {"where"} | ({"safe_type", "safe_level"} if config.concept_loss_weight == 0 else set())
-        skipped |= {"labels"} if config.lm_loss_weight == 0 else set()
+        # without its labels a loss is not computed at all, on every rank alike
+        skipped = {"where"} | (set() if config.runs_bottleneck else {"safe_type", "safe_level"})
+        skipped |= set() if config.runs_language_model else {"labels"}
         inputs = {
             k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k != "image_counts" else v
             for k, v in batch.items()
@@ -170,9 +176,11 @@ def train_step(
         sums += torch.stack([sums.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
         if index == len(micros) - 1:
             _stop_if_not_finite(sums, micros, step)
+            if config.clips_each_part:
+                norms = clip_each(clip_groups(engine.module), config.max_grad_norm)
         engine.step()
     means = (_all_reduce(sums, device) / world_size).tolist()
-    norm = engine.get_global_grad_norm()
+    norm = norms.norm() if config.clips_each_part else engine.get_global_grad_norm()
     row = {
         "step": step,
         **dict(zip(("loss", "loss_lm", "loss_type", "loss_level"), means, strict=True)),
@@ -202,9 +210,10 @@ def _all_reduce(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor
 
 
-def build_model(config: TrainConfig, ds_config: dict, addon: str | None) -> tuple[PsaVLM, Any]:
+def build_model(
+    config: TrainConfig, ds_config: dict, addon: str | None, attention: str | None = None
+) -> tuple[PsaVLM, Any]:
     """The PSA model on its base, from an add-on or new. The second value must live until the engine is built."""
-    from transformers import AutoModelForImageTextToText
     from transformers.integrations import HfDeepSpeedConfig
 
     assert config.model_name_or_path is not None  # parse_args saw to it
@@ -215,7 +224,16 @@ def build_model(config: TrainConfig, ds_config: dict, addon: str | None) -> tupl
         "num_attention_heads": config.num_attention_heads,
         "query": config.query,
     }
-    vlm = AutoModelForImageTextToText.from_pretrained(config.model_name_or_path, dtype=compute_dtype(config))
+    if addon and not config.runs_language_model:
+        changes = [name for name in (ADAPTER, CHANGED) if (Path(addon) / name).exists()]
+        if changes:
+            raise ValueError(
+                f"--stage1_objective concept does not load the language model's layers, so it cannot start from "
+                f"{addon}, which changes them ({', '.join(changes)})"
+            )
+    vlm = load_base(config.model_name_or_path, compute_dtype(config), attention, config.runs_language_model)
+    # whatever the base drew while it was loaded: every objective starts from the same safety modules
+    torch.manual_seed(config.seed)
     model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **overrides)
     if addon:
         differing = [
@@ -268,7 +286,7 @@ def micro_batches(
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=_Schedule(sampler, config, rank, world_size, start, stop),
-        collate_fn=partial(collate, pad_token_id=pad),
+        collate_fn=pack if config.packing else partial(collate, pad_token_id=pad),
         num_workers=config.dataloader_num_workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_sigterm_to_the_loop,

@@ -28,8 +28,7 @@ def trained_parts(model: PsaVLM, config: TrainConfig) -> list[Part]:
     tokens = Part("safety tokens (LLM)", ("safety_tokens",), token_lr)
     if config.stage == 1:
         bottleneck = Part("concept bottleneck", ("bottleneck",), config.learning_rate)
-        # without the language loss nothing reaches the language model's tokens
-        return [bottleneck, tokens] if config.lm_loss_weight > 0 else [bottleneck]
+        return {"joint": [bottleneck, tokens], "concept": [bottleneck], "tokens": [tokens]}[config.stage1_objective]
     names = model.family.module_names
     if config.tune_type_llm == "lora":
         parts = [
@@ -73,6 +72,13 @@ def part_parameters(model: PsaVLM, part: Part) -> list[tuple[str, torch.nn.Param
     """The named parameters below a part's modules, frozen ones included."""
     prefixes = tuple(f"{module}." for module in part.modules)
     return [(name, parameter) for name, parameter in model.named_parameters() if name.startswith(prefixes)]
+
+
+def clip_groups(model: PsaVLM) -> list[list[torch.nn.Parameter]]:
+    """Trained parameters of stage 1's two parts, which no loss has in common. A part that is frozen is left out."""
+    parts = (model.bottleneck, model.safety_tokens)
+    groups = [[p for p in part.parameters() if p.requires_grad and _shape_of(p).numel()] for part in parts]
+    return [group for group in groups if group]
 
 
 def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float) -> list[dict]:

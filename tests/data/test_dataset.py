@@ -1,12 +1,13 @@
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-from psa_fast.data import GlobalBatchSampler, ImageError, PsaDataset, Record, Turn, balance, collate
+from psa_fast.data import GlobalBatchSampler, ImageError, PsaDataset, Record, Turn, balance, collate, pack
 from psa_fast.data.sampler import MAX_REPEATS
 
 
@@ -118,6 +119,24 @@ def test_batches_hold_what_the_rows_hold(chat, folder):
         red, blue = items[0].pixel_values, items[2].pixel_values[:1]
         torch.testing.assert_close(batch["pixel_values"], torch.cat([red, blue, red]))
     assert collate([items[1]], 0)["pixel_values"] is None
+
+
+def test_packed_rows_are_the_samples_end_to_end(chat, folder):
+    processor = chat.build()
+    images = [("a.png",), (), ("b.png", "a.png")]
+    dataset = PsaDataset([record(i, (1, 6, None)[i], names) for i, names in enumerate(images)], folder, processor)
+    items = [dataset[i] for i in range(3)]
+    padded, packed = collate(items, processor.tokenizer.pad_token_id), pack(items)
+    assert packed.keys() == padded.keys() - {"attention_mask"} | {"lengths"}
+    assert packed["lengths"] == [len(item.input_ids) for item in items]
+    real = padded["attention_mask"].bool()
+    for name in ("input_ids", "labels", "query_mask"):
+        assert torch.equal(packed[name], padded[name][real].unsqueeze(0))
+    for name in ("pixel_values", "image_counts", "safe_type", "safe_level"):
+        assert torch.equal(packed[name], padded[name])
+    whole = replace(items[1], labels=items[1].input_ids)
+    assert pack([items[0], whole])["labels"][0, len(items[0].input_ids)] == -100
+    assert pack([items[1]])["pixel_values"] is None
 
 
 def test_loader_workers_give_the_same_batches(chat, folder):

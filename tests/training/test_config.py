@@ -34,11 +34,16 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--recipe", "llava-1.5-7b", "--data_path", "x"], "--image_folder is needed"),
         (["--stage", "1", "--tune_type_connector", "full"], "--tune_type_connector only acts in stage 2"),
         (["--stage", "2", "--tune_type_llm", "full", "--lora_r", "8"], r"--lora_\* has no effect"),
-        (["--stage", "1", "--concept_loss_weight", "0"], "must be positive in stage 1"),
-        (["--lm_loss_weight", "0", "--token_learning_rate", "1e-3"], "--token_learning_rate has no effect"),
+        (["--stage", "1", "--concept_loss_weight", "0"], "must be positive in stage 1; --stage1_objective tokens"),
+        (["--stage", "1", "--lm_loss_weight", "0"], "must be positive in stage 1; --stage1_objective concept"),
+        (["--stage", "2", "--stage1_objective", "concept"], "--stage1_objective only acts in stage 1"),
+        (["--stage1_objective", "concept", "--token_learning_rate", "1e-3"], "--token_learning_rate has no effect"),
+        (["--stage1_objective", "tokens", "--concept_loss_weight", "2"], "--concept_loss_weight has no effect"),
+        (["--stage1_objective", "tokens", "--num_safety_tokens", "0"], "nothing to train"),
         (["--stage", "2", "--hint_rate", "1.5"], "share between 0 and 1"),
         (["--resume", "auto", "--overwrite_output_dir", "True"], "exclude each other"),
         (["--deepspeed_config", "nowhere.json"], "no such file"),
+        (["--stage1_objective", "concept", "--attn_implementation", "sdpa"], "--attn_implementation has no effect"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_sentence(argv, sentence):
@@ -46,8 +51,11 @@ def test_what_does_not_fit_is_refused_with_a_sentence(argv, sentence):
         parse_args(argv)
 
 
-def test_unknown_recipe_option_is_named(tmp_path):
+def test_unknown_recipe_option_or_value_is_named(tmp_path):
     recipe = tmp_path / "typo.yaml"
+    recipe.write_text("common: {model_name_or_path: m, data_path: d, image_folder: i, stage1_objective: both}\n")
+    with pytest.raises(ValueError, match="--stage1_objective is 'both'; expected one of joint, concept, tokens"):
+        parse_args(["--recipe", str(recipe)])
     recipe.write_text("common: {learning_rat: 1.0}\n")
     with pytest.raises(ValueError, match=r"typo\.yaml: not a training option: learning_rat"):
         read_recipe(str(recipe), 1)

@@ -56,6 +56,18 @@ def test_two_ranks_follow_one_rank_in_both_stages(command, run, finished, partit
         torch.testing.assert_close(tensor, adapters[1][name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_activation_checkpointing_and_padded_rows_change_no_loss(command, run, finished, tmp_path, partitioned, ranks):
+    ds = ["--deepspeed_config", partitioned]
+    if not (finished / "one" / "stage1").exists():
+        run(command(finished / "one", *ds, "--save_steps", 2))
+    run(command(tmp_path, *ds, "--gradient_checkpointing", True, "--packing", ranks == 1, ranks=ranks))
+    for left, right in zip(rows_of(finished / "one" / "stage1"), rows_of(tmp_path / "stage1"), strict=True):
+        for key in ("loss", "loss_lm", "loss_type", "loss_level", "grad_norm", "tokens", "supervised_tokens"):
+            assert left[key] == pytest.approx(right[key], rel=1e-4), key
+    assert_same_weights(finished / "one" / "stage1", tmp_path / "stage1", 1e-4)
+
+
 def test_stage_2_resumes_its_adapter_and_saves_tuned_base_weights(command, run, finished, partitioned):
     from psa_fast.models import PsaVLM
 

@@ -45,12 +45,25 @@ class Family(ABC):
         """S, tokens of one image."""
 
     @abstractmethod
+    def without_language_layers(self, config: Any) -> Any:
+        """A copy of the base's config whose language model has no decoder layer; its embeddings and head stay."""
+
+    @abstractmethod
     def blank_image(self, device: torch.device) -> Tensor:
         """One image of zeros [1, 3, H, W], which keeps a rank without images in step with the others."""
 
     @abstractmethod
+    def vision_features(self, vlm: nn.Module, pixel_values: Tensor) -> Tensor:
+        """h_o [N, S, Dv] of [N, 3, H, W]."""
+
     def encode_images(self, vlm: nn.Module, pixel_values: Tensor) -> ImageFeatures:
         """One vision pass over [N, 3, H, W]."""
+        vision = self.vision_features(vlm, pixel_values)
+        return ImageFeatures(vision, self.project(vlm, vision))
+
+    def project(self, vlm: nn.Module, vision: Tensor) -> Tensor:
+        """The VLM's own projector: h_o [N, S, Dv] -> h_i [N, S, E]."""
+        return self.module(vlm, "connector")(vision)
 
     @abstractmethod
     def embed(self, vlm: nn.Module, input_ids: Tensor) -> Tensor:
@@ -58,9 +71,14 @@ class Family(ABC):
 
     @abstractmethod
     def hidden_states(
-        self, vlm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        vlm: nn.Module,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        **attention_kwargs: Any,
     ) -> Tensor:
-        """Last hidden states [B, T, E] of the language model, without a cache."""
+        """Last hidden states [B, T, E] of the language model, without a cache; attention_kwargs reach the attention."""
 
     @abstractmethod
     def generate(self, vlm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psa_fast.models.families.base import Family, ImageFeatures
+from psa_fast.models.families.base import Family
 
 #: vision towers known to end in `encoder.layers`, and whether they put a class token first
 _CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False}
@@ -50,20 +51,27 @@ class LlavaFamily(Family):
         dropped = config.vision_feature_select_strategy == "default"
         return (vision.image_size // vision.patch_size) ** 2 + _class_tokens(config) - dropped
 
+    def without_language_layers(self, config: Any) -> Any:
+        """num_hidden_layers 0 in the text config."""
+        config = copy.deepcopy(config)
+        config.text_config.num_hidden_layers = 0
+        if getattr(config.text_config, "layer_types", None):
+            config.text_config.layer_types = []
+        return config
+
     def blank_image(self, device: torch.device) -> Tensor:
         """Zeros [1, C, H, W]."""
         vision = self.config.vision_config
         return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=device)
 
-    def encode_images(self, vlm: nn.Module, pixel_values: Tensor) -> ImageFeatures:
+    def vision_features(self, vlm: nn.Module, pixel_values: Tensor) -> Tensor:
         """One vision pass: only up to the layer that is used, without a graph where the tower is frozen."""
         tower = self.module(vlm, "vision")
         frozen = not any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            vision = self._vision_features(tower, pixel_values)
-        return ImageFeatures(vision, self.module(vlm, "connector")(vision))
+            return self._select(tower, pixel_values)
 
-    def _vision_features(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+    def _select(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         layer = self.config.vision_feature_layer
         depth = self.config.vision_config.num_hidden_layers
         wanted = [layer] if isinstance(layer, int) else list(layer)
@@ -84,12 +92,21 @@ class LlavaFamily(Family):
         return vlm.get_input_embeddings()(input_ids)  # type: ignore[operator]
 
     def hidden_states(
-        self, vlm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self,
+        vlm: nn.Module,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        **attention_kwargs: Any,
     ) -> Tensor:
         """Last hidden states, final norm included, use_cache off."""
         body: Any = vlm.model
         return body(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,  # with a cache transformers builds no mask from packed position ids: samples would leak
+            **attention_kwargs,
         ).last_hidden_state
 
     def generate(self, vlm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
