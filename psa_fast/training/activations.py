@@ -70,52 +70,57 @@ class Tuning:
     lora_dropout: float = 0.0
 
 
-def layer_saved(dims: Dims, tuning: Tuning, attention: str, length: int) -> int:
-    """Bytes per token that one decoder block keeps.
+@dataclass(frozen=True)
+class Layout:
+    """Tokens of a micro-batch, tokens that attention takes as one row, and what it holds beside queries, keys, values.
 
-    Args:
-        dims: of the model.
-        tuning: of the language model.
-        attention: "eager" keeps the scores, [heads, length] in fp32 and bf16 for each token; the others do not.
-        length: tokens of a row.
+    `holds` is "scores" (eager: [heads, length] in fp32 and bf16 for each token and layer), "mask" (SDPA on padded
+    rows: one [length, length] for each row) or "nothing".
     """
+
+    tokens: int
+    length: int
+    holds: str = "nothing"
+
+
+def layer_saved(dims: Dims, tuning: Tuning, layout: Layout) -> int:
+    """Bytes per token that one decoder block keeps."""
+    eager = layout.holds == "scores"
     e, i = dims.hidden, dims.intermediate
     q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     norms = 2 * FP32 * (e + 1)
-    scores = (FP32 + BF16) * dims.heads * length if attention == "eager" else BF16 * q + FP32 * dims.heads
+    scores = (FP32 + BF16) * dims.heads * layout.length if eager else BF16 * q + FP32 * dims.heads
     saved = norms + BF16 * (q + 2 * kv) + scores + BF16 * 3 * i
     if tuning.kind == "full":
         # the normalised states twice (for the norm's weight before it is applied, for the linears after), down's input
-        saved += 2 * 2 * BF16 * e + BF16 * i + (BF16 * q if attention == "eager" else 0)
+        saved += 2 * 2 * BF16 * e + BF16 * i + (BF16 * q if eager else 0)
     if tuning.kind == "lora":
         saved += 7 * BF16 * tuning.lora_r
         if tuning.lora_dropout > 0:  # each linear's own dropped input and its mask
             saved += (BF16 + 1) * (5 * e + q + i)
         else:
-            saved += 2 * BF16 * e + BF16 * i + (BF16 * q if attention == "eager" else 0)
+            saved += 2 * BF16 * e + BF16 * i + (BF16 * q if eager else 0)
     return saved
 
 
-def layer_working_set(dims: Dims, attention: str, length: int) -> int:
+def layer_working_set(dims: Dims, layout: Layout) -> int:
     """Bytes per token of gradients that live at once while a block's backward runs (its MLP, or its eager scores)."""
     mlp = BF16 * 4 * dims.intermediate + FP32 * 4 * dims.hidden
-    scores = (2 * FP32 + BF16) * dims.heads * length if attention == "eager" else 0
+    scores = (2 * FP32 + BF16) * dims.heads * layout.length if layout.holds == "scores" else 0
     return max(mlp, scores)
 
 
-def language_model(
-    dims: Dims, tuning: Tuning, rows: int, length: int, attention: str, checkpointing: bool
-) -> dict[str, int]:
-    """Bytes for `rows` rows of `length` tokens."""
-    tokens = rows * length
-    block = layer_saved(dims, tuning, attention, length)
+def language_model(dims: Dims, tuning: Tuning, layout: Layout, checkpointing: bool) -> dict[str, int]:
+    """Bytes for a micro-batch."""
+    tokens = layout.tokens
+    block = layer_saved(dims, tuning, layout)
     # with checkpointing each block keeps its input, and one block at a time is recomputed in full
     kept = dims.layers * BF16 * dims.hidden + block if checkpointing else dims.layers * block
     norm = FP32 * (dims.hidden + 1)
-    mask = 0 if attention.startswith("flash") else rows * length * length * BF16
+    mask = tokens * layout.length * BF16 if layout.holds == "mask" else 0
     return {
         "language model activations": tokens * (kept + norm) + mask,
-        "backward working set": tokens * layer_working_set(dims, attention, length),
+        "backward working set": tokens * layer_working_set(dims, layout),
         # embeddings, embeddings with images, last hidden states, the supervised ones, their gradient
         "embeddings and last states": tokens * 5 * BF16 * dims.hidden,
     }

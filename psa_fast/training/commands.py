@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 # what of train.py's options changes memory; the others are not accepted, so that none is silently ignored
 OPTIONS = (
-    "stage", "recipe", "model_name_or_path", "max_length", "num_safety_tokens", "num_head_tokens",
+    "stage", "stage1_objective", "recipe", "model_name_or_path", "max_length", "num_safety_tokens", "num_head_tokens",
     "num_attention_heads", "tune_type_llm", "tune_type_connector", "lora_r", "lora_dropout", "concept_loss_weight",
-    "lm_loss_weight", "global_batch_size", "micro_batch_size", "gradient_checkpointing", "deepspeed_config",
-    "dataloader_num_workers",
+    "packing", "attn_implementation", "global_batch_size", "micro_batch_size", "gradient_checkpointing",
+    "deepspeed_config", "dataloader_num_workers",
 )  # fmt: skip
 
 
@@ -36,9 +36,6 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     machine.add_argument("--nodes", type=int, default=1, metavar="K", help="nodes (default: 1)")
     machine.add_argument("--host_gb", type=float, metavar="G", help="memory of a node in GiB (default: not checked)")
     load = parser.add_argument_group("load")
-    load.add_argument(
-        "--attention", default="sdpa", choices=["flash", "sdpa", "eager"], help="attention kernel (default: sdpa)"
-    )
     load.add_argument("--images_per_row", type=int, default=1, metavar="N", help="images of a row (default: 1)")
     options = parser.add_argument_group("train.py's options that matter here; defaults come from the recipe")
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -52,18 +49,18 @@ def plan(args: argparse.Namespace) -> int:
     """Print the estimate; 0 if the run fits, else 1 with what would help. ValueError for options that do not fit."""
     from rich.console import Console
 
-    from .plan import Load, Machine, estimate, measure, remedies
+    from .plan import Machine, estimate, measure, remedies
 
     machine = Machine(args.gpus, args.gpu_gb, args.nodes, args.host_gb)
-    load = Load(args.attention, args.images_per_row)
+    images = args.images_per_row
     config = read_options(args)
     sizes = measure(config)
-    found = estimate(config, sizes, machine, load)
+    found = estimate(config, sizes, machine, images)
     # a fixed width keeps one line one line in files
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    print_estimate(config, sizes, found, load.attention, console)
+    print_estimate(config, sizes, found, console)
     if not found.fits:
-        print_remedies(found, remedies(config, sizes, machine, load), console)
+        print_remedies(found, remedies(config, sizes, machine, images), console)
     return 0 if found.fits else 1
 
 
@@ -84,14 +81,15 @@ def read_options(args: argparse.Namespace) -> TrainConfig:
     return config
 
 
-def print_estimate(config: TrainConfig, sizes: Sizes, found: Estimate, attention: str, console: Any) -> None:
+def print_estimate(config: TrainConfig, sizes: Sizes, found: Estimate, console: Any) -> None:
     """Tables of parameters and memory, and the verdict."""
     machine = found.machine
     nodes = f"{machine.nodes} x " if machine.nodes > 1 else ""
     console.print(
         f"{config.model_name_or_path}, stage {config.stage}, {nodes}{machine.gpus} x {machine.gpu_gb:g} GiB, "
         f"{config.deepspeed_config}, micro batch {_micro(config, machine)} rows of {config.max_length} tokens, "
-        f"{attention} attention, checkpointing {'on' if config.gradient_checkpointing else 'off'}"
+        f"attention {config.attn_implementation}, {'packed' if config.packing else 'padded'}, "
+        f"checkpointing {'on' if config.gradient_checkpointing else 'off'}"
     )
     console.print(f"parameters: {sizes.total:,}, trained: {sizes.trained:,}")
     for name, count in sizes.parts.items():

@@ -51,14 +51,6 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a row of the batch looks like: "eager", "sdpa" or "flash" attention, images it holds."""
-
-    attention: str = "sdpa"
-    images_per_row: int = 1
-
-
-@dataclass(frozen=True)
 class Sizes:
     """Parameters of the model and of what the stage trains, and the widths activations depend on."""
 
@@ -134,14 +126,15 @@ def measure(config: TrainConfig) -> Sizes:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from psa_fast.models import PsaVLM
+    from psa_fast.models import PsaVLM, get_family
 
     from .architectures import base_config
     from .stages import part_parameters, prepare
 
     base = base_config(str(config.model_name_or_path))
     with torch.device("meta"):
-        vlm = AutoModelForImageTextToText.from_config(base)
+        whole = config.runs_language_model
+        vlm = AutoModelForImageTextToText.from_config(base if whole else get_family(base).without_language_layers(base))
         model = PsaVLM.build(
             vlm,
             num_safety_tokens=config.num_safety_tokens,
@@ -218,28 +211,25 @@ def model_states(total: int, trained: int, zero: dict[str, Any], world_size: int
     return States(gpu, at_step, host, nvme)
 
 
-def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, load: Load | None = None) -> Estimate:
-    """All parts for one configuration; every row is taken to be `max_length` long and to hold its images.
+def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row: int = 1) -> Estimate:
+    """All parts for one configuration; every row is taken to be `max_length` long and to hold `images_per_row` images.
 
     Raises ValueError when the batch does not divide over the ranks or the ZeRO stage is not known.
     """
     from .engine import accumulation_steps
 
-    load = load or Load()
     config = replace(config)
     accumulation_steps(config, machine.world_size)
     zero = read_deepspeed_config(config.deepspeed_config).get("zero_optimization", {})
     states = model_states(sizes.total, sizes.trained, zero, machine.world_size)
     dims, rows = sizes.dims, config.micro_batch_size
-    images = rows * load.images_per_row
+    images = rows * images_per_row
 
     step: dict[str, int] = {}
-    if config.lm_loss_weight > 0:
-        step |= activations.language_model(
-            dims, sizes.tuning, rows, config.max_length, load.attention, config.gradient_checkpointing
-        )
+    if config.runs_language_model:
+        step |= activations.language_model(dims, sizes.tuning, _layout(config), config.gradient_checkpointing)
         step["LM loss"] = activations.lm_loss(dims, rows * config.max_length, sizes.head_trained)
-    if config.concept_loss_weight > 0:
+    if config.runs_bottleneck:
         step["concept bottleneck"] = activations.bottleneck(dims, images)
     connector_trained = config.stage == 2 and config.tune_type_connector == "full"
     step["vision tower and connector"] = activations.vision(dims, images, connector_trained)
@@ -249,15 +239,25 @@ def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, load: Load | N
     # ZeRO-3 reads the checkpoint on the first rank only, ZeRO-2 on every rank
     host["weights while loading"] = BF16 * sizes.total * (1 if zero.get("stage") == 3 else machine.gpus)
     notes = []
-    if config.max_length > dims.positions and config.lm_loss_weight > 0:
+    if config.max_length > dims.positions and config.runs_language_model:
         notes.append(f"--max_length {config.max_length}: the base was trained on {dims.positions} positions only")
-    placeholders = load.images_per_row * (config.num_safety_tokens + dims.image_tokens)
+    placeholders = images_per_row * (config.num_safety_tokens + dims.image_tokens)
     if placeholders >= config.max_length:
         raise ValueError(
-            f"--max_length {config.max_length} leaves no room for text: {load.images_per_row} image(s) take "
+            f"--max_length {config.max_length} leaves no room for text: {images_per_row} image(s) take "
             f"{placeholders} tokens"
         )
     return Estimate(machine, states.gpu, step, {"fp32 gradients": states.gpu_at_step}, host, states.nvme, notes)
+
+
+def _layout(config: TrainConfig) -> activations.Layout:
+    """How attention sees a micro-batch; `auto` is taken for SDPA, which needs no less than FlashAttention."""
+    rows, length = config.micro_batch_size, config.max_length
+    if config.attn_implementation == "eager":
+        # packed rows are one row to it
+        return activations.Layout(rows * length, rows * length if config.packing else length, "scores")
+    masked = config.attn_implementation in ("auto", "sdpa") and not config.packing
+    return activations.Layout(rows * length, length, "mask" if masked else "nothing")
 
 
 @dataclass(frozen=True)
@@ -272,34 +272,35 @@ class Remedy:
         return " ".join(f"--{name} {value}" for name, value in self.options.items())
 
 
-def remedies(config: TrainConfig, sizes: Sizes, machine: Machine, load: Load | None = None) -> list[Remedy]:
+def remedies(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row: int = 1) -> list[Remedy]:
     """Each single option that makes a run fit that does not, the cheapest first; else the first combination that does.
 
     Empty if even all of them together are not enough.
     """
-    load = load or Load()
     single: list[Remedy] = []
     together: dict[str, Any] = {}
-    for name, values in _ladder(config, sizes, machine, load):
+    for name, values in _ladder(config, sizes, machine, images_per_row):
         for value in values:
-            found = estimate(replace(config, **{name: value}), sizes, machine, load)
+            found = estimate(replace(config, **{name: value}), sizes, machine, images_per_row)
             if found.fits:
                 single.append(Remedy({name: value}, found))
                 break
     if single:
         return single
-    for name, values in _ladder(config, sizes, machine, load):
+    for name, values in _ladder(config, sizes, machine, images_per_row):
         for value in values:
             together[name] = value
-            found = estimate(replace(config, **together), sizes, machine, load)
+            found = estimate(replace(config, **together), sizes, machine, images_per_row)
             if found.fits:
                 return [Remedy(together, found)]
     return []
 
 
-def _ladder(config: TrainConfig, sizes: Sizes, machine: Machine, load: Load) -> Iterator[tuple[str, list[Any]]]:
+def _ladder(
+    config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row: int
+) -> Iterator[tuple[str, list[Any]]]:
     """Options to try, what costs the least time first, each with the values that save more and more."""
-    if not config.gradient_checkpointing and config.lm_loss_weight > 0:
+    if not config.gradient_checkpointing and config.runs_language_model:
         yield "gradient_checkpointing", [True]
     most = min(config.micro_batch_size, max(1, config.global_batch_size // machine.world_size))
     smaller = [m for m in range(most - 1, 0, -1) if config.global_batch_size % (m * machine.world_size) == 0]
@@ -311,7 +312,7 @@ def _ladder(config: TrainConfig, sizes: Sizes, machine: Machine, load: Load) -> 
     elif zero["offload_optimizer"]["device"] == "cpu":
         configs += OFFLOAD_CONFIGS[1:]
     yield "deepspeed_config", configs
-    shortest = load.images_per_row * (config.num_safety_tokens + sizes.dims.image_tokens) + _SHORTEST_TEXT
+    shortest = images_per_row * (config.num_safety_tokens + sizes.dims.image_tokens) + _SHORTEST_TEXT
     lengths, length = [], config.max_length // 2
     while length >= shortest:
         lengths.append(length)

@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaModel
 from psa_fast import cli
 from psa_fast.models import ConceptBottleneck, PsaConfig
 from psa_fast.training import activations
-from psa_fast.training.activations import Dims, Tuning
+from psa_fast.training.activations import Dims, Layout, Tuning
 from psa_fast.training.config import parse_args, read_deepspeed_config
-from psa_fast.training.plan import Load, Machine, estimate, measure, model_states, remedies
+from psa_fast.training.plan import Machine, estimate, measure, model_states, remedies
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAVA_7B = 7_063_427_072
@@ -54,6 +54,15 @@ def test_parameters_are_counted_exactly(sizes):
     assert stage2.parts["LoRA r=256 on the language model"] == lora
     assert stage2.trained == lora + tokens * e  # the recipe's stage 2 has no concept loss
     assert stage2.total == stage1.total + lora
+
+
+def test_the_concept_objective_has_no_decoder_layers(sizes):
+    config = options("--recipe", "llava-1.5-7b", "--stage", 1, "--stage1_objective", "concept")
+    found = measure(config)
+    layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert sizes[1].total - found.total == layers
+    assert sizes[1].trained - found.trained == 64 * 4096  # the language model's safety tokens
+    assert set(estimate(config, found, Machine(1, 24)).step) == {"concept bottleneck", "vision tower and connector"}
 
 
 def safety_projector_parameters(vision, c, e):
@@ -193,9 +202,10 @@ def test_decoder_layer_keeps_what_autograd_saves(kind, attention):
         found.append(
             bytes_saved(model, lambda m=model, x=embeds: m(inputs_embeds=x, use_cache=False).last_hidden_state)
         )
+    layout = Layout(tokens, tokens, "scores" if attention == "eager" else "nothing")
     per_layer = (found[1] - found[0]) / 2 / tokens
     tuning = Tuning(kind, 8, 0.0) if kind == "lora" else Tuning(kind)
-    assert activations.layer_saved(dims()[0], tuning, attention, tokens) == pytest.approx(per_layer, rel=0.02)
+    assert activations.layer_saved(dims()[0], tuning, layout) == pytest.approx(per_layer, rel=0.02)
 
 
 def test_bottleneck_keeps_what_autograd_saves():
@@ -210,9 +220,9 @@ def test_bottleneck_keeps_what_autograd_saves():
     assert activations.bottleneck_saved(shape) == pytest.approx((found[1] - found[0]) / 4, rel=0.1)
 
 
-def peak(sizes, machine=None, load=None, **changes):
+def peak(sizes, machine=None, images=1, **changes):
     config = dataclasses.replace(options("--recipe", "llava-1.5-7b", "--stage", 1), **changes)
-    return estimate(config, sizes, machine or Machine(8, 80), load).gpu_peak
+    return estimate(config, sizes, machine or Machine(8, 80), images).gpu_peak
 
 
 def test_more_work_needs_more_memory_and_more_gpus_less(sizes):
@@ -221,11 +231,15 @@ def test_more_work_needs_more_memory_and_more_gpus_less(sizes):
     assert peak(sizes[1], max_length=4096) > least
     assert peak(sizes[1], gradient_checkpointing=False) > least
     assert peak(sizes[1], deepspeed_config="ds_configs/zero2.json") > least
-    assert peak(sizes[1], load=Load("eager")) > least > peak(sizes[1], load=Load("flash"))
-    assert peak(sizes[1], load=Load(images_per_row=2)) > least
+    # a mask over padded rows, scores of each, scores of both in one packed row
+    eager = {"attn_implementation": "eager"}
+    padded = peak(sizes[1], packing=False)
+    assert least < padded < peak(sizes[1], packing=False, **eager) < peak(sizes[1], **eager)
+    assert peak(sizes[1], packing=False, attn_implementation="flash_attention_2") == least
+    assert peak(sizes[1], images=2) > least
     assert peak(sizes[1], deepspeed_config="ds_configs/zero3_offload.json") < least
     assert peak(sizes[1], Machine(4, 80)) > least > peak(sizes[1], Machine(8, 80, nodes=2))
-    assert peak(sizes[1], lm_loss_weight=0.0) < least
+    assert peak(sizes[1], stage1_objective="tokens") < least
 
 
 def test_remedies_fit_and_each_is_needed(sizes):
