@@ -16,12 +16,13 @@ def build_parser() -> argparse.ArgumentParser:
     from psa_fast.evaluation import commands as evaluation
     from psa_fast.safety import commands as safety
     from psa_fast.sandbox import commands as sandbox
+    from psa_fast.training import commands as training
 
     parser = argparse.ArgumentParser(
         prog="psa-fast", description="Concept-bottleneck safety for vision-language models."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (data, sandbox, safety, evaluation):
+    for room in (data, sandbox, training, safety, evaluation):
         room.register(subparsers)
     return parser
 

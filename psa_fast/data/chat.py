@@ -31,7 +31,8 @@ class Encoded:
     """One row as the model takes it.
 
     `input_ids`, `labels` (unshifted, -100 where nothing is supervised) and `query_mask` (prompt text, which the concept
-    query is made of) have the same length. `pixel_values` is [image_count, 3, H, W], None if no images were given.
+    query is made of) have the same length. `pixel_values` is [image_count, 3, H, W], None if no images were given;
+    `vision_features` [image_count, S, Dv] where they stand in for the images.
     """
 
     input_ids: list[int]
@@ -42,6 +43,7 @@ class Encoded:
     safe_type: int = IGNORE_INDEX
     safe_level: int = IGNORE_INDEX
     where: str = ""
+    vision_features: Tensor | None = None
 
 
 class ImageInputs(NamedTuple):

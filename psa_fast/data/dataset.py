@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from psa_fast.data.records import Record
 from psa_fast.taxonomy import IGNORE_INDEX
 
 HintFor = Callable[[int, int], "str | None"]
+FeaturesOf = Callable[[Sequence[str]], torch.Tensor]
 
 
 class PsaDataset(torch.utils.data.Dataset):
@@ -28,6 +30,8 @@ class PsaDataset(torch.utils.data.Dataset):
         hint_rate: share of the labelled records whose prompt gets that hint; drawn anew in each epoch.
         seed: of the draw.
         max_length: longest row in tokens, images included.
+        features_of: image paths of a record -> their vision features [n, S, Dv], n may be 0. The images are then not
+            read; all images must have the same number of tokens.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class PsaDataset(torch.utils.data.Dataset):
         hint_rate: float = 0.0,
         seed: int = 0,
         max_length: int | None = None,
+        features_of: FeaturesOf | None = None,
     ) -> None:
         if not 0.0 <= hint_rate <= 1.0:
             raise ValueError(f"hint_rate is {hint_rate}; expected a share between 0 and 1")
@@ -53,6 +58,7 @@ class PsaDataset(torch.utils.data.Dataset):
         self.hint_rate = hint_rate
         self.seed = seed
         self.max_length = max_length
+        self.features_of = features_of
 
     def __len__(self) -> int:
         return len(self.records)
@@ -65,11 +71,14 @@ class PsaDataset(torch.utils.data.Dataset):
         if isinstance(index, tuple):
             index, epoch = index
         record = self.records[index]
+        hint = self._hint(record, index, epoch)
+        if self.features_of is not None:
+            row = encode(record, self.processor, hint=hint, max_length=self.max_length)
+            return replace(row, vision_features=self.features_of(record.images[: row.image_count]))
         try:
             images = [load_image(resolve(self.image_folder or "", name)) for name in record.images]
         except ImageError as error:
             raise ImageError(f"{record.where}: {error}") from error
-        hint = self._hint(record, index, epoch)
         return encode(record, self.processor, images=images, hint=hint, max_length=self.max_length)
 
     def _hint(self, record: Record, index: int, epoch: int) -> str | None:
@@ -130,7 +139,10 @@ def pack(items: Sequence[Encoded]) -> dict[str, Any]:
 
 def _per_sample(items: Sequence[Encoded]) -> dict[str, Any]:
     pixels = [item.pixel_values for item in items if item.pixel_values is not None]
+    features = [item.vision_features for item in items if item.vision_features is not None]
     return {
+        # rows of a cached run all have features, if of no image: then no rank runs the tower
+        **({"vision_features": torch.cat(features)} if features else {}),
         "pixel_values": torch.cat(pixels) if pixels else None,
         "image_counts": torch.tensor([item.image_count for item in items]),
         "safe_type": torch.tensor([item.safe_type for item in items]),

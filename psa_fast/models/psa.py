@@ -128,6 +128,7 @@ class PsaVLM(nn.Module):
         labels: Tensor | None = None,
         query_mask: Tensor | None = None,
         lengths: Sequence[int] | None = None,
+        vision_features: Tensor | None = None,
         safe_type: Tensor | None = None,
         safe_level: Tensor | None = None,
         num_items: float | Tensor | None = None,
@@ -150,6 +151,8 @@ class PsaVLM(nn.Module):
             labels: int64 [B, T], unshifted as in transformers; -100 ignored. None: the language model is not run.
             query_mask: bool [B, T], the prompt's text positions; None: all text that is not padding and has no label.
             lengths: tokens of each sample of a packed row, as python ints; None: the rows are padded.
+            vision_features: h_o of the batch's images, [N, S, Dv], N may be 0; the vision tower is not run. In place of
+                pixel_values.
             safe_type, safe_level: int64 [B], -100 = none. Rows without an image never count. If both are None but
                 labels are given, the bottleneck is not run.
             num_items, num_concept_rows: divisors of the summed losses, for batches spread over ranks or accumulation
@@ -162,12 +165,19 @@ class PsaVLM(nn.Module):
             ValueError: images, image_counts and placeholders do not agree, or input_ids and lengths.
         """
         packing = None if lengths is None else _pack(lengths, input_ids, attention_mask)
-        counts = self._image_counts(input_ids, pixel_values, image_counts, packing)
-        has_images = any(counts)
-        if pixel_values is None or not has_images:
-            pixel_values = self.family.blank_image(input_ids.device)
-        features = self.family.vision_features(self.vlm, pixel_values)
         embeds = self.family.embed(self.vlm, input_ids)
+        given = pixel_values if vision_features is None else vision_features
+        counts = self._image_counts(input_ids, given, image_counts, packing)
+        has_images = any(counts)
+        if vision_features is not None:
+            if pixel_values is not None:
+                raise ValueError("give either pixel_values or vision_features")
+            shape = (self.config.image_tokens, self.config.vision_hidden_size)
+            features = (vision_features if has_images else vision_features.new_zeros(1, *shape)).to(embeds.dtype)
+        else:
+            if pixel_values is None or not has_images:
+                pixel_values = self.family.blank_image(input_ids.device)
+            features = self.family.vision_features(self.vlm, pixel_values)
         out = PsaOutput()
         losses = []
 

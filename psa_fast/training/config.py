@@ -55,6 +55,10 @@ class TrainConfig:
         choices=["joint", "concept", "tokens"],
     )
 
+    feature_cache: str | None = option(
+        None, "folder that keeps vision features for --stage1_objective concept (built first, used by any later run)"
+    )
+
     tune_type_llm: str = option("lora", "stage 2: how the language model is tuned", choices=["lora", "full"])
     tune_type_connector: str = option("frozen", "stage 2: the VLM's own projector", choices=["frozen", "full"])
     lora_r: int = option(256, "LoRA rank")
@@ -244,6 +248,8 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
     for name in NO_EFFECT[config.stage1_objective] if config.stage == 1 else ():
         if name in typed:
             raise ValueError(f"--{name} has no effect with --stage1_objective {config.stage1_objective}")
+    if config.feature_cache is not None and config.runs_language_model:
+        raise ValueError("--feature_cache needs --stage1_objective concept: elsewhere the tower's share is too small")
     for name in ("model_name_or_path", "data_path"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed: the recipe {config.recipe!r} does not set it")

@@ -24,6 +24,7 @@ from .attention import choose_attention
 from .clipping import clip_each
 from .config import TrainConfig
 from .engine import accumulation_steps, build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
+from .features import cached_features
 from .metrics import MetricsLog
 from .stages import clip_groups, optimizer_groups, prepare, print_table
 
@@ -70,6 +71,9 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     if config.gradient_checkpointing:
         model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     processor = load_processor(str(config.model_name_or_path), model.config)
+    features_of = None
+    if config.feature_cache is not None:
+        features_of = cached_features(config, model, processor, records, console)
     dataset = PsaDataset(
         records,
         config.image_folder,
@@ -78,6 +82,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         hint_rate=config.hint_rate,
         seed=config.seed,
         max_length=config.max_length,
+        features_of=features_of,
     )
     sampler = GlobalBatchSampler(len(dataset), config.global_batch_size, seed=config.seed)
     total_steps = config.max_steps or sampler.steps(config.num_train_epochs)

@@ -263,3 +263,24 @@ def test_activation_checkpointing_and_training_mode_keep_the_gradients(batch):
     for name, p in psa.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, reference[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 0), (0, 0, 0)])
+def test_features_already_computed_stand_in_for_the_images(counts):
+    psa = build()
+    batch = make_batch(3, counts)
+    del batch["labels"]
+    expected = psa(**batch)
+    pixels = batch.pop("pixel_values")
+    shape = (psa.config.image_tokens, psa.config.vision_hidden_size)
+    features = torch.empty(0, *shape) if pixels is None else psa.encode_images(pixels).vision
+
+    def no_tower(*args, **kwargs):
+        raise AssertionError("the vision tower ran")
+
+    psa.vlm.model.vision_tower.forward = no_tower
+    out = psa(**batch, vision_features=features)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.concept_logits, expected.concept_logits)
+    with pytest.raises(ValueError, match="either pixel_values or vision_features"):
+        psa(**batch, vision_features=features, pixel_values=torch.zeros(1, 3, 16, 16))

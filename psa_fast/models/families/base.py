@@ -49,6 +49,10 @@ class Family(ABC):
         """A copy of the base's config whose language model has no decoder layer; its embeddings and head stay."""
 
     @abstractmethod
+    def vision_choices(self) -> dict[str, Any]:
+        """JSON values that decide, beside the tower's weights, what `vision_features` returns."""
+
+    @abstractmethod
     def blank_image(self, device: torch.device) -> Tensor:
         """One image of zeros [1, 3, H, W], which keeps a rank without images in step with the others."""
 

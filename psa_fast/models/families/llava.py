@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,14 @@ class LlavaFamily(Family):
         if getattr(config.text_config, "layer_types", None):
             config.text_config.layer_types = []
         return config
+
+    def vision_choices(self) -> dict[str, Any]:
+        """The layer that is taken, whether its class token is dropped, and the tower's own config."""
+        return {
+            "layer": self.config.vision_feature_layer,
+            "strategy": self.config.vision_feature_select_strategy,
+            "tower": json.loads(self.config.vision_config.to_json_string()),
+        }
 
     def blank_image(self, device: torch.device) -> Tensor:
         """Zeros [1, C, H, W]."""
