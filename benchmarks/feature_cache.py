@@ -1,9 +1,10 @@
 """Time per image and disk of the vision-feature cache at LLaVA-1.5-7B's widths, [576, 1024] bf16 an image.
 
-python benchmarks/feature_cache.py --images 10000 --folder /some/disk [--json FILE]
+python benchmarks/feature_cache.py --images 10000 --folder /some/disk [--kill] [--json FILE]
 
 Synthetic features; the tower that would make them is not run. Writing includes the flush to the disk, reading a sum
 over every value. Reads right after the build come from the page cache as far as memory reaches.
+--kill: the first half is written by a process that is killed with SIGKILL in the middle of it; every entry is compared.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import hashlib
 import json
 import random
 import shutil
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +28,7 @@ from ladder import where
 from psa_fast.training.feature_cache import FeatureCache
 
 SHAPE = (576, 1024)
+ENTRY = 2 * SHAPE[0] * SHAPE[1]
 
 
 def features(seed: int) -> torch.Tensor:
@@ -34,27 +39,57 @@ def features(seed: int) -> torch.Tensor:
 _BASE = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
+def key(i: int) -> str:
+    return hashlib.sha256(str(i).encode()).hexdigest()
+
+
+def build(folder: Path, images: int) -> list[float]:
+    """Put what is not there yet; seconds of each."""
+    seconds = []
+    with FeatureCache(folder, {"tower": "synthetic"}, SHAPE, rank=0) as cache:
+        for i in range(images):
+            if key(i) in cache:
+                continue
+            value = features(i)
+            start = time.perf_counter()
+            cache.put(key(i), value)
+            seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def build_and_be_killed(folder: Path, images: int) -> int:
+    """A process of its own builds until half of the bytes are in the file; how many entries count then."""
+    child = subprocess.Popen([sys.executable, __file__, "--images", str(images), "--build", str(folder)])
+    while sum(path.stat().st_size for path in folder.rglob("*.bin")) < images * ENTRY // 2:
+        if child.poll() is not None:
+            raise SystemExit("the build ended before it could be killed")
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    return len(FeatureCache(folder, {"tower": "synthetic"}, SHAPE, rank=0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--folder", help="where the cache is built, and removed again (default: a temporary folder)")
+    parser.add_argument("--kill", action="store_true", help="kill the build in the middle and restart it")
+    parser.add_argument("--build", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    if args.build:
+        build(Path(args.build), args.images)
+        return
     folder = Path(tempfile.mkdtemp(dir=args.folder))
-    entry = 2 * SHAPE[0] * SHAPE[1]
     free = shutil.disk_usage(folder).free
-    if args.images * entry > 0.9 * free:
-        parser.error(f"{args.images} images need {args.images * entry / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
-    keys = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(args.images)]
+    if args.images * ENTRY > 0.9 * free:
+        parser.error(f"{args.images} images need {args.images * ENTRY / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
+    survived = None
     try:
-        writes = []
+        if args.kill:
+            survived = build_and_be_killed(folder, args.images)
         began = time.perf_counter()
-        with FeatureCache(folder, {"tower": "synthetic"}, SHAPE, rank=0) as cache:
-            for i, key in enumerate(keys):
-                value = features(i)
-                start = time.perf_counter()
-                cache.put(key, value)
-                writes.append(time.perf_counter() - start)
+        writes = build(folder, args.images)
         built = time.perf_counter() - began
 
         start = time.perf_counter()
@@ -65,18 +100,20 @@ def main() -> None:
         reads = []
         for i in order:
             start = time.perf_counter()
-            value = cache.get(keys[i])
+            value = cache.get(key(i))
             assert value is not None
             value.sum(dtype=torch.float32).item()
             reads.append(time.perf_counter() - start)
-        for i in order[:20]:
-            assert torch.equal(cache.get(keys[i]), features(i))
+        for i in order if args.kill else order[:20]:
+            assert torch.equal(cache.get(key(i)), features(i))
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        data = sum(path.stat().st_size for path in folder.rglob("*.bin"))
+        assert data == args.images * ENTRY, "bytes that belong to no entry"
     finally:
         shutil.rmtree(folder)
-    result = {
+    result: dict[str, object] = {
         "images": args.images,
-        "entry_mb": entry / 1e6,
+        "entry_mb": ENTRY / 1e6,
         "disk_gb": disk / 1e9,
         "write_ms_mean": 1e3 * sum(writes) / len(writes),
         "write_ms_p50": 1e3 * statistics.median(writes),
@@ -86,11 +123,13 @@ def main() -> None:
         "read_ms_mean": 1e3 * sum(reads) / len(reads),
         "read_ms_p50": 1e3 * statistics.median(reads),
     }
+    if survived is not None:
+        result["entries_after_the_kill"] = survived
     for name, value in result.items():
         print(f"{name:14s} {value:.4g}")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result | where(), indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(where() | {"dtype": "torch.bfloat16"} | result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
