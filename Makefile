@@ -9,12 +9,14 @@ DEMO := runs/demo
 # the world the demo reports on; never used to choose anything
 DEMO_SEED := 20261
 
-.PHONY: help demo ablation test lint bench clean
+.PHONY: help demo ablation test lint bench compare profile clean
 help:
 	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace"
+	@echo "make compare   the training step beside the official one and stock LLaVA fine-tuning: runs/compare.json"
+	@echo "make profile   where the step's time goes, part by part: runs/profile-stage1.json, runs/profile-stage2.json"
 	@echo "make clean  remove runs/ (the virtual environment and the sandbox cache stay)"
 
 .PHONY: prerequisites
@@ -54,6 +56,15 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name
+
+compare: $(STAMP)
+	mkdir -p runs
+	python benchmarks/compare_step.py --json runs/compare.json
+
+profile: $(STAMP)
+	mkdir -p runs
+	python benchmarks/profile_step.py --stage 1 --json runs/profile-stage1.json
+	python benchmarks/profile_step.py --stage 2 --json runs/profile-stage2.json
 
 clean:
 	rm -rf runs
