@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ def compare_stage(base: Any, size: Size, stage: int, rows: Rows, args: argparse.
     steps = {}
     for name, seconds in times.items():
         worked = sum(lengths[i] for numbers in orders[name][args.warmup :] for i in numbers)
-        p50, p90 = statistics.median(seconds), sorted(seconds)[int(0.9 * (len(seconds) - 1))]
+        p50, p90 = statistics.median(seconds), sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1]
         steps[name] = {
             "p50_ms": 1e3 * p50,
             "p90_ms": 1e3 * p90,

@@ -76,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def matrix_rate(n: int = 8192 if CUDA else 2048) -> float:
-    """GFLOP/s of a square matrix product in the benchmark's dtype, the best of six: the most a step could reach."""
+    """GFLOP/s of a square matrix product in the benchmark's dtype, the best of many: the most a step could reach."""
     a, b = (torch.randn(n, n, device=DEVICE).to(DTYPE) for _ in range(2))
     best = float("inf")
-    for _ in range(6):
+    for _ in range(20):
         synchronize()
         start = time.perf_counter()
         a @ b

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -13,12 +14,20 @@ from ladder import CUDA
 from step_forms import Batch, Form, synchronize
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-# torch counts the attention of GPUs only; both take (gradient,) query, key, value first
-_CPU_ATTENTION = {
+
+def _convolution_backward(grad, x, weight, *rest, **_) -> int:
+    needed = rest[-1]  # input, weight, bias
+    return (needed[0] + needed[1]) * 2 * math.prod(grad) * math.prod(weight[1:])
+
+
+# torch counts the attention of GPUs only, whose arguments begin as here: (gradient,) query, key, value; and in a
+# convolution's backward it overlooks that the convolution may be depthwise
+_FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
         *shapes[:4]
     ),
+    torch.ops.aten.convolution_backward: _convolution_backward,
 }
 
 
@@ -38,7 +47,7 @@ class Clock:
 
 
 class Counter:
-    """Context managers by name that add up FLOPs, and on a GPU keep the most memory allocated."""
+    """Context managers by name that add up FLOPs (causal attention counted in full), and on a GPU keep the most memory allocated."""
 
     def __init__(self) -> None:
         self.flops: dict[str, int] = defaultdict(int)
@@ -48,7 +57,7 @@ class Counter:
     def __call__(self, name: str) -> Iterator[None]:
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
             yield
         self.flops[name] += counter.get_total_flops()
         if CUDA:

@@ -15,7 +15,7 @@ from baselines.official import Official
 from baselines.stock import Stock
 from ladder import CUDA
 from step_forms import PARTS, Ours, total
-from step_measure import peak_memory
+from step_measure import Counter, peak_memory
 from step_model import SIZES, Rows, build_base, grouped_by_length
 
 SIZE = SIZES["tiny"]
@@ -129,6 +129,18 @@ def test_peak_memory_counts_what_is_held_at_once(base, rows):
 
     found = peak_memory(Toy(base, SIZE, 1), {})
     assert found["step_mb"] == pytest.approx(8, abs=0.1)
+
+
+def test_flops_of_a_depthwise_convolution_and_of_attention():
+    conv, x = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), torch.randn(2, 6, 4, 4, requires_grad=True)
+    q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    count = Counter()
+    with count("convolution"):
+        conv(x).sum().backward()
+    with count("attention"):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    one = 2 * 9 * x.numel()
+    assert count.flops == {"convolution": 3 * one, "attention": 2 * 2 * (2 * 3) * 5 * 5 * 8}
 
 
 def test_grouping_keeps_the_rows():
