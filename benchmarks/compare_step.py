@@ -25,7 +25,7 @@ from baselines.official import Official
 from baselines.stock import LIGER, Stock
 from ladder import CUDA, where
 from step_forms import Form, Ours
-from step_measure import overhead, peak_memory, time_parts, time_steps
+from step_measure import CLOCKS, overhead, peak_memory, time_parts, time_steps
 from step_model import SIZES, Rows, Size, attention, build_base, grouped_by_length, in_order
 
 TOLERANCE = 1e-3
@@ -93,7 +93,7 @@ def compare_stage(base: Any, size: Size, stage: int, rows: Rows, args: argparse.
         name: [form.batch([rows[form.safety_tokens][i] for i in numbers]) for numbers in orders[name]]
         for name, form in forms.items()
     }
-    times = time_steps(forms, batches, args.warmup)
+    times = time_steps(forms, batches, args.warmup, CLOCKS[args.clock])
     longest = max(range(needed), key=lambda i: sum(lengths[j] for j in plain[i]))
     heavy = {name: form.batch([rows[form.safety_tokens][i] for i in plain[longest]]) for name, form in forms.items()}
     memory = {name: peak_memory(form, heavy[name]) for name, form in forms.items()}
@@ -122,7 +122,7 @@ def compare_stage(base: Any, size: Size, stage: int, rows: Rows, args: argparse.
         name: [form.batch([rows[form.safety_tokens][i] for i in numbers]) for numbers in plain]
         for name, form in in_turn.items()
     }
-    parts = time_parts(in_turn, used, args.part_rounds)
+    parts = time_parts(in_turn, used, args.part_rounds, CLOCKS[args.clock])
     found = {name: overhead(parts, name, f"{name} without") for name in ("ours", "B0")}
     _print(key, steps, memory, ratios, found)
     return {
@@ -187,14 +187,16 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part_rounds", type=int, default=5, help="rounds of the overhead")
     parser.add_argument("--batch", type=int, default=2, help="rows a step, for every form")
     parser.add_argument("--seed", type=int, default=0, help="of records and their order")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: this process's CPU seconds")
     parser.add_argument("--json", help="file for the result")
     args = parser.parse_args(argv)
     for name, least in (("steps", 1), ("warmup", 0), ("overlay_steps", 1), ("part_rounds", 1), ("batch", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}; expected {least} or more")
+    if args.clock == "cpu" and (CUDA or torch.get_num_threads() > 1):
+        parser.error("--clock cpu measures one thread on a CPU: set OMP_NUM_THREADS=1")
     return args
 
 
 if __name__ == "__main__":
-    torch.set_float32_matmul_precision("highest")
     main()

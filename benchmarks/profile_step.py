@@ -25,7 +25,7 @@ from baselines.official import Official
 from baselines.stock import Stock
 from ladder import CUDA, DEVICE, DTYPE, where
 from step_forms import PARTS, Form, Ours, synchronize
-from step_measure import Counter, overhead, time_parts
+from step_measure import CLOCKS, Counter, overhead, time_parts
 from step_model import SIZES, Rows, build_base, in_order
 
 SHOWN = ("ours", "B0", "B1")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         name: [form.batch([rows[form.safety_tokens][i] for i in n]) for n in in_order(len(rows.lengths), args.batch)]
         for name, form in forms.items()
     }
-    parts = time_parts(forms, batches, args.rounds)
+    parts = time_parts(forms, batches, args.rounds, CLOCKS[args.clock])
     rate = matrix_rate()
     table = {name: _table(forms[name], batches[name], parts[name], rate) for name in SHOWN}
     result = {
@@ -158,6 +158,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each form")
     parser.add_argument("--batch", type=int, default=2, help="rows a step, for every form")
     parser.add_argument("--seed", type=int, default=0, help="of the records")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: this process's CPU seconds")
     parser.add_argument("--json", help="file for the result")
     parser.add_argument("--picture", help="file for the stacked bars (needs matplotlib: pip install 'psa-fast[bench]')")
     parser.add_argument("--trace", help="file for a torch.profiler trace of one step of ours")
@@ -167,6 +168,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} is {getattr(args, name)}; expected 1 or more")
     if args.picture and find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib: pip install 'psa-fast[bench]'")
+    if args.clock == "cpu" and (CUDA or torch.get_num_threads() > 1):
+        parser.error("--clock cpu measures one thread on a CPU: set OMP_NUM_THREADS=1")
     return args
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,23 +31,32 @@ _FORMULAS = {
 }
 
 
+Now = Callable[[], float]
+#: "cpu" counts this process's own seconds: on a CPU shared with others, and with one thread, its time alone
+CLOCKS: dict[str, Now] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
 class Clock:
     """Context managers by name that add up seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Now) -> None:
+        self.now = now
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         synchronize()
-        start = time.perf_counter()
+        start = self.now()
         yield
         synchronize()
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += self.now() - start
 
 
 class Counter:
-    """Context managers by name that add up FLOPs (causal attention counted in full), and on a GPU keep the most memory allocated."""
+    """Context managers by name that add up FLOPs and, on a GPU, keep the most memory that was allocated.
+
+    Causal attention counts in full.
+    """
 
     def __init__(self) -> None:
         self.flops: dict[str, int] = defaultdict(int)
@@ -64,7 +73,9 @@ class Counter:
             self.bytes[name] = max(self.bytes[name], torch.cuda.max_memory_allocated())
 
 
-def time_steps(forms: dict[str, Form], batches: dict[str, Sequence[Batch]], warmup: int) -> dict[str, list[float]]:
+def time_steps(
+    forms: dict[str, Form], batches: dict[str, Sequence[Batch]], warmup: int, now: Now = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each form's step on each of its batches after the first `warmup`, one form after the other.
 
     The form that begins changes from step to step, so that none always follows the same one.
@@ -75,22 +86,22 @@ def time_steps(forms: dict[str, Form], batches: dict[str, Sequence[Batch]], warm
         turn = i % len(names)
         for name in names[turn:] + names[:turn]:
             synchronize()
-            start = time.perf_counter()
+            start = now()
             forms[name].step(batches[name][i])
             synchronize()
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(now() - start)
     return times
 
 
 def time_parts(
-    forms: dict[str, Form], batches: dict[str, Sequence[Batch]], rounds: int
+    forms: dict[str, Form], batches: dict[str, Sequence[Batch]], rounds: int, now: Now = time.perf_counter
 ) -> dict[str, list[dict[str, float]]]:
     """Seconds of each part of each form's step, round by round in turn, after one round that does not count."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in forms}
     for i in range(rounds + 1):
         for name, form in forms.items():
-            clock = Clock()
+            clock = Clock(now)
             form.step_in_parts(batches[name][i % len(batches[name])], clock)
             if i:
                 found[name].append(dict(clock.seconds))
