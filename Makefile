@@ -11,13 +11,15 @@ DEMO_SEED := 20261
 BENCH := runs/bench
 GPU_PYTHON ?= python3
 
-.PHONY: help demo ablation test lint bench gpu clean
+.PHONY: help demo ablation test lint bench gpu compare profile clean
 help:
 	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 10 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"
 	@echo "make gpu    gpu tests and the same benchmarks on a CUDA device: runs/bench/gpu.md (GPU_PYTHON=python to use)"
+	@echo "make compare   the training step beside the official one and stock LLaVA fine-tuning: runs/compare.json"
+	@echo "make profile   where the step's time goes, part by part: runs/profile-stage1.json, runs/profile-stage2.json"
 	@echo "make clean  remove runs/ (the virtual environment and the sandbox cache stay)"
 
 .PHONY: prerequisites
@@ -67,6 +69,15 @@ gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m pytest -m gpu tests --junitxml $(BENCH)/gpu-tests.xml; status=$$?; \
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m pytest benchmarks --benchmark-json $(BENCH)/gpu.json \
 		&& $(GPU_PYTHON) benchmarks/report.py $(BENCH)/gpu.json && exit $$status
+
+compare: $(STAMP)
+	mkdir -p runs
+	python benchmarks/compare_step.py --json runs/compare.json
+
+profile: $(STAMP)
+	mkdir -p runs
+	python benchmarks/profile_step.py --stage 1 --json runs/profile-stage1.json
+	python benchmarks/profile_step.py --stage 2 --json runs/profile-stage2.json
 
 clean:
 	rm -rf runs

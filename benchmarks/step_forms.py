@@ -1,0 +1,211 @@
+"""A training step as a whole and in its parts: what every form that is compared offers, and our own form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from ladder import CUDA, DEVICE, DTYPE
+from step_model import Size, same_weights
+from torch import Tensor, nn
+
+from psa_fast.data import Encoded, collate
+from psa_fast.models import PsaVLM
+from psa_fast.taxonomy import IGNORE_INDEX
+from psa_fast.training.config import TrainConfig
+from psa_fast.training.stages import prepare
+
+#: L = L_LM + 10 (L_type + L_level), as the official code weighs them, for every form
+CONCEPT_WEIGHT = 10.0
+LEARNING_RATE = 1e-4
+LORA_ALPHA = 16
+
+Batch = dict[str, Any]
+
+
+class Form:
+    """One way to train on a batch.
+
+    `losses` is the step as its users run it; the other methods are its parts, for the profile.
+    """
+
+    #: whether `concept`, and whether `hidden` and `head`, are part of the step
+    has_concept = True
+    has_language = True
+
+    def __init__(self, name: str, model: nn.Module, safety_tokens: int, safety_prefixes: tuple[str, ...] = ()):
+        self.name, self.model, self.safety_tokens = name, model, safety_tokens
+        trained = [(key, p) for key, p in model.named_parameters() if p.requires_grad]
+        safety = [p for key, p in trained if key.startswith(safety_prefixes)]
+        others = [p for key, p in trained if not key.startswith(safety_prefixes)]
+        # fused: the optimizer is not what is compared, and costs every form the same a parameter
+        self.optimizers = {
+            part: torch.optim.AdamW(params, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+            for part, params in (("safety modules", safety), ("others", others))
+            if params
+        }
+
+    def batch(self, rows: Sequence[Encoded]) -> Batch:
+        """The form's own batch, on the device: rows padded on the right to the longest."""
+        batch = collate(rows, pad_token_id=0)
+        batch["pixel_values"] = batch["pixel_values"].to(DTYPE)
+        return {k: v.to(DEVICE) if isinstance(v, Tensor) and k != "image_counts" else v for k, v in batch.items()}
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Unweighted "lm" and "concept" (type plus level), those that the form has."""
+        raise NotImplementedError
+
+    def vision(self, batch: Batch) -> Any:
+        """Features of the batch's images, projected to the language model's width too."""
+        raise NotImplementedError
+
+    def concept(self, batch: Batch, features: Any) -> Tensor:
+        """Both concept losses from the features."""
+        raise NotImplementedError
+
+    def hidden(self, batch: Batch, features: Any) -> Tensor:
+        """Last hidden states [B, T, E]."""
+        raise NotImplementedError
+
+    def head(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The language loss from the last hidden states."""
+        raise NotImplementedError
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One optimizer step; returns the losses."""
+        losses = self.losses(batch)
+        total(losses).backward()
+        self.update()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def update(self, only: str | None = None) -> None:
+        """Optimizer step of everything, or of one part."""
+        for part, optimizer in self.optimizers.items():
+            if only in (None, part):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    def step_in_parts(self, batch: Batch, part: Any = None) -> dict[str, Tensor]:
+        """The same step cut into `PARTS`; each runs inside the context manager `part(name)`."""
+        part = part or _no_clock
+        losses: dict[str, Tensor] = {}
+        with part("vision"):
+            features = self.vision(batch)
+        if self.has_concept:
+            with part("safety modules"):
+                losses["concept"] = self.concept(batch, features)
+                # their graph ends at the frozen features, so that their backward can run here
+                (CONCEPT_WEIGHT * losses["concept"]).backward()
+        if self.has_language:
+            with part("LLM forward"):
+                hidden = self.hidden(batch, features)
+            leaf = hidden.detach().requires_grad_()
+            with part("loss"):
+                losses["lm"] = self.head(leaf, batch)
+                losses["lm"].backward()
+            with part("backward"):
+                hidden.backward(leaf.grad)
+        with part("optimizer"):
+            self.update("others")
+        if self.has_concept:
+            with part("safety modules"):
+                self.update("safety modules")
+        return {name: loss.detach() for name, loss in losses.items()}
+
+
+#: "safety modules": forward, concept losses, backward and optimizer; "loss": LM head and its gradient
+PARTS = ("vision", "safety modules", "LLM forward", "loss", "backward", "optimizer")
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    """The weighted sum."""
+    return torch.stack([(CONCEPT_WEIGHT if name == "concept" else 1.0) * x.float() for name, x in losses.items()]).sum()
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def _no_clock(name: str) -> AbstractContextManager:
+    return nullcontext()
+
+
+class Ours(Form):
+    """PsaVLM.forward, with the parts of a stage trained as train.py trains them.
+
+    Args:
+        base: its parameters are shared, not copied.
+        size: dimensions.
+        stage: 1 or 2.
+        objective: "joint" or "concept" (stage 1 without the language model).
+        query: see PsaConfig.
+        safety_tokens: None: the size's.
+        dropout: of LoRA.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        size: Size,
+        stage: int,
+        objective: str = "joint",
+        query: str = "prompt",
+        safety_tokens: int | None = None,
+        dropout: float = 0.05,
+    ):
+        tokens = size.safety_tokens if safety_tokens is None else safety_tokens
+        torch.manual_seed(1)
+        psa = PsaVLM.build(
+            same_weights(base), num_safety_tokens=tokens, num_head_tokens=size.safety_tokens, query=query
+        )
+        self.has_language = objective == "joint"
+        config = TrainConfig(
+            stage=stage,
+            learning_rate=LEARNING_RATE,
+            concept_loss_weight=CONCEPT_WEIGHT,
+            lm_loss_weight=float(self.has_language),
+            lora_r=size.lora_r,
+            lora_alpha=LORA_ALPHA,
+            lora_dropout=dropout,
+        )
+        prepare(psa, config)
+        super().__init__(f"ours, {objective}", psa.train(), tokens, ("bottleneck.",))
+        self.psa = psa
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """One call of the model."""
+        inputs = {k: v for k, v in batch.items() if k != "where" and (self.has_language or k != "labels")}
+        out = self.psa(**inputs, concept_loss_weight=CONCEPT_WEIGHT)
+        lm = {"lm": out.loss_lm} if self.has_language else {}
+        return {**lm, "concept": out.loss_type + out.loss_level}
+
+    def vision(self, batch: Batch) -> Any:
+        """Up to the used layer, and the connector."""
+        return self.psa.encode_images(batch["pixel_values"])
+
+    def concept(self, batch: Batch, features: Any) -> Tensor:
+        """What PsaVLM.forward does without labels, its vision pass apart."""
+        psa = self.psa
+        embeds = psa.family.embed(psa.vlm, batch["input_ids"])
+        query = psa._query_embeds(embeds, batch["input_ids"], batch["attention_mask"], None, batch["query_mask"])
+        pooled = psa.bottleneck(features.vision, query)
+        return psa.bottleneck.loss(pooled, torch.stack([batch["safe_type"], batch["safe_level"]], 1)).loss
+
+    def hidden(self, batch: Batch, features: Any) -> Tensor:
+        """[s_llm ; h_i] in place of the placeholders, then the language model."""
+        psa = self.psa
+        embeds = psa.family.embed(psa.vlm, batch["input_ids"])
+        counts = batch["image_counts"].tolist()
+        embeds = psa._insert_images(embeds, batch["input_ids"], features.projected, counts, True)
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+        return psa.family.hidden_states(psa.vlm, embeds, batch["attention_mask"], positions)
+
+    def head(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Supervised rows only."""
+        aligned = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        return self.psa.family.module(self.psa.vlm, "lm_head")(hidden, labels=aligned)

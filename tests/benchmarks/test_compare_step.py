@@ -1,0 +1,162 @@
+"""The step benchmarks on a tiny model: B0 computes what we compute, the results have their schema."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import compare_step
+import profile_step
+from baselines.official import Official
+from baselines.stock import Stock
+from ladder import CUDA
+from step_forms import PARTS, Ours, total
+from step_measure import Counter, peak_memory
+from step_model import SIZES, Rows, build_base, grouped_by_length
+
+SIZE = SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return build_base(SIZE)
+
+
+@pytest.fixture(scope="module")
+def rows(base, tmp_path_factory):
+    return Rows(tmp_path_factory.mktemp("rows"), base, SIZE, 6)
+
+
+def test_result_has_its_schema_and_the_losses_agree(tmp_path):
+    path = tmp_path / "result.json"
+    options = ["--size", "tiny", "--steps", "1", "--warmup", "1", "--overlay_steps", "3", "--part_rounds", "1"]
+    compare_step.main([*options, "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert set(result) == {"ratios", "peak_memory", "safety_overhead", "loss_overlay_max_diff", "provenance"}
+    for key in ("ratios", "peak_memory"):
+        assert set(result[key]) == {"stage1_joint", "stage1_concept", "stage2_lora"}
+    for ratios in result["ratios"].values():
+        assert set(ratios) == {"B0", "B1", "B2"}
+        assert all(value > 0 for value in ratios.values())
+    for memory in result["peak_memory"].values():
+        assert set(memory) == {"ours", "B0", "B1", "B2", "ours_over_B0"}
+    assert result["peak_memory"]["stage1_joint"]["ours_over_B0"] < 1
+    for shares in result["safety_overhead"].values():
+        for name in ("ours", "B0"):
+            assert set(shares[name]) == {"bottleneck_and_losses_percent", "extra_llm_tokens_percent"}
+    if not CUDA:
+        assert result["loss_overlay_max_diff"] <= 1e-3
+    assert result["provenance"]["commit"]
+
+
+@pytest.mark.skipif(CUDA, reason="gradients are compared in fp32")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_official_step_has_our_gradients(base, rows, stage):
+    ours = Ours(base, SIZE, stage, query="first", dropout=0.0)
+    official = Official(base, ours.psa, SIZE, stage, dropout=0.0, lora_on_head=False)
+    picked = rows[SIZE.safety_tokens][:2]
+    for form in (ours, official):
+        total(form.losses(form.batch(picked))).backward()
+    a, b = ours.psa, official.model
+    sizes = list(a.bottleneck.heads.head_sizes)
+    pairs = [
+        (a.safety_tokens.weight, b.safety_tokens),
+        (a.bottleneck.head_tokens.weight, b.head_tokens),
+        (a.bottleneck.attention.out_proj.weight, b.attention.out_proj.weight),
+        (a.bottleneck.attention.readout_weight, b.projector.readout[2].weight),
+        (a.bottleneck.attention.feature_bias, b.projector.readout[0].bias),
+    ]
+    got = [(p.grad, q.grad) for p, q in pairs]
+    first = a.bottleneck.projector.stage1[0]
+    got.append((first.conv1.weight.grad, b.projector.s1[0].conv1.conv.weight.grad.flatten(1)))
+    got.append((a.bottleneck.heads.weight.grad, torch.cat([b.type_head.weight.grad, b.level_head.weight.grad])))
+    assert b.type_head.weight.shape[0] == sizes[0]
+    adapters = [(dict(m.vlm.named_parameters()), "lora_B") for m in (a, b)]
+    for key, parameter in adapters[0][0].items():
+        if "lora_B" in key:
+            got.append((parameter.grad, adapters[1][0][key].grad))
+    assert len(got) == (7 if stage == 1 else 7 + 7 * SIZE.layers)
+    for g, r in got:
+        torch.testing.assert_close(g, r, rtol=1e-3, atol=1e-3 * r.abs().max().item())
+
+
+@pytest.mark.parametrize("form", ["ours", "concept", "official", "stock"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_parts_are_the_whole_step(base, rows, form, stage):
+    if form == "concept" and stage == 2:
+        pytest.skip("an objective of stage 1")
+
+    def make():
+        ours = Ours(base, SIZE, stage, "concept" if form == "concept" else "joint", dropout=0.0)
+        if form == "official":
+            return Official(base, ours.psa, SIZE, stage, dropout=0.0)
+        return Stock(base, SIZE, stage, dropout=0.0) if form == "stock" else ours
+
+    torch.manual_seed(0)
+    whole = make()
+    torch.manual_seed(0)
+    cut = make()
+    picked = rows[whole.safety_tokens][:2]
+    for _ in range(3):
+        expected, got = whole.step(whole.batch(picked)), cut.step_in_parts(cut.batch(picked))
+        assert set(got) == set(expected)
+        for name, loss in expected.items():
+            torch.testing.assert_close(got[name], loss, rtol=1e-5, atol=1e-5)
+
+
+def test_the_stock_step_trains_and_its_base_stays(base, rows):
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    form = Stock(base, SIZE, 1)
+    batch = form.batch(rows[0][:2])
+    losses = [form.step(batch)["lm"].item() for _ in range(4)]
+    assert losses[-1] < losses[0]
+    for name, p in base.named_parameters():
+        torch.testing.assert_close(p, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(CUDA, reason="measured by the CUDA allocator there")
+def test_peak_memory_counts_what_is_held_at_once(base, rows):
+    class Toy(Stock):
+        def step(self, batch):
+            kept = torch.zeros(1 << 20)
+            for _ in range(3):
+                torch.ones(1 << 20)
+            return {"sum": kept.sum()}
+
+    found = peak_memory(Toy(base, SIZE, 1), {})
+    assert found["step_mb"] == pytest.approx(8, abs=0.1)
+
+
+def test_flops_of_a_depthwise_convolution_and_of_attention():
+    conv, x = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), torch.randn(2, 6, 4, 4, requires_grad=True)
+    q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    count = Counter()
+    with count("convolution"):
+        conv(x).sum().backward()
+    with count("attention"):
+        torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    one = 2 * 9 * x.numel()
+    assert count.flops == {"convolution": 3 * one, "attention": 2 * 2 * (2 * 3) * 5 * 5 * 8}
+
+
+def test_grouping_keeps_the_rows():
+    lengths = [5, 900, 7, 905, 300, 310]
+    batches = grouped_by_length(lengths, 2)
+    assert sorted(map(sorted, batches)) == [[0, 2], [1, 3], [4, 5]]
+
+
+def test_profile(tmp_path):
+    path, trace = tmp_path / "profile.json", tmp_path / "trace.json"
+    options = ["--size", "tiny", "--rounds", "1", "--json", str(path), "--trace", str(trace)]
+    profile_step.main(["--stage", "2", *options])
+    result = json.loads(path.read_text())
+    assert set(result["parts"]) == {"ours", "B0", "B1"}
+    assert set(result["parts"]["ours"]) == {*PARTS, "step"}
+    assert "safety modules" not in result["parts"]["B1"]
+    heads = {name: result["parts"][name]["loss"]["gflop"] for name in ("ours", "B0")}
+    assert 0 < heads["ours"] < heads["B0"] / 2
+    assert trace.stat().st_size > 0
