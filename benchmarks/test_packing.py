@@ -1,19 +1,19 @@
-"""One forward and backward of stage 1, padded and packed, on a small LLaVA with 640 positions an image.
+"""One forward and backward of stage 1, padded and packed, on a small LLaVA with 640 positions an image, on the CPU.
 
-The loss of what was timed must be the padded one.
-
-`python -m pytest benchmarks/test_packing.py --benchmark-timer=time.process_time`: processor time, for a shared machine.
+Loss and gradients must be those of the padded rows.
 """
+
+from functools import partial
 
 import pytest
 import torch
+from ladder import check, climb
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from psa_fast.models import PsaVLM
 from psa_fast.models.packing import SDPA_BY_SAMPLE
 
 IMAGE, TEXT = 32000, (40, 300, 80, 500)
-FORMS = {"padded, sdpa": "sdpa", "packed, transformers' mask": "sdpa", "packed, by sample": SDPA_BY_SAMPLE}
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +57,22 @@ def batches():
     return {**padded, **common}, {**packed, **common}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_stage_1_step(benchmark, psa, form):
+def test_stage_1_step(benchmark, capsys, psa):
     padded, packed = batches()
     share = 1 - sum(packed["lengths"]) / padded["input_ids"].numel()
-    benchmark.group = f"stage 1 forward and backward, padding share {share:.2f}"
-    with torch.no_grad():
-        psa.vlm.set_attn_implementation({"text_config": "sdpa"})
-        expected = psa(**padded).loss
-    psa.vlm.set_attn_implementation({"text_config": FORMS[form]})
-    batch = padded if form.startswith("padded") else packed
 
-    def step():
-        psa.zero_grad()
-        loss = psa(**batch).loss
-        loss.backward()
-        return loss.detach()
+    def form(batch, attention):
+        psa.vlm.set_attn_implementation({"text_config": attention})
+        return psa(**batch).loss
 
-    torch.testing.assert_close(benchmark.pedantic(step, rounds=3), expected, rtol=1e-5, atol=1e-5)
+    forms = {
+        "padded, sdpa": partial(form, padded, "sdpa"),
+        "packed, transformers' mask": partial(form, packed, "sdpa"),
+        "ours": partial(form, packed, SDPA_BY_SAMPLE),
+    }
+    leaves = [p for p in psa.parameters() if p.requires_grad]
+    loss = forms["padded, sdpa"]()
+    expected = [t.double() for t in (loss.detach(), *torch.autograd.grad(loss, leaves))]
+    right, wrong = check(forms, leaves, expected, 1e-4)
+    title = f"stage 1 forward and backward, {share:.0%} padding, cpu"
+    climb(benchmark, capsys, title, right, leaves, 3, wrong=wrong)
