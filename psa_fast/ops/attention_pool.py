@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from psa_fast.ops.backend import Backend
-from psa_fast.ops.concept_pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
+from psa_fast.ops.pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
 from psa_fast.ops.precision import at_least_fp32
 
 

@@ -1,12 +1,10 @@
 """concept_pool and the absorbed readout against plain modules in fp64, and the rules of torch.library."""
 
-import sys
-
 import pytest
 import torch
 from torch import nn
 
-from psa_fast.ops import attention_pool, concept_pool
+from psa_fast.ops import attention_pool, concept_pool, pool
 
 
 def specification(tokens, features, token_query, feature_query, offset, bias, silu, mask):
@@ -40,9 +38,7 @@ def ours(inputs, silu, mask, **options):
     ("b", "r", "s0", "s1", "e"), [(3, 4, 5, 7, 12), (1, 1, 1, 1, 1), (2, 3, 0, 9, 8), (2, 8, 4, 0, 8), (5, 2, 8, 6, 34)]
 )
 def test_equals_the_specification_in_value_and_every_gradient(b, r, s0, s1, e, full, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules[concept_pool.__module__], "_CHUNK_ELEMENTS", 2 * s1 * e
-    )  # several chunks, the last one short
+    monkeypatch.setattr(pool, "_CHUNK_ELEMENTS", 2 * s1 * e)  # several chunks, the last one short
     inputs, mask = draw(b, r, s0, s1, e, full=full)
     if s0 == 0 and mask is not None:
         mask[:, 0] = True
