@@ -5,14 +5,19 @@
 Vision, safety modules (forward, both losses, backward, optimizer), LLM forward, loss (LM head and its gradient),
 backward and optimizer: time, FLOPs, share of the measured matrix rate, on a GPU also the peak memory. Then what the
 safety modules add to B1's step: the bottleneck with its losses, and the extra tokens in the language model (measured by
-leaving them out). Communication is not in it: one process. --recipe takes dimensions, objective, micro batch, safety
-tokens, query and LoRA rank from a training recipe; weights are random, and activations are never recomputed.
+leaving them out). --recipe takes dimensions, objective, micro batch, safety tokens, query and LoRA rank from a training
+recipe; weights are random, and activations are never recomputed. Started by a launcher with several ranks,
+
+    deepspeed --num_gpus 2 benchmarks/profile_step.py --stage 1 ...
+
+it shows instead what of our step on DeepSpeed's engine is communication, as rank 0 sees it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +29,7 @@ from typing import Any
 import torch
 from baselines.official import Official
 from baselines.stock import Stock
+from communication import communication
 from ladder import CUDA, DEVICE, DTYPE, where
 from step_forms import PARTS, Form, Ours, synchronize
 from step_measure import CLOCKS, Counter, overhead, time_parts
@@ -46,6 +52,7 @@ class Task:
 
     size: Size
     batch: int
+    config: TrainConfig
     objective: str = "joint"
     query: str = "prompt"
     dropout: float = 0.05
@@ -57,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the profile; returns what --json writes."""
     args = _options(argv)
     task: Task = args.task
+    options = {name: value for name, value in vars(args).items() if name not in ("task", "local_rank")}
+    provenance = {**where(), "options": options, "task": asdict(task)}
+    if _several_ranks():
+        return _ranks(args, provenance)
     base = build_base(task.size)
     with tempfile.TemporaryDirectory() as folder:
         rows = Rows(Path(folder), base, task.size, task.batch * args.rounds, args.seed)
@@ -74,13 +85,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         # a recipe without concept losses has no such part
         spent = {name: [{"safety modules": 0.0, **found} for found in times] for name, times in parts.items()}
         added = {name: overhead(spent, name, f"{name} without") for name in ("ours", "B0")}
-    options = {name: value for name, value in vars(args).items() if name != "task"}
     result = {
         "stage": args.stage,
         "parts": table,
         "safety_overhead": added,
         "matrix_rate_gflops": rate,
-        "provenance": {**where(), "options": options, "task": asdict(task)},
+        "provenance": provenance,
     }
     _print(result)
     if args.json:
@@ -92,6 +102,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             forms["ours"].step_in_parts(batches["ours"][0], torch.profiler.record_function)
             synchronize()
         trace.export_chrome_trace(args.trace)
+    return result
+
+
+def _several_ranks() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _ranks(args: argparse.Namespace, provenance: dict[str, Any]) -> dict[str, Any]:
+    """The profile of several ranks; rank 0 prints and writes."""
+    task: Task = args.task
+    task.config.micro_batch_size = task.batch
+    found = communication(task.size, task.config, args.rounds, args.seed)
+    result = {"stage": args.stage, **found, "provenance": provenance}
+    if os.environ["RANK"] == "0":
+        print(
+            f"stage {args.stage}, {found['ranks']} ranks, {task.config.deepspeed_config}: step {found['step']:.1f} ms, "
+            f"MFU {found['mfu']:.1%}, of it {found['communication']:.1f} ms with a collective under way"
+        )
+        for kind, row in found["collectives"].items():
+            print(f"  {kind:40s}{row['calls']:8.1f} calls{row['ms']:10.1f} ms")
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -123,6 +155,7 @@ def task_of(recipe: str, stage: int) -> Task:
     return Task(
         size=_size_of(config),
         batch=config.micro_batch_size,
+        config=config,
         objective=config.stage1_objective if stage == 1 else "joint",
         query=config.query,
         dropout=config.lora_dropout if stage == 2 else 0.05,
@@ -238,15 +271,22 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: this process's CPU seconds")
     parser.add_argument("--json", help="file for the result")
     parser.add_argument("--picture", help="file for the stacked bars (needs matplotlib: pip install 'psa-fast[bench]')")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--trace", help="file for a torch.profiler trace of one step of ours")
     args = parser.parse_args(argv)
     for name in ("rounds", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; expected 1 or more")
+    if _several_ranks():
+        for name in ("picture", "trace", "clock"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} has no effect with several ranks")
     if args.recipe and args.size:
         parser.error("--size has no effect with --recipe, which names its base")
     try:
-        args.task = task_of(args.recipe, args.stage) if args.recipe else Task(SIZES[args.size or DEFAULT_SIZE], 2)
+        size = SIZES[args.size or DEFAULT_SIZE]
+        own = TrainConfig(stage=args.stage, lora_r=size.lora_r)
+        args.task = task_of(args.recipe, args.stage) if args.recipe else Task(size, 2, own)
     except ValueError as error:
         parser.error(str(error))
     if args.batch is not None:
