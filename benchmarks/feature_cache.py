@@ -5,8 +5,8 @@ python benchmarks/feature_cache.py --images 10000 --folder /some/disk [--kill] [
 Synthetic features; the tower that would make them is not run. Writing includes the flush to the disk, reading a sum
 over every value. Reads right after the build come from the page cache as far as memory reaches.
 --kill: the first half is written by a process that is killed with SIGKILL in the middle of it; every entry is compared.
---train: the concept bottleneck at 7B widths (E = 4096) then takes optimizer steps over N of the images in random order, reading
-included, as stage 1's objective `concept` does once the features are there.
+--train: the concept bottleneck at 7B widths (E = 4096) then takes optimizer steps over N of the images in random order,
+reading included, as stage 1's objective `concept` does once the features are there.
 """
 
 from __future__ import annotations

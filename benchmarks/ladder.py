@@ -208,5 +208,6 @@ def where() -> dict[str, object]:
     else:
         cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         found["device"] = cpu[0].split(":")[1].strip() if cpu else "cpu"
-        found["malloc"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+        settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("MALLOC_"))
+        found["malloc"] = " ".join(settings) or "default"
     return found
