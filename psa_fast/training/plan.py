@@ -52,7 +52,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the model, of its vision tower and of what the stage trains, and the widths activations depend on."""
+    """Parameters of model, vision tower and what the stage trains, and the widths activations depend on."""
 
     total: int
     vision: int
