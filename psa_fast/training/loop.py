@@ -27,6 +27,7 @@ from .flops import Meter, StageFlops, shared_matrix_rate
 from .metrics import MetricsLog
 from .stages import optimizer_groups, prepare, print_table
 from .step import StepReport, train_step
+from .vision_tower import keep_whole
 
 HintFor = Callable[[int, int], str | None]
 
@@ -100,6 +101,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         f"matrix rate measured on rank 0: {rate / 1e9:,.0f} GFLOP/s; MFU is a step's share of that on each rank"
     )
 
+    keep_whole(model)
     engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)
     del keep_alive
     start = 0
