@@ -5,7 +5,6 @@ profile_step.py runs it where a launcher has started several ranks. Each rank tr
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -47,8 +46,6 @@ def communication(size: Size, config: TrainConfig, rounds: int, seed: int) -> di
         and ms of a step by kind, which may overlap. ranks; mfu, of the matrix rate measured on rank 0.
     """
     rank, world_size = init_distributed()
-    if CUDA:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     config.global_batch_size = config.micro_batch_size * world_size
     ds_config = resolve_deepspeed_config(config, world_size)
     rate = shared_matrix_rate(DTYPE)
