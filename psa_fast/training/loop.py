@@ -6,7 +6,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, collate, load_records, pack
+from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, load_records
 from psa_fast.models import PsaVLM, load_base, load_processor
 from psa_fast.models.addon import ADAPTER, CHANGED
 from psa_fast.taxonomy import IGNORE_INDEX
@@ -23,9 +22,10 @@ from . import checkpoint
 from .attention import choose_attention
 from .clipping import clip_each
 from .config import TrainConfig
-from .engine import accumulation_steps, build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
+from .engine import build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
 from .features import cached_features
 from .metrics import MetricsLog
+from .schedule import Schedule, measure_lengths, micro_batches, needs_lengths
 from .stages import clip_groups, optimizer_groups, prepare, print_table
 
 HintFor = Callable[[int, int], str | None]
@@ -109,7 +109,14 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
 
     log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}") if rank == 0 else None
     stop = _StopFlag()
-    batches = micro_batches(dataset, sampler, config, rank, world_size, start, total_steps, processor)
+    length = None
+    if needs_lengths(config):
+        began = time.perf_counter()
+        measure_lengths(dataset, sampler, start, total_steps, rank, world_size)
+        length = dataset.length
+        console.print(f"{len(dataset.lengths)} row lengths counted in {time.perf_counter() - began:.1f} s")
+    schedule = Schedule(sampler, config, rank, world_size, start, total_steps, length)
+    batches = micro_batches(dataset, schedule, config, processor)
     engine.train()
     saved = resume_from
     try:
@@ -135,7 +142,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
 
 
 def train_step(
-    engine: Any, batches: Iterator[dict], config: TrainConfig, world_size: int, step: int, stop: _StopFlag
+    engine: Any, batches: Iterator[list[dict]], config: TrainConfig, world_size: int, step: int, stop: _StopFlag
 ) -> tuple[dict[str, float], bool]:
     """One optimizer step over all ranks. Losses are means over the *global* batch's supervised tokens and concept rows.
 
@@ -143,7 +150,7 @@ def train_step(
     """
     began = time.perf_counter()
     device = engine.device
-    micros = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+    micros = next(batches)
     counts = torch.zeros(5, dtype=torch.float64)
     for batch in micros:
         supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
@@ -160,6 +167,8 @@ def train_step(
 
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for index, batch in enumerate(micros):
+        # a token budget makes their number vary, so DeepSpeed must not count them itself
+        engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
         # without its labels a loss is not computed at all, on every rank alike
         skipped = {"where"} | (set() if config.runs_bottleneck else {"safe_type", "safe_level"})
         skipped |= set() if config.runs_language_model else {"labels"}
@@ -249,58 +258,6 @@ def build_model(
     return model, keep_alive
 
 
-class _Schedule(torch.utils.data.Sampler):
-    """This rank's micro-batches as lists of (index, epoch), from any step on: resuming needs only the step number."""
-
-    def __init__(
-        self, sampler: GlobalBatchSampler, config: TrainConfig, rank: int, world_size: int, start: int, stop: int
-    ):
-        self.sampler, self.config, self.rank, self.world_size, self.start, self.stop = (
-            sampler,
-            config,
-            rank,
-            world_size,
-            start,
-            stop,
-        )
-
-    def __iter__(self) -> Iterator[list]:
-        micro = self.config.micro_batch_size
-        for step in range(self.start, self.stop):
-            rows = self.sampler.batch(step)
-            for first in range(self.rank * micro, len(rows), micro * self.world_size):
-                yield rows[first : first + micro]
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) * accumulation_steps(self.config, self.world_size)
-
-
-def micro_batches(
-    dataset: PsaDataset,
-    sampler: GlobalBatchSampler,
-    config: TrainConfig,
-    rank: int,
-    world_size: int,
-    start: int,
-    stop: int,
-    processor: Any,
-) -> Iterator[dict]:
-    """Collated micro-batches of this rank for steps start+1..stop."""
-    tokenizer = processor.tokenizer
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=_Schedule(sampler, config, rank, world_size, start, stop),
-        collate_fn=pack if config.packing else partial(collate, pad_token_id=pad),
-        num_workers=config.dataloader_num_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_sigterm_to_the_loop,
-        # its own generator: drawing worker seeds from the global one would shift a resumed run's dropout
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    return iter(loader)
-
-
 def _shared_records(config: TrainConfig, rank: int) -> list[Record]:
     """Rank 0's records on every rank: it alone looks at every pixel, so it alone knows what `skip` drops."""
     message: list[Any] = [None, None]
@@ -341,11 +298,6 @@ def _claim_output_dir(config: TrainConfig, rank: int) -> None:
     dist.barrier()
     if not config.stage_dir.is_dir():
         raise ValueError(f"--output_dir {config.output_dir} must be one folder that every node shares")
-
-
-def _leave_sigterm_to_the_loop(worker: int) -> None:
-    """A signal to the whole process group must not take the data away before the loop has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _StopFlag:
