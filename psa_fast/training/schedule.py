@@ -77,8 +77,8 @@ def measure_lengths(
     dataset: PsaDataset, sampler: GlobalBatchSampler, start: int, stop: int, rank: int, world_size: int
 ) -> None:
     """Tell the dataset the lengths of all rows of steps start+1..stop; each rank tokenizes its share. A collective."""
-    # whoever reads one epoch's rows has met every record
-    steps = range(start, min(stop, start + sampler.steps(1) + 1))
+    # rows of two epochs hold a whole one, wherever they begin
+    steps = range(start, min(stop, start + sampler.steps(2)))
     for index in sorted({index for step in steps for index, _ in sampler.batch(step)})[rank::world_size]:
         dataset.measure(index)
     shares: list[Any] = [None] * world_size
