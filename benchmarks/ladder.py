@@ -5,6 +5,7 @@ The ratios survive the machine's other load, the times do not. A form whose resu
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import time
@@ -207,4 +208,6 @@ def where() -> dict[str, object]:
     else:
         cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         found["device"] = cpu[0].split(":")[1].strip() if cpu else "cpu"
+        settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("MALLOC_"))
+        found["malloc"] = " ".join(settings) or "default"
     return found

@@ -1,6 +1,9 @@
 """Turn pytest-benchmark's JSON into a Markdown table and a plot.
 
-python benchmarks/report.py runs/bench/bench.json    writes bench.md and, where matplotlib is installed, bench.png
+python benchmarks/report.py runs/bench/bench.json [--keep benchmarks/results/ops_cpu.json]
+
+Writes bench.md and, where matplotlib is installed, bench.png. --keep also writes the tables' numbers alone, without the
+machine's name and the single rounds.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PLACE = ("device", "driver", "torch", "triton", "cuda", "dtype", "threads", "commit")
+PLACE = ("device", "driver", "torch", "triton", "cuda", "dtype", "threads", "malloc", "commit")
 COLUMNS = {
     "ms": "ms",
     "cold_ms": "ms, cold L2",
@@ -58,8 +61,12 @@ def main() -> None:
     """Read the arguments and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="written by pytest --benchmark-json")
-    path: Path = parser.parse_args().json
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="file for the numbers alone")
+    args = parser.parse_args()
+    path: Path = args.json
     ladders = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
+    if args.keep:
+        args.keep.write_text(json.dumps({"benchmarks": [{"extra_info": x} for x in ladders]}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(ladders))
     print(f"wrote {path.with_suffix('.md')}")
     if find_spec("matplotlib"):

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ladder import CUDA, DEVICE, DTYPE
-from step_model import Size, same_weights
+from step_model import Size, attention, same_weights
 from torch import Tensor, nn
 
-from psa_fast.data import Encoded, collate
+from psa_fast.data import Encoded, collate, pack
 from psa_fast.models import PsaVLM
+from psa_fast.models.packing import SDPA_BY_SAMPLE, Packing
 from psa_fast.taxonomy import IGNORE_INDEX
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.stages import prepare
@@ -50,7 +51,10 @@ class Form:
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
         """The form's own batch, on the device: rows padded on the right to the longest."""
-        batch = collate(rows, pad_token_id=0)
+        return self.to_device(collate(rows, pad_token_id=0))
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Tensors on the device, images in the benchmark's dtype."""
         batch["pixel_values"] = batch["pixel_values"].to(DTYPE)
         return {k: v.to(DEVICE) if isinstance(v, Tensor) and k != "image_counts" else v for k, v in batch.items()}
 
@@ -136,7 +140,7 @@ def _no_clock(name: str) -> AbstractContextManager:
 
 
 class Ours(Form):
-    """PsaVLM.forward, with the parts of a stage trained as train.py trains them.
+    """PsaVLM.forward on packed rows, with the parts of a stage trained as train.py trains them.
 
     Args:
         base: its parameters are shared, not copied.
@@ -176,6 +180,12 @@ class Ours(Form):
         prepare(psa, config)
         super().__init__(f"ours, {objective}", psa.train(), tokens, ("bottleneck.",))
         self.psa = psa
+        if attention() == "sdpa":  # as train.py chooses it for packed rows
+            psa.vlm.set_attn_implementation({"text_config": SDPA_BY_SAMPLE})
+
+    def batch(self, rows: Sequence[Encoded]) -> Batch:
+        """Rows end to end, without padding."""
+        return self.to_device(pack(rows))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """One call of the model."""
@@ -190,20 +200,20 @@ class Ours(Form):
 
     def concept(self, batch: Batch, features: Any) -> Tensor:
         """What PsaVLM.forward does without labels, its vision pass apart."""
-        psa = self.psa
-        embeds = psa.family.embed(psa.vlm, batch["input_ids"])
-        query = psa._query_embeds(embeds, batch["input_ids"], batch["attention_mask"], None, batch["query_mask"])
+        psa, ids = self.psa, batch["input_ids"]
+        embeds = psa.family.embed(psa.vlm, ids)
+        packing = Packing(batch["lengths"], ids.device)
+        query = psa._query_embeds(embeds, ids, None, None, batch["query_mask"], packing)
         pooled = psa.bottleneck(features.vision, query)
         return psa.bottleneck.loss(pooled, torch.stack([batch["safe_type"], batch["safe_level"]], 1)).loss
 
     def hidden(self, batch: Batch, features: Any) -> Tensor:
         """[s_llm ; h_i] in place of the placeholders, then the language model."""
-        psa = self.psa
-        embeds = psa.family.embed(psa.vlm, batch["input_ids"])
-        counts = batch["image_counts"].tolist()
-        embeds = psa._insert_images(embeds, batch["input_ids"], features.projected, counts, True)
-        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-        return psa.family.hidden_states(psa.vlm, embeds, batch["attention_mask"], positions)
+        psa, ids = self.psa, batch["input_ids"]
+        embeds = psa.family.embed(psa.vlm, ids)
+        embeds = psa._insert_images(embeds, ids, features.projected, batch["image_counts"].tolist(), True)
+        packing = Packing(batch["lengths"], ids.device)
+        return psa.family.hidden_states(psa.vlm, embeds, None, packing.position_ids, **packing.attention_kwargs())
 
     def head(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Supervised rows only."""

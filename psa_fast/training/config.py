@@ -264,6 +264,8 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
         raise ValueError("--image_folder has no effect on the sandbox's own records; give --data_path too")
     if not 0.0 <= config.hint_rate <= 1.0:
         raise ValueError(f"--hint_rate is {config.hint_rate}; it is a share between 0 and 1")
+    if config.hint_rate == 0 and "policy" in typed:
+        raise ValueError("--policy has no effect in training with --hint_rate 0: it is where the hints come from")
     if config.stage == 1 and config.concept_loss_weight <= 0:
         raise ValueError(
             "--concept_loss_weight must be positive in stage 1; --stage1_objective tokens leaves the concept loss out"

@@ -27,6 +27,7 @@ from .features import cached_features
 from .metrics import MetricsLog
 from .schedule import Schedule, measure_lengths, micro_batches, needs_lengths
 from .stages import clip_groups, optimizer_groups, prepare, print_table
+from .vision_tower import keep_whole
 
 HintFor = Callable[[int, int], str | None]
 
@@ -95,6 +96,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         f"{'packed rows' if config.packing else 'padded rows'}"
     )
 
+    keep_whole(model)
     engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)
     del keep_alive
     start = 0

@@ -52,9 +52,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of the model and of what the stage trains, and the widths activations depend on."""
+    """Parameters of model, vision tower and what the stage trains, and the widths activations depend on."""
 
     total: int
+    vision: int
     trained: int
     parts: dict[str, int]
     head_trained: bool
@@ -148,6 +149,7 @@ def measure(config: TrainConfig) -> Sizes:
     kind = "frozen" if config.stage == 1 else config.tune_type_llm
     return Sizes(
         total=sum(p.numel() for p in model.parameters()),
+        vision=sum(p.numel() for p in model.family.module(vlm, "vision").parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         parts=counted,
         head_trained=any(p.requires_grad for p in model.family.module(vlm, "lm_head").parameters()),
@@ -223,7 +225,9 @@ def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row
     config = replace(config)
     accumulation_steps(config, machine.world_size)
     zero = read_deepspeed_config(config.deepspeed_config).get("zero_optimization", {})
-    states = model_states(sizes.total, sizes.trained, zero, machine.world_size)
+    whole = sizes.vision if zero.get("stage") == 3 else 0  # vision_tower.keep_whole
+    states = model_states(sizes.total - whole, sizes.trained, zero, machine.world_size)
+    states.gpu.update({"vision tower (bf16)": BF16 * whole} if whole else {})
     dims, layout = sizes.dims, _layout(config)
     images = config.micro_batch_size * images_per_row
     if config.max_tokens_per_micro_batch is not None and images_per_row:

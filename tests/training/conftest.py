@@ -56,6 +56,21 @@ def partitioned(tmp_path_factory):
 
 
 @pytest.fixture
+def group_of_one():
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    from psa_fast.training.engine import init_distributed
+
+    before = dict(os.environ)
+    assert init_distributed() == (0, 1)
+    yield
+    dist.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+
+
+@pytest.fixture
 def command(base, world):
     """The launcher's command line for a short fp32 run on the tiny base."""
 

@@ -41,6 +41,7 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--stage1_objective", "tokens", "--concept_loss_weight", "2"], "--concept_loss_weight has no effect"),
         (["--stage1_objective", "tokens", "--num_safety_tokens", "0"], "nothing to train"),
         (["--stage", "2", "--hint_rate", "1.5"], "share between 0 and 1"),
+        (["--stage", "2", "--hint_rate", "0", "--policy", "p.yaml"], "--policy has no effect"),
         (["--resume", "auto", "--overwrite_output_dir", "True"], "exclude each other"),
         (["--deepspeed_config", "nowhere.json"], "no such file"),
         (["--stage1_objective", "concept", "--attn_implementation", "sdpa"], "--attn_implementation has no effect"),

@@ -1,23 +1,9 @@
 """Pieces of the loop that whole runs do not reach."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
 
-from psa_fast.training.engine import init_distributed
 from psa_fast.training.loop import _stop_if_not_finite
-
-
-@pytest.fixture
-def group_of_one():
-    before = dict(os.environ)
-    assert init_distributed() == (0, 1)
-    yield
-    dist.destroy_process_group()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_rows(group_of_one):

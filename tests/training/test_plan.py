@@ -44,6 +44,8 @@ def test_parameters_are_counted_exactly(sizes):
     safety = stage1.total - LLAVA_7B
     # in stage 1 all that is added to the base is trained, and nothing else
     assert stage1.trained == safety
+    layer = 12 * 1024**2 + 13 * 1024
+    assert stage1.vision == 24 * layer + (3 * 14 * 14 + 1 + 577 + 4) * 1024  # CLIP ViT-L/14 at 336
     e, tokens = 4096, 64
     attention = 4 * e**2 + 4 * e
     readout = e**2 + 2 * e
