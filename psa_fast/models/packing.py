@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from psa_fast.models.transfer import to_device
+
 #: transformers' name of the attention below
 SDPA_BY_SAMPLE = "sdpa_by_sample"
 
@@ -34,8 +36,7 @@ class Packing:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"a packed row needs samples of at least one token, got lengths {list(lengths)}")
         self.lengths = [int(n) for n in lengths]
-        starts = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
-        self.starts = starts.to(device, non_blocking=True)
+        self.starts = to_device([0, *accumulate(self.lengths)], device, torch.int32)
         sizes = self.starts.diff()
         self.numbers = torch.arange(len(self.lengths), device=device)
         self.sample = torch.repeat_interleave(self.numbers, sizes, output_size=sum(self.lengths))

@@ -20,6 +20,7 @@ from psa_fast.models.families import Family, ImageFeatures, get_family
 from psa_fast.models.lm_head import supervise
 from psa_fast.models.packing import Packing
 from psa_fast.models.tokens import SafetyTokens
+from psa_fast.models.transfer import to_device
 from psa_fast.taxonomy import IGNORE_INDEX
 
 
@@ -184,7 +185,7 @@ class PsaVLM(nn.Module):
         if labels is None or safe_type is not None or safe_level is not None:
             rows = [row for row, count in enumerate(counts) if count] or [0]  # row 0 stands in, unlabelled
             query = self._query_embeds(embeds, input_ids, attention_mask, labels, query_mask, packing)
-            index = torch.tensor(rows, device=input_ids.device)
+            index = to_device(rows, input_ids.device)
             vision, mask = _by_row(features, [counts[row] for row in rows] if has_images else [1])
             pooled = self.bottleneck(vision, query[index], mask)
             none = index.new_full((len(rows),), IGNORE_INDEX)
@@ -241,7 +242,7 @@ class PsaVLM(nn.Module):
             raise ValueError(f"image_counts names {sum(counts)} images, features hold another number")
         embeds = self.family.embed(self.vlm, input_ids)
         query = self._query_embeds(embeds, input_ids, attention_mask, None, query_mask)
-        index = torch.tensor(rows, device=input_ids.device)
+        index = to_device(rows, input_ids.device)
         vision, mask = _by_row(features.vision, [counts[row] for row in rows])
         heads = self.bottleneck.heads(self.bottleneck(vision, query[index], mask))
         return logits.index_copy(0, index, heads.to(logits.dtype))
@@ -295,7 +296,7 @@ class PsaVLM(nn.Module):
         if sum(counts) != n:
             raise ValueError(f"the batch has {n} images, its rows ask for {sum(counts)} ({counts})")
         if input_ids.is_cuda:  # a wrong count stops the device without costing every step a synchronisation
-            wanted = torch.tensor([c * span for c in counts]).pin_memory().to(found.device, non_blocking=True)
+            wanted = to_device([c * span for c in counts], found.device)
             torch._assert_async((found == wanted).all(), "image placeholders and image_counts disagree")
         elif found.tolist() != [c * span for c in counts]:
             raise ValueError(
@@ -365,8 +366,8 @@ def _by_row(vision: Tensor, counts: list[int]) -> tuple[Tensor, Tensor | None]:
         index += list(range(start, start + count)) + [start] * (most - count)
         valid += [True] * count + [False] * (most - count)
         start += count
-    rows = vision[torch.tensor(index, device=vision.device)].reshape(len(counts), most * s, width)
-    mask = torch.tensor(valid, device=vision.device).view(len(counts), most).repeat_interleave(s, dim=1)
+    rows = vision[to_device(index, vision.device)].reshape(len(counts), most * s, width)
+    mask = to_device(valid, vision.device).view(len(counts), most).repeat_interleave(s, dim=1)
     return rows, mask
 
 

@@ -68,6 +68,8 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
     for key in ("optimizer", "scheduler"):
         if key in ds:
             raise ValueError(f"{config.deepspeed_config}: remove {key!r}; train.py builds it from its own options")
+    # DeepSpeed's own timer would wait for the device twice in every micro-batch
+    ds.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     zero = ds.setdefault("zero_optimization", {"stage": 0})
     # without streams (CPU) there is nothing to overlap
     if zero.get("overlap_comm", "auto") == "auto":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ from rich.console import Console
 from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, load_records
 from psa_fast.models import PsaVLM, load_base, load_processor
 from psa_fast.models.addon import ADAPTER, CHANGED
-from psa_fast.taxonomy import IGNORE_INDEX
 
 from . import checkpoint
 from .attention import choose_attention
-from .clipping import clip_each
 from .config import TrainConfig
 from .engine import build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
 from .features import cached_features
+from .flops import Meter, StageFlops, shared_matrix_rate
 from .metrics import MetricsLog
 from .schedule import Schedule, measure_lengths, micro_batches, needs_lengths
-from .stages import clip_groups, optimizer_groups, prepare, print_table
+from .stages import optimizer_groups, prepare, print_table
+from .step import StepReport, train_step
 from .vision_tower import keep_whole
 
 HintFor = Callable[[int, int], str | None]
@@ -67,8 +68,10 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     # before the model, so that a bad record costs seconds
     records = _shared_records(config, rank)
     _claim_output_dir(config, rank)
+    rate = shared_matrix_rate(compute_dtype(config))
     model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon, attention)
     parts = prepare(model, config, resuming=state is not None)
+    meter = Meter(StageFlops.of(model, config), rate)
     if config.gradient_checkpointing:
         model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     processor = load_processor(str(config.model_name_or_path), model.config)
@@ -95,6 +98,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         f"{f'attention {attention}' if attention else 'no language model'}, "
         f"{'packed rows' if config.packing else 'padded rows'}"
     )
+    console.print(f"MFU below: share of the measured matrix rate, {rate / 1e9:,.0f} GFLOP/s a rank", soft_wrap=True)
 
     keep_whole(model)
     engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)
@@ -121,13 +125,27 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     batches = micro_batches(dataset, schedule, config, processor)
     engine.train()
     saved = resume_from
-    try:
-        for step in range(start + 1, total_steps + 1):
-            row, stopping = train_step(engine, batches, config, world_size, step, stop)
+    launched: deque[StepReport] = deque()
+
+    def read(unread: int) -> bool:
+        """Log all launched steps but the last `unread`; whether any rank was asked to stop."""
+        stopping = False
+        while len(launched) > unread:
+            row, asked = launched.popleft().read()
+            stopping |= asked
             if log:
                 log.write(row)
-            due = config.save_steps and step % config.save_steps == 0
-            if due or stopping or step == total_steps:
+        return stopping
+
+    try:
+        for step in range(start + 1, total_steps + 1):
+            launched.append(train_step(engine, batches, config, meter, step, lambda: stop.requested))
+            due = step == total_steps or bool(config.save_steps and step % config.save_steps == 0)
+            # the device works on one step while the host reads the one before; what is saved has been read
+            stopping = read(0 if due else 1)
+            if stopping:
+                read(0)
+            if due or stopping:
                 saved = checkpoint.save_checkpoint(engine, config, step, total_steps)
             if stopping and step < total_steps:
                 console.print(f"SIGTERM: saved {saved}; continue with --resume auto")
@@ -141,89 +159,6 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         checkpoint.finish(config, saved)
     dist.barrier()
     console.print(f"stage {config.stage} finished: {config.stage_dir}")
-
-
-def train_step(
-    engine: Any, batches: Iterator[list[dict]], config: TrainConfig, world_size: int, step: int, stop: _StopFlag
-) -> tuple[dict[str, float], bool]:
-    """One optimizer step over all ranks. Losses are means over the *global* batch's supervised tokens and concept rows.
-
-    Returns the metrics row (`metrics.FIELDS`) and whether any rank was asked to stop.
-    """
-    began = time.perf_counter()
-    device = engine.device
-    micros = next(batches)
-    counts = torch.zeros(5, dtype=torch.float64)
-    for batch in micros:
-        supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-        typed, levelled = (
-            ((batch[name] != IGNORE_INDEX) & (batch["image_counts"] > 0)).sum() for name in ("safe_type", "safe_level")
-        )
-        tokens = torch.tensor(sum(batch["lengths"])) if "lengths" in batch else batch["attention_mask"].sum()
-        counts += torch.stack([supervised, typed, levelled, tokens, torch.tensor(0)])
-    counts[4] = float(stop.requested)
-    counts = _all_reduce(counts, device)
-    # the engine averages gradients over ranks, so each rank divides by the per-rank share of the global count
-    num_items = max(counts[0].item(), 1.0) / world_size
-    num_rows = (counts[1:3].clamp(min=1.0) / world_size).float()
-
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    for index, batch in enumerate(micros):
-        # a token budget makes their number vary, so DeepSpeed must not count them itself
-        engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
-        # without its labels a loss is not computed at all, on every rank alike
-        skipped = {"where"} | (set() if config.runs_bottleneck else {"safe_type", "safe_level"})
-        skipped |= set() if config.runs_language_model else {"labels"}
-        inputs = {
-            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k != "image_counts" else v
-            for k, v in batch.items()
-            if k not in skipped
-        }
-        out = engine(
-            **inputs,
-            num_items=num_items,
-            num_concept_rows=num_rows,
-            concept_loss_weight=config.concept_loss_weight,
-            lm_loss_weight=config.lm_loss_weight,
-            label_smoothing=config.label_smoothing,
-        )
-        engine.backward(out.loss, scale_wrt_gas=False)
-        losses = (out.loss, out.loss_lm, out.loss_type, out.loss_level)
-        sums += torch.stack([sums.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
-        if index == len(micros) - 1:
-            _stop_if_not_finite(sums, micros, step)
-            if config.clips_each_part:
-                norms = clip_each(clip_groups(engine.module), config.max_grad_norm)
-        engine.step()
-    means = (_all_reduce(sums, device) / world_size).tolist()
-    norm = norms.norm() if config.clips_each_part else engine.get_global_grad_norm()
-    row = {
-        "step": step,
-        **dict(zip(("loss", "loss_lm", "loss_type", "loss_level"), means, strict=True)),
-        "grad_norm": float(norm) if norm is not None else 0.0,
-        "lr": engine.get_lr()[0],
-        "tokens": int(counts[3]),
-        "supervised_tokens": int(counts[0]),
-        "seconds": time.perf_counter() - began,
-    }
-    return row, bool(counts[4])
-
-
-def _stop_if_not_finite(sums: torch.Tensor, micros: list[dict], step: int) -> None:
-    """Before the optimizer step: every rank learns of a bad loss on any rank, and the error names that rank's rows."""
-    bad = [] if torch.isfinite(sums).all() else [where for batch in micros for where in batch["where"]]
-    found = _all_reduce(torch.tensor([float(bool(bad))], dtype=torch.float64), sums.device)
-    if found.item():
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, bad)
-        rows = ", ".join(where for rank_rows in gathered for where in rank_rows)
-        raise FloatingPointError(f"the loss is not finite at step {step}; rows of the batch: {rows}")
-
-
-def _all_reduce(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    tensor = tensor.to(device)
-    dist.all_reduce(tensor)
-    return tensor
 
 
 def build_model(

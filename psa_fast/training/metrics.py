@@ -18,7 +18,13 @@ FIELDS = (
     "lr",
     "tokens",
     "supervised_tokens",
+    "padding_share",
     "seconds",
+    "data_seconds",
+    "tokens_per_s",
+    "samples_per_s",
+    "mfu",
+    "peak_memory_gb",
 )
 
 
@@ -65,7 +71,8 @@ class MetricsLog:
         step = int(row["step"])
         if not self._console.is_terminal and (step % self._every == 0 or step in (1, self._total)):
             self._console.print(
-                f"step {step}/{self._total} {line} lr {row['lr']:.2e} {row['seconds']:.2f} s", soft_wrap=True
+                f"step {step}/{self._total} {line} lr {row['lr']:.2e} {row['seconds']:.2f} s {speed(row)}",
+                soft_wrap=True,
             )
 
     def close(self) -> None:
@@ -73,3 +80,11 @@ class MetricsLog:
         self._progress.stop()
         self._file.close()
         self._board.close()
+
+
+def speed(row: dict[str, float]) -> str:
+    """The part of a log line that says how fast a step was, and with how much memory."""
+    return (
+        f"{row['tokens_per_s']:,.0f} tokens/s {row['samples_per_s']:.1f} samples/s MFU {row['mfu']:.1%} "
+        f"padding {row['padding_share']:.1%} {row['peak_memory_gb']:.1f} GiB"
+    )

@@ -1,5 +1,6 @@
 """The step benchmarks on a tiny model: B0 computes what we compute, the results have their schema."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -160,3 +161,48 @@ def test_profile(tmp_path):
     heads = {name: result["parts"][name]["loss"]["gflop"] for name in ("ours", "B0")}
     assert 0 < heads["ours"] < heads["B0"] / 2
     assert trace.stat().st_size > 0
+
+
+@pytest.mark.parametrize("options", ["stage1: {stage1_objective: concept}", "stage2: {concept_loss_weight: 0}"])
+def test_profile_of_a_recipe(base, tmp_path, options):
+    base.config.save_pretrained(tmp_path / "base")
+    recipe = tmp_path / "mine.yaml"
+    common = f"common: {{model_name_or_path: {tmp_path / 'base'}, num_safety_tokens: 4, num_head_tokens: 4, "
+    recipe.write_text(f"{common}micro_batch_size: 3, gradient_checkpointing: true}}\n{options}\n")
+    stage = options[5]
+    task = profile_step.task_of(str(recipe), int(stage))
+    # max_turns is the data's, lora_r the option's default
+    assert task.size == dataclasses.replace(SIZE, max_turns=16, lora_r=256)
+    assert task.not_followed == ("gradient_checkpointing=True",)
+    path = tmp_path / "profile.json"
+    profile_step.main(["--recipe", str(recipe), "--stage", stage, "--rounds", "1", "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert result["provenance"]["task"]["batch"] == 3
+    parts = result["parts"]
+    if stage == "1":
+        assert set(parts) == {"ours", "B0"}
+        assert set(parts["ours"]) == {"vision", "safety modules", "optimizer", "step"}
+        assert result["safety_overhead"] == {}
+    else:
+        assert set(parts) == {"ours", "B0", "B1"}
+        assert "safety modules" not in parts["ours"]
+        assert result["safety_overhead"]["ours"]["bottleneck_and_losses_percent"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--recipe", "llava-1.5-7b", "--size", "tiny"], "--size has no effect with --recipe"),
+        (["--recipe", "nowhere"], "unknown; shipped recipes are"),
+    ],
+)
+def test_profile_refuses_with_a_sentence(options, sentence, capsys):
+    with pytest.raises(SystemExit):
+        profile_step.main(["--stage", "1", *options])
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_shipped_recipe_has_its_bases_dimensions():
+    task = profile_step.task_of("llava-1.5-7b", 2)
+    assert task.size == dataclasses.replace(SIZES["7b"], max_turns=16)
+    assert (task.batch, task.has_concept, task.dropout) == (2, False, 0.05)

@@ -65,6 +65,8 @@ def test_activation_checkpointing_and_padded_rows_change_no_loss(command, run, f
     for left, right in zip(rows_of(finished / "one" / "stage1"), rows_of(tmp_path / "stage1"), strict=True):
         for key in ("loss", "loss_lm", "loss_type", "loss_level", "grad_norm", "tokens", "supervised_tokens"):
             assert left[key] == pytest.approx(right[key], rel=1e-4), key
+        assert left["padding_share"] == 0
+        assert (right["padding_share"] > 0) == (ranks == 2)
     assert_same_weights(finished / "one" / "stage1", tmp_path / "stage1", 1e-4)
 
 

@@ -53,6 +53,10 @@ class Family(ABC):
         """JSON values that decide, beside the tower's weights, what `vision_features` returns."""
 
     @abstractmethod
+    def vision_run(self) -> tuple[int, int]:
+        """Encoder layers that `vision_features` runs, and an image's positions in them."""
+
+    @abstractmethod
     def blank_image(self, device: torch.device) -> Tensor:
         """One image of zeros [1, 3, H, W], which keeps a rank without images in step with the others."""
 

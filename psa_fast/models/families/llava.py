@@ -68,6 +68,18 @@ class LlavaFamily(Family):
             "tower": json.loads(self.config.vision_config.to_json_string()),
         }
 
+    def vision_run(self) -> tuple[int, int]:
+        """Up to the used layer, patches and class token; the whole tower where it is not cut."""
+        vision, wanted = self.config.vision_config, self._wanted_layers()
+        cut = min(wanted) > 0
+        positions = (vision.image_size // vision.patch_size) ** 2 + _class_tokens(self.config)
+        return (max(wanted) if cut else vision.num_hidden_layers), positions
+
+    def _wanted_layers(self) -> list[int]:
+        """The layers used, as an index into (embeddings, layer 1, ..., layer depth)."""
+        layer, depth = self.config.vision_feature_layer, self.config.vision_config.num_hidden_layers
+        return [i if i >= 0 else depth + 1 + i for i in ([layer] if isinstance(layer, int) else layer)]
+
     def blank_image(self, device: torch.device) -> Tensor:
         """Zeros [1, C, H, W]."""
         vision = self.config.vision_config
@@ -81,10 +93,7 @@ class LlavaFamily(Family):
             return self._select(tower, pixel_values)
 
     def _select(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
-        layer = self.config.vision_feature_layer
-        depth = self.config.vision_config.num_hidden_layers
-        wanted = [layer] if isinstance(layer, int) else list(layer)
-        wanted = [i if i >= 0 else depth + 1 + i for i in wanted]  # index into (embeddings, layer 1, ..., layer depth)
+        depth, wanted = self.config.vision_config.num_hidden_layers, self._wanted_layers()
         encoder: Any = getattr(tower, "encoder", None)
         if min(wanted) > 0 and max(wanted) < depth and encoder is not None:
             with _layers_up_to(encoder, max(wanted)), _outputs_of(encoder.layers, wanted) as states:

@@ -1,0 +1,189 @@
+"""One optimizer step over all ranks. Nothing here waits for the device: what a step computed is read one step later."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from psa_fast.models.transfer import to_device
+
+from .clipping import clip_each
+from .config import TrainConfig
+from .flops import Load, Meter
+from .stages import clip_groups
+
+LOSSES = ("loss", "loss_lm", "loss_type", "loss_level")
+# what StepReport reads back, in this order: sums over all ranks, this rank's losses, the largest of all ranks, the norm
+_COUNTS = ("supervised", "typed", "levelled", "tokens", "positions", "samples")
+_VALUES = (
+    *_COUNTS, "flops", *LOSSES, *(f"own_{name}" for name in LOSSES),
+    "stop", "peak_memory_gb", "data_seconds", "grad_norm",
+)  # fmt: skip
+
+
+def train_step(
+    engine: Any,
+    batches: Iterator[list[dict]],
+    config: TrainConfig,
+    meter: Meter,
+    step: int,
+    stopped: Callable[[], bool],
+) -> StepReport:
+    """Launch one optimizer step. Losses are means over the *global* batch's supervised tokens and concept rows.
+
+    A loss that is not finite ends the run when the report is read: the caller reads every report before it saves.
+    """
+    device, world_size = engine.device, dist.get_world_size()
+    began, asked = _Moment(device), time.perf_counter()
+    micros = next(batches)
+    data_seconds = time.perf_counter() - asked
+    counts = _counts([Load.of(batch) for batch in micros], meter, device)
+    dist.all_reduce(counts)
+    # the engine averages gradients over ranks, so each rank divides by the per-rank share of the global count
+    shares = counts[:3].clamp(min=1.0) / world_size
+
+    own = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
+    # without its labels a loss is not computed at all, on every rank alike
+    skipped = {"where"} | (set() if config.runs_bottleneck else {"safe_type", "safe_level"})
+    skipped |= set() if config.runs_language_model else {"labels"}
+    norm: Any = None
+    for index, batch in enumerate(micros):
+        # a token budget makes their number vary, so DeepSpeed must not count them itself
+        engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
+        inputs = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k != "image_counts" else v
+            for k, v in batch.items()
+            if k not in skipped
+        }
+        out = engine(
+            **inputs,
+            num_items=shares[0],
+            num_concept_rows=shares[1:].float(),
+            concept_loss_weight=config.concept_loss_weight,
+            lm_loss_weight=config.lm_loss_weight,
+            label_smoothing=config.label_smoothing,
+        )
+        engine.backward(out.loss, scale_wrt_gas=False)
+        losses = (out.loss, out.loss_lm, out.loss_type, out.loss_level)
+        own += torch.stack([own.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
+        if index == len(micros) - 1 and config.clips_each_part:
+            norm = clip_each(clip_groups(engine.module), config.max_grad_norm).norm()
+        engine.step()
+    norm = norm if config.clips_each_part else engine.get_global_grad_norm()
+    means = own / world_size
+    dist.all_reduce(means)
+    # as late as possible, so that a signal during the step ends the run after it
+    largest = to_device([float(stopped()), _peak_memory_gb(device), data_seconds], device, torch.float64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    values = torch.cat([counts, means, own, largest, _on_device(norm, device)])
+    return StepReport(
+        step=step,
+        values=_copied(values),
+        began=began,
+        ended=_Moment(device),
+        learning_rate=engine.get_lr()[0],
+        all_devices=meter.rate * world_size,
+        where=[where for batch in micros for where in batch["where"]],
+    )
+
+
+@dataclass
+class StepReport:
+    """A launched step: `values` [len(_VALUES)] on the host, there once `ended` has passed."""
+
+    step: int
+    values: Tensor
+    began: _Moment
+    ended: _Moment
+    learning_rate: float
+    all_devices: float
+    where: list[str]
+
+    def read(self) -> tuple[dict[str, float], bool]:
+        """Wait for the step; its metrics row (`metrics.FIELDS`), and whether any rank was asked to stop.
+
+        All ranks call it at the same point: if the loss is not finite anywhere they exchange their rows.
+
+        Raises:
+            FloatingPointError: naming the step and the rows of the ranks whose loss is not finite.
+        """
+        self.ended.wait()
+        found = dict(zip(_VALUES, self.values.tolist(), strict=True))
+        if not all(math.isfinite(found[name]) for name in LOSSES):
+            bad = [] if all(math.isfinite(found[f"own_{name}"]) for name in LOSSES) else self.where
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, bad)
+            rows = ", ".join(where for rank_rows in gathered for where in rank_rows)
+            raise FloatingPointError(f"the loss is not finite at step {self.step}; rows of the batch: {rows}")
+        seconds = self.ended.since(self.began)
+        row = {
+            "step": self.step,
+            **{name: found[name] for name in (*LOSSES, "grad_norm")},
+            "lr": self.learning_rate,
+            "tokens": int(found["tokens"]),
+            "supervised_tokens": int(found["supervised"]),
+            "padding_share": 1.0 - found["tokens"] / found["positions"],
+            "seconds": seconds,
+            "data_seconds": found["data_seconds"],
+            "tokens_per_s": found["tokens"] / seconds,
+            "samples_per_s": found["samples"] / seconds,
+            "mfu": found["flops"] / seconds / self.all_devices,
+            "peak_memory_gb": found["peak_memory_gb"],
+        }
+        return row, bool(found["stop"])
+
+
+class _Moment:
+    """A moment of the device's work: an event in its stream; on a CPU, which has no stream, the clock's time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.time = time.perf_counter()
+        self.event: Any = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+
+    def wait(self) -> None:
+        """Until the device has passed it."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def since(self, earlier: _Moment) -> float:
+        """Seconds of the device between the two."""
+        if self.event is not None:
+            return earlier.event.elapsed_time(self.event) / 1e3
+        return self.time - earlier.time
+
+
+def _counts(loads: list[Load], meter: Meter, device: torch.device) -> Tensor:
+    """fp64 [7]: the first values of _VALUES, of this rank's micro-batches."""
+    each = [(*(getattr(load, name) for name in _COUNTS), meter.flops.total(load)) for load in loads]
+    return to_device([sum(column) for column in zip(*each, strict=True)], device, torch.float64)
+
+
+def _on_device(norm: Tensor | float | None, device: torch.device) -> Tensor:
+    """fp64 [1]; DeepSpeed's norm is a tensor here or there, and a number after a step it skipped."""
+    if isinstance(norm, Tensor):
+        return norm.detach().to(device, torch.float64, non_blocking=True).reshape(1)
+    return to_device([0.0 if norm is None else norm], device, torch.float64)
+
+
+def _copied(values: Tensor) -> Tensor:
+    """On the host, once the device has come that far."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values, non_blocking=True)
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    """GiB this rank has used at most so far: the CUDA allocator's tensors, or on a CPU the resident process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

@@ -1,0 +1,113 @@
+"""The FLOP model against torch's own counter on a tiny model, stage by stage."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
+
+from tiny_vlm import SMALL, make_batch, make_vlm
+
+from psa_fast.models import PsaVLM
+from psa_fast.ops import attention_pool
+from psa_fast.training.config import TrainConfig
+from psa_fast.training.flops import Load, StageFlops, matrix_rate
+from psa_fast.training.stages import prepare
+
+STAGES = {
+    "joint": dict(stage=1),
+    "joint, tokens frozen": dict(stage=1, token_learning_rate=0.0),
+    "concept": dict(stage=1, stage1_objective="concept"),
+    "tokens": dict(stage=1, stage1_objective="tokens"),
+    "lora": dict(stage=2, concept_loss_weight=0.0),
+    "full": dict(stage=2, tune_type_llm="full", tune_type_connector="full"),
+}
+
+
+def depthwise_too(grad, x, weight, *rest, **_):
+    """torch's formula overlooks groups; rest ends in which gradients are asked for (input, weight, bias)."""
+    return (rest[-1][0] + rest[-1][1]) * 2 * math.prod(grad) * math.prod(weight[1:])
+
+
+def inside(op):
+    """The products inside an op that the counter cannot look into: run again under a counter of its own."""
+
+    def formula(*args, out_val=None, **kwargs):
+        with FlopCounterMode(display=False) as counter:
+            op._init_fn(*args, **kwargs)
+        return counter.get_total_flops()
+
+    formula._get_raw = True
+    return formula
+
+
+def counter():
+    pool = sys.modules[attention_pool.__module__]
+    mapping = {
+        torch.ops.aten.convolution_backward: depthwise_too,
+        torch.ops.psa_fast.attention_pool: inside(pool._attention_pool),
+        torch.ops.psa_fast.attention_pool_backward: inside(pool._attention_pool_backward),
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_costs_what_torch_counts(name):
+    config = TrainConfig(lora_r=4, lora_dropout=0.0, **STAGES[name])
+    vlm = make_vlm(layers=3)
+    # products that the counter sees; SDPA's CPU kernel has no formula
+    vlm.set_attn_implementation("eager")
+    model = PsaVLM.build(vlm, num_safety_tokens=4, **SMALL)
+    prepare(model, config)
+    one = make_batch(4, counts=(1,))
+    batch = {k: torch.cat([v] * 3) for k, v in one.items()}
+    load = Load.of(batch)
+    if not config.runs_bottleneck:
+        batch = {k: v for k, v in batch.items() if k not in ("safe_type", "safe_level")}
+    if not config.runs_language_model:
+        del batch["labels"]
+    with counter() as counted:
+        model.train()(**batch).loss.backward()
+    parts = StageFlops.of(model, config).parts(load)
+    length = one["labels"].shape[1]
+    # eager attention multiplies the masked half as well, which ours leaves out
+    parts["attention"] *= 2 * length / (length + 1)
+    # not in ours: rotary angles, the mean of the prompt's embeddings
+    assert sum(parts.values()) == pytest.approx(counted.get_total_flops(), rel=0.01)
+    # a part of each kind is there or not as the stage wants it
+    has = {part for part, flops in parts.items() if flops}
+    language = {"language_model", "attention", "lm_head", "connector"} if config.runs_language_model else set()
+    assert has == {"vision"} | language | ({"bottleneck", "pooling"} if config.runs_bottleneck else set())
+
+
+def test_the_load_of_packed_and_padded_rows():
+    batch = make_batch(4, counts=(1, 2, 0))
+    load = Load.of(batch)
+    lengths = [1 + 20 + 5 + 4, 1 + 40 + 6 + 5, 1 + 7 + 6]
+    assert load.tokens == sum(lengths)
+    assert load.positions == 3 * max(lengths)
+    assert load.pairs == sum(n * (n + 1) // 2 for n in lengths)
+    assert (load.samples, load.images, load.image_rows) == (3, 3, 2)
+    assert load.supervised == 4 + 5 + 6
+    assert (load.typed, load.levelled) == (2, 2)  # the third row has no image
+    real = batch["attention_mask"].bool()
+    packed = {k: batch[k][real].unsqueeze(0) for k in ("input_ids", "labels")}
+    packed |= {k: batch[k] for k in ("image_counts", "safe_type", "safe_level")}
+    again = Load.of(packed | {"lengths": lengths})
+    assert again == Load(**{**vars(load), "positions": sum(lengths)})
+
+
+def test_cached_features_leave_the_tower_out(tmp_path):
+    model = PsaVLM.build(make_vlm(), num_safety_tokens=4, **SMALL)
+    cached = TrainConfig(stage=1, stage1_objective="concept", feature_cache=str(tmp_path))
+    assert StageFlops.of(model, cached).vision == 0
+
+
+def test_the_matrix_rate_leaves_the_random_numbers_alone():
+    before = torch.get_rng_state()
+    assert matrix_rate(torch.device("cpu"), torch.float32, n=64, seconds=0.01) > 0
+    assert torch.equal(torch.get_rng_state(), before)
