@@ -2,8 +2,8 @@
 
 python benchmarks/scale_table.py
 
-Each cell starts from the recipe (its micro batch, checkpointing on, ZeRO-3) at the row length of its column and takes
-the first option `psa-fast plan` offers if that does not fit.
+Each cell starts from the recipe (its micro batch, all layers recomputed, ZeRO-3) at the row length of its column and
+takes the first option `psa-fast plan` offers if that does not fit.
 """
 
 from __future__ import annotations

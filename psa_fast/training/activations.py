@@ -110,12 +110,27 @@ def layer_working_set(dims: Dims, layout: Layout) -> int:
     return max(mlp, scores)
 
 
-def language_model(dims: Dims, tuning: Tuning, layout: Layout, checkpointing: bool) -> dict[str, int]:
-    """Bytes for a micro-batch."""
+def layers_saved(layers: int, block: int, state: int, recompute_every: int) -> int:
+    """Bytes that all decoder blocks keep at the backward pass's fullest moment.
+
+    Args:
+        layers: blocks.
+        block: bytes that one keeps.
+        state: bytes of its input, all that is kept of a block that is recomputed.
+        recompute_every: one block in how many is, from the first on; 0: none.
+    """
+    if not recompute_every:
+        return layers * block
+    recomputed = -(-layers // recompute_every)
+    kept = (layers - recomputed) * block + recomputed * state
+    # one block at a time comes back in full, the last of them when the blocks behind it are gone already
+    return kept + (block if (layers - 1) % recompute_every == 0 else 0)
+
+
+def language_model(dims: Dims, tuning: Tuning, layout: Layout, recompute_every: int) -> dict[str, int]:
+    """Bytes for a micro-batch; `recompute_every` as in `layers_saved`."""
     tokens = layout.tokens
-    block = layer_saved(dims, tuning, layout)
-    # with checkpointing each block keeps its input, and one block at a time is recomputed in full
-    kept = dims.layers * BF16 * dims.hidden + block if checkpointing else dims.layers * block
+    kept = layers_saved(dims.layers, layer_saved(dims, tuning, layout), BF16 * dims.hidden, recompute_every)
     norm = FP32 * (dims.hidden + 1)
     mask = tokens * layout.length * BF16 if layout.holds == "mask" else 0
     return {

@@ -89,7 +89,7 @@ def print_estimate(config: TrainConfig, sizes: Sizes, found: Estimate, console: 
         f"{config.model_name_or_path}, stage {config.stage}, {nodes}{machine.gpus} x {machine.gpu_gb:g} GiB, "
         f"{config.deepspeed_config}, micro batch {_micro(config, machine)}, rows of {config.max_length} tokens, "
         f"attention {config.attn_implementation}, {'packed' if config.packing else 'padded'}, "
-        f"checkpointing {'on' if config.gradient_checkpointing else 'off'}"
+        f"checkpointing {config.gradient_checkpointing}"
     )
     console.print(f"parameters: {sizes.total:,}, trained: {sizes.trained:,}")
     for name, count in sizes.parts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -102,7 +103,10 @@ class TrainConfig:
         "attention of the language model; auto: FlashAttention 3, then 2, then SDPA",
         choices=["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"],
     )
-    gradient_checkpointing: bool = option(False, "recompute the language model's activations in the backward pass")
+    gradient_checkpointing: str = option(
+        "none", "decoder layers recomputed in the backward pass: none, full (all) or every_N (one in N)"
+    )
+    use_liger_kernel: bool = option(False, "Liger's RMSNorm, RoPE and SwiGLU in the language model (CUDA)")
 
     deepspeed_config: str = option(
         "ds_configs/zero3.json", "DeepSpeed JSON; 'auto' values are filled from these options"
@@ -129,6 +133,18 @@ class TrainConfig:
         return not (self.stage == 1 and self.stage1_objective == "concept")
 
     @property
+    def recompute_every(self) -> int:
+        """One decoder layer in how many is recomputed in the backward pass; 0: none. ValueError for no such value."""
+        value = self.gradient_checkpointing
+        if value in ("none", "full"):
+            return int(value == "full")
+        if not re.fullmatch("every_([2-9]|[1-9][0-9]+)", value):
+            raise ValueError(
+                f"--gradient_checkpointing is {value!r}; expected none, full or every_N with N of 2 or more"
+            )
+        return int(value.removeprefix("every_"))
+
+    @property
     def clips_each_part(self) -> bool:
         """Whether gradients are clipped part by part: stage 1 with both losses, which share no trained parameter."""
         return self.max_grad_norm > 0 and self.stage == 1 and self.stage1_objective == "joint"
@@ -147,15 +163,17 @@ class TrainConfig:
 RESUME_MAY_DIFFER = {
     "output_dir", "save_steps", "save_total_limit", "resume", "overwrite_output_dir", "local_rank",
     "dataloader_num_workers", "micro_batch_size", "max_tokens_per_micro_batch", "gradient_checkpointing", "addon",
-    "packing", "attn_implementation",
+    "packing", "attn_implementation", "use_liger_kernel",
 }  # fmt: skip
 
 # options without an effect under a stage-1 objective that leaves one of the two losses out
 NO_EFFECT = {
     "joint": (),
-    "concept": ("lm_loss_weight", "token_learning_rate", "gradient_checkpointing", "attn_implementation"),
+    "concept": (
+        "lm_loss_weight", "token_learning_rate", "gradient_checkpointing", "use_liger_kernel", "attn_implementation",
+    ),
     "tokens": ("concept_loss_weight", "label_smoothing"),
-}
+}  # fmt: skip
 
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -306,6 +324,7 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
         raise ValueError("--safety_learning_rate has no effect in stage 2 with --concept_loss_weight 0")
     if config.resume != "none" and config.overwrite_output_dir:
         raise ValueError("--resume and --overwrite_output_dir exclude each other")
+    _ = config.recompute_every
     read_deepspeed_config(config.deepspeed_config)
 
 

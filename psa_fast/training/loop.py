@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .engine import build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
 from .features import cached_features
 from .flops import Meter, StageFlops, shared_matrix_rate
+from .language_model import check_liger, prepare_language_model
 from .metrics import MetricsLog
 from .schedule import Schedule, measure_lengths, micro_batches, needs_lengths
 from .stages import optimizer_groups, prepare, print_table
@@ -58,6 +59,7 @@ def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console
 def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> None:
     ds_config = resolve_deepspeed_config(config, world_size)
     attention = choose_attention(config) if config.runs_language_model else None
+    check_liger(config)
     resume_from = checkpoint.find_resume(config)
     if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
         checkpoint.read_state(config.stage_dir, config, world_size)
@@ -72,8 +74,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon, attention)
     parts = prepare(model, config, resuming=state is not None)
     meter = Meter(StageFlops.of(model, config), rate)
-    if config.gradient_checkpointing:
-        model.vlm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    prepare_language_model(model, config)
     processor = load_processor(str(config.model_name_or_path), model.config)
     features_of = None
     if config.feature_cache is not None:

@@ -236,7 +236,7 @@ def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row
 
     step: dict[str, int] = {}
     if config.runs_language_model:
-        step |= activations.language_model(dims, sizes.tuning, layout, config.gradient_checkpointing)
+        step |= activations.language_model(dims, sizes.tuning, layout, config.recompute_every)
         step["LM loss"] = activations.lm_loss(dims, layout.tokens, sizes.head_trained)
     if config.runs_bottleneck:
         step["concept bottleneck"] = activations.bottleneck(dims, images)
@@ -309,8 +309,9 @@ def remedies(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row
 def _ladder(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row: int) -> Iterator[list[dict[str, Any]]]:
     """Options to try, what costs the least time first, each with the values that save more and more."""
     budget = config.max_tokens_per_micro_batch
-    if not config.gradient_checkpointing and config.runs_language_model:
-        yield [{"gradient_checkpointing": True}]
+    if config.recompute_every != 1 and config.runs_language_model:
+        kinds = ["full"] if config.recompute_every == 2 else ["every_2", "full"]
+        yield [{"gradient_checkpointing": kind} for kind in kinds]
     if budget is None:
         most = min(config.micro_batch_size, max(1, config.global_batch_size // machine.world_size))
         smaller = [m for m in range(most - 1, 0, -1) if config.global_batch_size % (m * machine.world_size) == 0]

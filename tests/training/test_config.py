@@ -49,6 +49,10 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--max_tokens_per_micro_batch", "4096", "--stage1_objective", "concept"], "language model's rows, which"),
         (["--max_tokens_per_micro_batch", "4096", "--micro_batch_size", "2"], "--micro_batch_size exclude each other"),
         (["--max_tokens_per_micro_batch", "4095"], "4095 is less than --max_length 4096: a row that long"),
+        (["--stage1_objective", "concept", "--use_liger_kernel", "True"], "--use_liger_kernel has no effect"),
+        (["--gradient_checkpointing", "every_0"], "'every_0'; expected none, full or every_N with N of 2 or more"),
+        (["--gradient_checkpointing", "every_1"], "'every_1'; expected none, full or every_N"),
+        (["--gradient_checkpointing", "True"], "'True'; expected none, full or every_N"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_a_sentence(argv, sentence):
@@ -60,6 +64,9 @@ def test_unknown_recipe_option_or_value_is_named(tmp_path):
     recipe = tmp_path / "typo.yaml"
     recipe.write_text("common: {model_name_or_path: m, data_path: d, image_folder: i, stage1_objective: both}\n")
     with pytest.raises(ValueError, match="--stage1_objective is 'both'; expected one of joint, concept, tokens"):
+        parse_args(["--recipe", str(recipe)])
+    recipe.write_text("common: {model_name_or_path: m, data_path: d, image_folder: i, gradient_checkpointing: true}\n")
+    with pytest.raises(ValueError, match="--gradient_checkpointing is 'True'; expected none, full or every_N"):
         parse_args(["--recipe", str(recipe)])
     recipe.write_text("common: {learning_rat: 1.0}\n")
     with pytest.raises(ValueError, match=r"typo\.yaml: not a training option: learning_rat"):

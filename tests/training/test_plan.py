@@ -210,6 +210,25 @@ def test_decoder_layer_keeps_what_autograd_saves(kind, attention):
     assert activations.layer_saved(dims()[0], tuning, layout) == pytest.approx(per_layer, rel=0.02)
 
 
+@pytest.mark.parametrize(("every", "back"), [(0, 0), (1, 1), (2, 1), (3, 0), (9, 0)])
+def test_layers_keep_what_autograd_saves_when_some_are_recomputed(every, back):
+    """Of five layers; `back`: whether the last is recomputed, which is in full again while the others are held."""
+    found = {}
+    for layers in (1, 2, 5):
+        torch.manual_seed(0)
+        model = LlamaModel(LlamaConfig(**TINY, num_hidden_layers=layers)).to(torch.bfloat16).train()
+        if every and layers == 5:
+            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+        embeds = torch.randn(1, 96, 64, dtype=torch.bfloat16, requires_grad=True)
+        found[layers] = bytes_saved(
+            model, lambda m=model, x=embeds: m(inputs_embeds=x, use_cache=False).last_hidden_state
+        )
+    block, state = found[2] - found[1], 96 * 64 * 2
+    kept = found[5] - (found[1] - block)
+    # the rotation's table, which the layers share, is in `found[1]` and not kept where all are recomputed
+    assert activations.layers_saved(5, block, state, every) - back * block == pytest.approx(kept, abs=0.03 * block)
+
+
 def test_bottleneck_keeps_what_autograd_saves():
     shape, psa = dims()
     torch.manual_seed(0)
@@ -231,7 +250,11 @@ def test_more_work_needs_more_memory_and_more_gpus_less(sizes):
     least = peak(sizes[1])
     assert peak(sizes[1], micro_batch_size=4) > least
     assert peak(sizes[1], max_length=4096) > least
-    assert peak(sizes[1], gradient_checkpointing=False) > least
+    modes = ("none", "every_8", "every_2", "full")
+    peaks = [peak(sizes[1], gradient_checkpointing=mode) for mode in modes]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(modes)
+    assert peaks[-1] == least
     assert peak(sizes[1], deepspeed_config="ds_configs/zero2.json") > least
     # a mask over padded rows, scores of each, scores of both in one packed row
     eager = {"attn_implementation": "eager"}
@@ -246,7 +269,7 @@ def test_more_work_needs_more_memory_and_more_gpus_less(sizes):
 
 def test_remedies_fit_and_each_is_needed(sizes):
     config = dataclasses.replace(
-        options("--recipe", "llava-1.5-7b", "--stage", 2), gradient_checkpointing=False, micro_batch_size=16
+        options("--recipe", "llava-1.5-7b", "--stage", 2), gradient_checkpointing="none", micro_batch_size=16
     )
     machine = Machine(1, 24)
     assert not estimate(config, sizes[2], machine).fits
@@ -273,7 +296,7 @@ def test_a_token_budget_takes_the_place_of_full_rows(sizes):
     # six images of 576 + 64 tokens could lie in it, the two rows hold one each
     assert step["vision tower and connector"] == 3 * rows["vision tower and connector"]
     assert estimate(dataclasses.replace(budget, max_length=1024), sizes[2], machine).step == step
-    large = dataclasses.replace(config, max_tokens_per_micro_batch=32768, gradient_checkpointing=False)
+    large = dataclasses.replace(config, max_tokens_per_micro_batch=32768, gradient_checkpointing="none")
     found = [remedy.options for remedy in remedies(large, sizes[2], machine)]
     assert {"max_tokens_per_micro_batch": 8192} in found
     assert not any("micro_batch_size" in options for options in found)
@@ -292,11 +315,12 @@ def test_command_says_what_does_not_fit_and_what_would(capsys):
     output = capsys.readouterr().out
     assert "fits: " in output
     assert f"{LLAVA_7B:,}" not in output  # the safety modules are counted too
-    assert plan("--gpus", 1, "--gpu_gb", 24, "--gradient_checkpointing", "False", "--micro_batch_size", 8) == 1
+    assert plan("--gpus", 1, "--gpu_gb", 24, "--gradient_checkpointing", "none", "--micro_batch_size", 8) == 1
     output = capsys.readouterr().out
     assert "does not fit: " in output
     assert "the largest part is language model activations" in output
-    assert "would fit with --gradient_checkpointing True" in output
+    assert "checkpointing none" in output
+    assert "would fit with --gradient_checkpointing full" in output
     assert plan("--gpus", 1, "--gpu_gb", 4) == 1
     assert "more or larger GPUs" in capsys.readouterr().out
 

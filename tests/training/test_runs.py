@@ -47,7 +47,8 @@ def test_two_ranks_follow_one_rank_in_both_stages(command, run, finished, partit
     # nothing to resume: starts from OUTPUT_DIR/stage1
     run(command(one, *stage2, "--resume", "auto"))
     assert_same_weights(one / "stage1", one / "stage2", 0.0, "bottleneck.")
-    run(command(two, *stage2, "--addon", one / "stage1", ranks=2))
+    # which layers are recomputed changes no loss either
+    run(command(two, *stage2, "--addon", one / "stage1", "--gradient_checkpointing", "every_2", ranks=2))
     for left, right in zip(rows_of(one / "stage2"), rows_of(two / "stage2"), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
     adapters = [load_file(out / "stage2" / "adapter" / "adapter_model.safetensors") for out in (one, two)]
@@ -61,7 +62,8 @@ def test_activation_checkpointing_and_padded_rows_change_no_loss(command, run, f
     ds = ["--deepspeed_config", partitioned]
     if not (finished / "one" / "stage1").exists():
         run(command(finished / "one", *ds, "--save_steps", 2))
-    run(command(tmp_path, *ds, "--gradient_checkpointing", True, "--packing", ranks == 1, ranks=ranks))
+    recomputed = "every_2" if ranks == 1 else "full"
+    run(command(tmp_path, *ds, "--gradient_checkpointing", recomputed, "--packing", ranks == 1, ranks=ranks))
     for left, right in zip(rows_of(finished / "one" / "stage1"), rows_of(tmp_path / "stage1"), strict=True):
         for key in ("loss", "loss_lm", "loss_type", "loss_level", "grad_norm", "tokens", "supervised_tokens"):
             assert left[key] == pytest.approx(right[key], rel=1e-4), key
