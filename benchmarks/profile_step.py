@@ -43,7 +43,12 @@ from psa_fast.training.flops import matrix_rate
 SHOWN = ("ours", "B0", "B1")
 DEFAULT_SIZE = "7b" if CUDA else "proportionate"
 #: options of a recipe that change a step but not this profile, with the value that it has here
-FIXED = {"gradient_checkpointing": False, "tune_type_connector": "frozen", "label_smoothing": 0.0}
+FIXED = {
+    "gradient_checkpointing": "none",
+    "tune_type_connector": "frozen",
+    "label_smoothing": 0.0,
+    "max_tokens_per_micro_batch": None,
+}
 
 
 @dataclass

@@ -168,12 +168,12 @@ def test_profile_of_a_recipe(base, tmp_path, options):
     base.config.save_pretrained(tmp_path / "base")
     recipe = tmp_path / "mine.yaml"
     common = f"common: {{model_name_or_path: {tmp_path / 'base'}, num_safety_tokens: 4, num_head_tokens: 4, "
-    recipe.write_text(f"{common}micro_batch_size: 3, gradient_checkpointing: true}}\n{options}\n")
+    recipe.write_text(f"{common}micro_batch_size: 3, gradient_checkpointing: full}}\n{options}\n")
     stage = options[5]
     task = profile_step.task_of(str(recipe), int(stage))
     # max_turns is the data's, lora_r the option's default
     assert task.size == dataclasses.replace(SIZE, max_turns=16, lora_r=256)
-    assert task.not_followed == ("gradient_checkpointing=True",)
+    assert task.not_followed == ("gradient_checkpointing=full",)
     path = tmp_path / "profile.json"
     profile_step.main(["--recipe", str(recipe), "--stage", stage, "--rounds", "1", "--json", str(path)])
     result = json.loads(path.read_text())
