@@ -92,11 +92,12 @@ def communication(size: Size, config: TrainConfig, rounds: int, seed: int) -> di
     }
 
 
-def _batches(model: PsaVLM, size: Size, config: TrainConfig, steps: int, seed: int) -> Iterator[dict]:
+def _batches(model: PsaVLM, size: Size, config: TrainConfig, steps: int, seed: int) -> Iterator[list[dict]]:
     with tempfile.TemporaryDirectory() as folder:
         rows = Rows(Path(folder), model.vlm, size, config.micro_batch_size * steps, seed)[size.safety_tokens]
     batches = [pack([rows[i] for i in numbers]) for numbers in in_order(len(rows), config.micro_batch_size)]
-    return iter([batch | {"pixel_values": batch["pixel_values"].to(DTYPE)} for batch in batches])
+    # one micro-batch a step
+    return iter([[batch | {"pixel_values": batch["pixel_values"].to(DTYPE)}] for batch in batches])
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:

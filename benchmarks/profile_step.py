@@ -48,6 +48,7 @@ FIXED = {
     "tune_type_connector": "frozen",
     "label_smoothing": 0.0,
     "use_liger_kernel": False,
+    "max_tokens_per_micro_batch": None,
 }
 
 

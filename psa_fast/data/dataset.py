@@ -59,6 +59,8 @@ class PsaDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.max_length = max_length
         self.features_of = features_of
+        #: (index, with a hint?) -> tokens, as far as they have been counted
+        self.lengths: dict[tuple[int, bool], int] = {}
 
     def __len__(self) -> int:
         return len(self.records)
@@ -81,12 +83,37 @@ class PsaDataset(torch.utils.data.Dataset):
             raise ImageError(f"{record.where}: {error}") from error
         return encode(record, self.processor, images=images, hint=hint, max_length=self.max_length)
 
-    def _hint(self, record: Record, index: int, epoch: int) -> str | None:
+    def length(self, index: int, epoch: int = 0) -> int:
+        """Tokens of `self[index, epoch]`, images and safety tokens included; no image is read.
+
+        Raises ValueError naming the record's file and line, and for images with different numbers of tokens.
+        """
+        return self._length(index, self._hint(self.records[index], index, epoch))
+
+    def measure(self, index: int) -> None:
+        """Count a row's tokens for all epochs: its text differs between them by the hint only."""
+        if self.hint_rate < 1:
+            self._length(index, None)
+        if self.hint_rate > 0:
+            self._length(index, self._any_hint(self.records[index]))
+
+    def _length(self, index: int, hint: str | None) -> int:
+        key = index, hint is not None
+        if key not in self.lengths:
+            row = encode(self.records[index], self.processor, hint=hint, max_length=self.max_length)
+            self.lengths[key] = len(row.input_ids)
+        return self.lengths[key]
+
+    def _any_hint(self, record: Record) -> str | None:
         if self.hint_for is None or record.safe_type is None or record.safe_level is None:
             return None
-        if random.Random(f"hint {self.seed} {epoch} {index}").random() >= self.hint_rate:
-            return None
         return self.hint_for(record.safe_type, record.safe_level)
+
+    def _hint(self, record: Record, index: int, epoch: int) -> str | None:
+        hint = self._any_hint(record)
+        if hint is None or random.Random(f"hint {self.seed} {epoch} {index}").random() >= self.hint_rate:
+            return None
+        return hint
 
 
 def collate(

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 OPTIONS = (
     "stage", "stage1_objective", "recipe", "model_name_or_path", "max_length", "num_safety_tokens", "num_head_tokens",
     "num_attention_heads", "tune_type_llm", "tune_type_connector", "lora_r", "lora_dropout", "concept_loss_weight",
-    "packing", "attn_implementation", "global_batch_size", "micro_batch_size", "gradient_checkpointing",
-    "deepspeed_config", "dataloader_num_workers",
+    "packing", "attn_implementation", "global_batch_size", "micro_batch_size", "max_tokens_per_micro_batch",
+    "gradient_checkpointing", "deepspeed_config", "dataloader_num_workers",
 )  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def print_estimate(config: TrainConfig, sizes: Sizes, found: Estimate, console: 
     nodes = f"{machine.nodes} x " if machine.nodes > 1 else ""
     console.print(
         f"{config.model_name_or_path}, stage {config.stage}, {nodes}{machine.gpus} x {machine.gpu_gb:g} GiB, "
-        f"{config.deepspeed_config}, micro batch {_micro(config, machine)} rows of {config.max_length} tokens, "
+        f"{config.deepspeed_config}, micro batch {_micro(config, machine)}, rows of {config.max_length} tokens, "
         f"attention {config.attn_implementation}, {'packed' if config.packing else 'padded'}, "
         f"checkpointing {config.gradient_checkpointing}"
     )
@@ -145,9 +145,11 @@ def _table(found: Estimate) -> Any:
     return table
 
 
-def _micro(config: TrainConfig, machine: Machine) -> int:
-    """Rows per rank and pass, as the engine will lower them."""
-    return max(1, min(config.micro_batch_size, config.global_batch_size // machine.world_size))
+def _micro(config: TrainConfig, machine: Machine) -> str:
+    """What a rank takes in one pass, its rows as the engine will lower them."""
+    if config.max_tokens_per_micro_batch is not None:
+        return f"of at most {config.max_tokens_per_micro_batch} tokens"
+    return f"of {max(1, min(config.micro_batch_size, config.global_batch_size // machine.world_size))}"
 
 
 def _gib(size: float) -> str:

@@ -78,6 +78,11 @@ class TrainConfig:
     max_steps: int | None = option(None, "optimizer steps (overrides num_train_epochs)")
     global_batch_size: int = option(128, "rows per optimizer step over all ranks and accumulation steps")
     micro_batch_size: int = option(8, "rows per rank and forward pass")
+    max_tokens_per_micro_batch: int | None = option(
+        None,
+        "instead of micro_batch_size: as many packed rows per rank and forward pass as fit this many tokens, "
+        "max_length or more (default: off)",
+    )
     learning_rate: float = option(1e-5, "safety projector, attention and heads in stage 1; language model in stage 2")
     token_learning_rate: float | None = option(None, "the safety tokens of the language model (default: learning_rate)")
     safety_learning_rate: float | None = option(
@@ -157,7 +162,7 @@ class TrainConfig:
 # a resumed run may change these; any other difference would change the trajectory
 RESUME_MAY_DIFFER = {
     "output_dir", "save_steps", "save_total_limit", "resume", "overwrite_output_dir", "local_rank",
-    "dataloader_num_workers", "micro_batch_size", "gradient_checkpointing", "addon",
+    "dataloader_num_workers", "micro_batch_size", "max_tokens_per_micro_batch", "gradient_checkpointing", "addon",
     "packing", "attn_implementation", "use_liger_kernel",
 }  # fmt: skip
 
@@ -295,6 +300,8 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
         raise ValueError("--lm_loss_weight must be positive in stage 2: it is what tunes the language model")
     if config.global_batch_size < 1 or config.micro_batch_size < 1:
         raise ValueError("--global_batch_size and --micro_batch_size must be at least 1")
+    if config.max_tokens_per_micro_batch is not None:
+        _check_token_budget(config, config.max_tokens_per_micro_batch, typed)
     if config.save_total_limit < 1:
         raise ValueError("--save_total_limit must be at least 1: the newest checkpoint is always kept")
     if config.learning_rate <= 0:
@@ -319,6 +326,20 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
         raise ValueError("--resume and --overwrite_output_dir exclude each other")
     _ = config.recompute_every
     read_deepspeed_config(config.deepspeed_config)
+
+
+def _check_token_budget(config: TrainConfig, budget: int, typed: Collection[str]) -> None:
+    name = f"--max_tokens_per_micro_batch {budget}"
+    if not config.packing:
+        raise ValueError(f"{name} counts the tokens of packed rows; it has no effect with --packing False")
+    if not config.runs_language_model:
+        raise ValueError(f"{name} bounds the language model's rows, which --stage1_objective concept does not run")
+    if "micro_batch_size" in typed:
+        raise ValueError(f"{name} and --micro_batch_size exclude each other: either tokens or rows fill a pass")
+    if budget < config.max_length:
+        raise ValueError(
+            f"{name} is less than --max_length {config.max_length}: a row that long would fit no micro-batch"
+        )
 
 
 def read_deepspeed_config(name: str) -> dict[str, Any]:

@@ -20,8 +20,14 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
 def accumulation_steps(config: TrainConfig, world_size: int) -> int:
     """Micro-batches per optimizer step and rank; lowers a `micro_batch_size` above the rank's share to that share.
 
+    Under a token budget their number varies and the loop sets the boundaries: DeepSpeed is told one.
+
     Raises ValueError when the global batch does not divide.
     """
+    if config.max_tokens_per_micro_batch is not None:
+        if config.global_batch_size % world_size:
+            raise ValueError(f"--global_batch_size {config.global_batch_size} is not a multiple of {world_size} ranks")
+        return 1
     # more ranks than the recipe's micro-batch foresaw: same objective, smaller passes
     config.micro_batch_size = max(1, min(config.micro_batch_size, config.global_batch_size // world_size))
     per_pass = config.micro_batch_size * world_size
@@ -39,7 +45,7 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
     on_gpu = torch.cuda.is_available()
     accumulation = accumulation_steps(config, world_size)
     values = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.global_batch_size // (accumulation * world_size),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.max_grad_norm,
         "train_batch_size": config.global_batch_size,

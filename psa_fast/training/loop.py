@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import signal
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,19 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, collate, load_records, pack
+from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, load_records
 from psa_fast.models import PsaVLM, load_base, load_processor
 from psa_fast.models.addon import ADAPTER, CHANGED
 
 from . import checkpoint
 from .attention import choose_attention
 from .config import TrainConfig
-from .engine import accumulation_steps, build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
+from .engine import build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
 from .features import cached_features
 from .flops import Meter, StageFlops, shared_matrix_rate
 from .language_model import check_liger, prepare_language_model
 from .metrics import MetricsLog
+from .schedule import Schedule, measure_lengths, micro_batches, needs_lengths
 from .stages import optimizer_groups, prepare, print_table
 from .step import StepReport, train_step
 from .vision_tower import keep_whole
@@ -117,7 +118,14 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
 
     log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}") if rank == 0 else None
     stop = _StopFlag()
-    batches = micro_batches(dataset, sampler, config, rank, world_size, start, total_steps, processor)
+    length = None
+    if needs_lengths(config):
+        began = time.perf_counter()
+        measure_lengths(dataset, sampler, start, total_steps, rank, world_size)
+        length = dataset.length
+        console.print(f"{len(dataset.lengths)} row lengths counted in {time.perf_counter() - began:.1f} s")
+    schedule = Schedule(sampler, config, rank, world_size, start, total_steps, length)
+    batches = micro_batches(dataset, schedule, config, processor)
     engine.train()
     saved = resume_from
     launched: deque[StepReport] = deque()
@@ -190,58 +198,6 @@ def build_model(
     return model, keep_alive
 
 
-class _Schedule(torch.utils.data.Sampler):
-    """This rank's micro-batches as lists of (index, epoch), from any step on: resuming needs only the step number."""
-
-    def __init__(
-        self, sampler: GlobalBatchSampler, config: TrainConfig, rank: int, world_size: int, start: int, stop: int
-    ):
-        self.sampler, self.config, self.rank, self.world_size, self.start, self.stop = (
-            sampler,
-            config,
-            rank,
-            world_size,
-            start,
-            stop,
-        )
-
-    def __iter__(self) -> Iterator[list]:
-        micro = self.config.micro_batch_size
-        for step in range(self.start, self.stop):
-            rows = self.sampler.batch(step)
-            for first in range(self.rank * micro, len(rows), micro * self.world_size):
-                yield rows[first : first + micro]
-
-    def __len__(self) -> int:
-        return (self.stop - self.start) * accumulation_steps(self.config, self.world_size)
-
-
-def micro_batches(
-    dataset: PsaDataset,
-    sampler: GlobalBatchSampler,
-    config: TrainConfig,
-    rank: int,
-    world_size: int,
-    start: int,
-    stop: int,
-    processor: Any,
-) -> Iterator[dict]:
-    """Collated micro-batches of this rank for steps start+1..stop."""
-    tokenizer = processor.tokenizer
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=_Schedule(sampler, config, rank, world_size, start, stop),
-        collate_fn=pack if config.packing else partial(collate, pad_token_id=pad),
-        num_workers=config.dataloader_num_workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_sigterm_to_the_loop,
-        # its own generator: drawing worker seeds from the global one would shift a resumed run's dropout
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    return iter(loader)
-
-
 def _shared_records(config: TrainConfig, rank: int) -> list[Record]:
     """Rank 0's records on every rank: it alone looks at every pixel, so it alone knows what `skip` drops."""
     message: list[Any] = [None, None]
@@ -282,11 +238,6 @@ def _claim_output_dir(config: TrainConfig, rank: int) -> None:
     dist.barrier()
     if not config.stage_dir.is_dir():
         raise ValueError(f"--output_dir {config.output_dir} must be one folder that every node shares")
-
-
-def _leave_sigterm_to_the_loop(worker: int) -> None:
-    """A signal to the whole process group must not take the data away before the loop has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _StopFlag:

@@ -216,6 +216,8 @@ def model_states(total: int, trained: int, zero: dict[str, Any], world_size: int
 def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row: int = 1) -> Estimate:
     """All parts for one configuration; every row is taken to be `max_length` long and to hold `images_per_row` images.
 
+    Under a token budget every micro-batch is taken to be full.
+
     Raises ValueError when the batch does not divide over the ranks or the ZeRO stage is not known.
     """
     from .engine import accumulation_steps
@@ -226,13 +228,16 @@ def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row
     whole = sizes.vision if zero.get("stage") == 3 else 0  # vision_tower.keep_whole
     states = model_states(sizes.total - whole, sizes.trained, zero, machine.world_size)
     states.gpu.update({"vision tower (bf16)": BF16 * whole} if whole else {})
-    dims, rows = sizes.dims, config.micro_batch_size
-    images = rows * images_per_row
+    dims, layout = sizes.dims, _layout(config)
+    images = config.micro_batch_size * images_per_row
+    if config.max_tokens_per_micro_batch is not None and images_per_row:
+        # as many as could lie in its tokens
+        images = config.max_tokens_per_micro_batch // (config.num_safety_tokens + dims.image_tokens)
 
     step: dict[str, int] = {}
     if config.runs_language_model:
-        step |= activations.language_model(dims, sizes.tuning, _layout(config), config.recompute_every)
-        step["LM loss"] = activations.lm_loss(dims, rows * config.max_length, sizes.head_trained)
+        step |= activations.language_model(dims, sizes.tuning, layout, config.recompute_every)
+        step["LM loss"] = activations.lm_loss(dims, layout.tokens, sizes.head_trained)
     if config.runs_bottleneck:
         step["concept bottleneck"] = activations.bottleneck(dims, images)
     connector_trained = config.stage == 2 and config.tune_type_connector == "full"
@@ -256,12 +261,13 @@ def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row
 
 def _layout(config: TrainConfig) -> activations.Layout:
     """How attention sees a micro-batch; `auto` is taken for SDPA, which needs no less than FlashAttention."""
-    rows, length = config.micro_batch_size, config.max_length
+    length = config.max_length
+    tokens = config.max_tokens_per_micro_batch or config.micro_batch_size * length
     if config.attn_implementation == "eager":
         # packed rows are one row to it
-        return activations.Layout(rows * length, rows * length if config.packing else length, "scores")
+        return activations.Layout(tokens, tokens if config.packing else length, "scores")
     masked = config.attn_implementation in ("auto", "sdpa") and not config.packing
-    return activations.Layout(rows * length, length, "mask" if masked else "nothing")
+    return activations.Layout(tokens, length, "mask" if masked else "nothing")
 
 
 @dataclass(frozen=True)
@@ -283,42 +289,53 @@ def remedies(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row
     """
     single: list[Remedy] = []
     together: dict[str, Any] = {}
-    for name, values in _ladder(config, sizes, machine, images_per_row):
-        for value in values:
-            found = estimate(replace(config, **{name: value}), sizes, machine, images_per_row)
+    for steps in _ladder(config, sizes, machine, images_per_row):
+        for options in steps:
+            found = estimate(replace(config, **options), sizes, machine, images_per_row)
             if found.fits:
-                single.append(Remedy({name: value}, found))
+                single.append(Remedy(options, found))
                 break
     if single:
         return single
-    for name, values in _ladder(config, sizes, machine, images_per_row):
-        for value in values:
-            together[name] = value
+    for steps in _ladder(config, sizes, machine, images_per_row):
+        for options in steps:
+            together |= options
             found = estimate(replace(config, **together), sizes, machine, images_per_row)
             if found.fits:
                 return [Remedy(together, found)]
     return []
 
 
-def _ladder(
-    config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row: int
-) -> Iterator[tuple[str, list[Any]]]:
+def _ladder(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row: int) -> Iterator[list[dict[str, Any]]]:
     """Options to try, what costs the least time first, each with the values that save more and more."""
+    budget = config.max_tokens_per_micro_batch
     if config.recompute_every != 1 and config.runs_language_model:
-        yield "gradient_checkpointing", ["full"] if config.recompute_every == 2 else ["every_2", "full"]
-    most = min(config.micro_batch_size, max(1, config.global_batch_size // machine.world_size))
-    smaller = [m for m in range(most - 1, 0, -1) if config.global_batch_size % (m * machine.world_size) == 0]
-    yield "micro_batch_size", smaller
+        kinds = ["full"] if config.recompute_every == 2 else ["every_2", "full"]
+        yield [{"gradient_checkpointing": kind} for kind in kinds]
+    if budget is None:
+        most = min(config.micro_batch_size, max(1, config.global_batch_size // machine.world_size))
+        smaller = [m for m in range(most - 1, 0, -1) if config.global_batch_size % (m * machine.world_size) == 0]
+        yield [{"micro_batch_size": m} for m in smaller]
+    else:
+        yield [{"max_tokens_per_micro_batch": n} for n in _halves(budget, config.max_length)]
     zero = read_deepspeed_config(config.deepspeed_config).get("zero_optimization", {})
     configs = [] if zero.get("stage") == 3 else ["ds_configs/zero3.json"]
     if zero.get("offload_optimizer", {}).get("device", "none") == "none":
         configs += OFFLOAD_CONFIGS
     elif zero["offload_optimizer"]["device"] == "cpu":
         configs += OFFLOAD_CONFIGS[1:]
-    yield "deepspeed_config", configs
+    yield [{"deepspeed_config": name} for name in configs]
     shortest = images_per_row * (config.num_safety_tokens + sizes.dims.image_tokens) + _SHORTEST_TEXT
-    lengths, length = [], config.max_length // 2
-    while length >= shortest:
-        lengths.append(length)
-        length //= 2
-    yield "max_length", lengths
+    # rows of half the length let a budget be half as large
+    yield [
+        {"max_length": n} | ({} if budget is None else {"max_tokens_per_micro_batch": n})
+        for n in _halves(config.max_length, shortest)
+    ]
+
+
+def _halves(value: int, least: int) -> list[int]:
+    """value / 2, / 4 and so on down to `least`."""
+    found = []
+    while (value := value // 2) >= least:
+        found.append(value)
+    return found

@@ -31,7 +31,7 @@ _VALUES = (
 
 def train_step(
     engine: Any,
-    batches: Iterator[dict],
+    batches: Iterator[list[dict]],
     config: TrainConfig,
     meter: Meter,
     step: int,
@@ -43,7 +43,7 @@ def train_step(
     """
     device, world_size = engine.device, dist.get_world_size()
     began, asked = _Moment(device), time.perf_counter()
-    micros = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+    micros = next(batches)
     data_seconds = time.perf_counter() - asked
     counts = _counts([Load.of(batch) for batch in micros], meter, device)
     dist.all_reduce(counts)
@@ -56,6 +56,8 @@ def train_step(
     skipped |= set() if config.runs_language_model else {"labels"}
     norm: Any = None
     for index, batch in enumerate(micros):
+        # a token budget makes their number vary, so DeepSpeed must not count them itself
+        engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
         inputs = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k != "image_counts" else v
             for k, v in batch.items()

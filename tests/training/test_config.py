@@ -45,6 +45,10 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--resume", "auto", "--overwrite_output_dir", "True"], "exclude each other"),
         (["--deepspeed_config", "nowhere.json"], "no such file"),
         (["--stage1_objective", "concept", "--attn_implementation", "sdpa"], "--attn_implementation has no effect"),
+        (["--max_tokens_per_micro_batch", "4096", "--packing", "False"], "no effect with --packing False"),
+        (["--max_tokens_per_micro_batch", "4096", "--stage1_objective", "concept"], "language model's rows, which"),
+        (["--max_tokens_per_micro_batch", "4096", "--micro_batch_size", "2"], "--micro_batch_size exclude each other"),
+        (["--max_tokens_per_micro_batch", "4095"], "4095 is less than --max_length 4096: a row that long"),
         (["--stage1_objective", "concept", "--use_liger_kernel", "True"], "--use_liger_kernel has no effect"),
         (["--gradient_checkpointing", "every_0"], "'every_0'; expected none, full or every_N with N of 2 or more"),
         (["--gradient_checkpointing", "every_1"], "'every_1'; expected none, full or every_N"),
@@ -80,6 +84,12 @@ def test_deepspeed_config_is_filled_and_contradictions_are_refused(tmp_path):
     config.micro_batch_size = 16
     assert resolve_deepspeed_config(config, world_size=4)["train_micro_batch_size_per_gpu"] == 4
     config.micro_batch_size = 4
+
+    budget = parse_args(["--global_batch_size", "16", "--max_tokens_per_micro_batch", "4096"])
+    ds = resolve_deepspeed_config(budget, world_size=4)
+    assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (4, 1)
+    with pytest.raises(ValueError, match="16 is not a multiple of 3 ranks"):
+        accumulation_steps(budget, 3)
 
     mine = tmp_path / "ds.json"
     mine.write_text(json.dumps({"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}))

@@ -286,6 +286,26 @@ def test_remedies_fit_and_each_is_needed(sizes):
     assert remedies(config, sizes[2], Machine(1, 4)) == []
 
 
+def test_a_token_budget_takes_the_place_of_full_rows(sizes):
+    machine = Machine(8, 80)
+    config = options("--recipe", "llava-1.5-7b", "--stage", 2)
+    rows = estimate(config, sizes[2], machine).step
+    budget = dataclasses.replace(config, max_tokens_per_micro_batch=2 * 2048)
+    step = estimate(budget, sizes[2], machine).step
+    assert step["language model activations"] == rows["language model activations"]
+    # six images of 576 + 64 tokens could lie in it, the two rows hold one each
+    assert step["vision tower and connector"] == 3 * rows["vision tower and connector"]
+    assert estimate(dataclasses.replace(budget, max_length=1024), sizes[2], machine).step == step
+    large = dataclasses.replace(config, max_tokens_per_micro_batch=32768, gradient_checkpointing="none")
+    found = [remedy.options for remedy in remedies(large, sizes[2], machine)]
+    assert {"max_tokens_per_micro_batch": 8192} in found
+    assert not any("micro_batch_size" in options for options in found)
+    small = dataclasses.replace(large, max_tokens_per_micro_batch=2048)
+    assert {"max_length": 1024, "max_tokens_per_micro_batch": 1024} in [
+        remedy.options for remedy in remedies(small, sizes[2], Machine(8, 24))
+    ]
+
+
 def plan(*argv):
     return cli.main(["plan", "--recipe", "llava-1.5-7b", "--stage", "1", *map(str, argv)])
 

@@ -51,8 +51,8 @@ class Engine:
         self.module.to(META)
         self.look, self.steps = look, 0
 
-    def gradient_accumulation_steps(self):
-        return 2
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        assert is_boundary == (self.steps == 1)
 
     def __call__(self, input_ids, labels, image_counts, num_items, num_concept_rows, **rest):
         assert {t.device for t in (input_ids, labels, num_items, num_concept_rows)} == {META}
@@ -91,7 +91,7 @@ def on_meta(group_of_one, monkeypatch):
 
         monkeypatch.setattr(dist, "all_reduce", reduce)
         monkeypatch.setattr(step_module, "_copied", copied)
-        report = train_step(engine, iter([batch(), batch()]), config, METER, 1, lambda: False)
+        report = train_step(engine, iter([[batch(), batch()]]), config, METER, 1, lambda: False)
         assert isinstance(report, StepReport)
         return len(copies)
 

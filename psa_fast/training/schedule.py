@@ -1,0 +1,111 @@
+"""Which rows run together, where and when: the micro-batches of each rank, from any step on."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from psa_fast.data import GlobalBatchSampler, PsaDataset, collate, pack
+
+from .config import TrainConfig
+from .slots import deal, even_slots, slots_within
+
+Row = tuple[int, int]
+
+
+class Schedule(torch.utils.data.Sampler):
+    """One rank's micro-batches as lists of (index, epoch). A step's depend on nothing but its rows and their lengths.
+
+    Args:
+        sampler: the global batches.
+        config: `micro_batch_size` and `max_tokens_per_micro_batch`.
+        rank: whose micro-batches.
+        world_size: ranks.
+        start: the first step, from 0.
+        stop: the step after the last.
+        length: index, epoch -> tokens of that row; None cuts each global batch into consecutive rows.
+    """
+
+    def __init__(
+        self,
+        sampler: GlobalBatchSampler,
+        config: TrainConfig,
+        rank: int,
+        world_size: int,
+        start: int,
+        stop: int,
+        length: Callable[[int, int], int] | None = None,
+    ):
+        self.sampler, self.rank, self.world_size, self.start, self.stop = sampler, rank, world_size, start, stop
+        self.micro_batch_size, self.budget = config.micro_batch_size, config.max_tokens_per_micro_batch
+        self.length = length
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        for step in range(self.start, self.stop):
+            yield from self.micro_batches(step)
+
+    def micro_batches(self, step: int) -> list[list[Row]]:
+        """The rows of each micro-batch of a step; every rank has equally many micro-batches, none is empty."""
+        rows, micro = self.sampler.batch(step), self.micro_batch_size
+        if self.length is None:
+            own = range(self.rank * micro, len(rows), micro * self.world_size)
+            return [rows[first : first + micro] for first in own]
+        lengths = [self.length(*row) for row in rows]
+        if self.budget is None:
+            slots = even_slots(lengths, len(rows) // micro, micro)
+        else:
+            slots = slots_within(lengths, self.budget, self.world_size)
+        return [[rows[i] for i in slot] for slot in deal(slots, self.rank, self.world_size)]
+
+
+def needs_lengths(config: TrainConfig) -> bool:
+    """Whether rows are assigned by their tokens; `micro_batch_size` is at most a rank's share (`accumulation_steps`).
+
+    Not for padded rows, whose work is not their tokens, nor without the language model, where an image costs the same
+    beside any text; and one micro-batch a step leaves nothing to assign.
+    """
+    several = config.max_tokens_per_micro_batch is not None or config.micro_batch_size < config.global_batch_size
+    return config.packing and config.runs_language_model and several
+
+
+def measure_lengths(
+    dataset: PsaDataset, sampler: GlobalBatchSampler, start: int, stop: int, rank: int, world_size: int
+) -> None:
+    """Tell the dataset the lengths of all rows of steps start+1..stop; each rank tokenizes its share. A collective."""
+    # rows of two epochs hold a whole one, wherever they begin
+    steps = range(start, min(stop, start + sampler.steps(2)))
+    for index in sorted({index for step in steps for index, _ in sampler.batch(step)})[rank::world_size]:
+        dataset.measure(index)
+    shares: list[Any] = [None] * world_size
+    dist.all_gather_object(shares, dataset.lengths)
+    for share in shares:
+        dataset.lengths.update(share)
+
+
+def micro_batches(dataset: PsaDataset, schedule: Schedule, config: TrainConfig, processor: Any) -> Iterator[list[dict]]:
+    """For each step of the schedule the list of its collated micro-batches."""
+    tokenizer = processor.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    loader = iter(
+        torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=schedule,
+            collate_fn=pack if config.packing else partial(collate, pad_token_id=pad),
+            num_workers=config.dataloader_num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_sigterm_to_the_loop,
+            # its own generator: drawing worker seeds from the global one would shift a resumed run's dropout
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+    )
+    return ([next(loader) for _ in schedule.micro_batches(step)] for step in range(schedule.start, schedule.stop))
+
+
+def _leave_sigterm_to_the_loop(worker: int) -> None:
+    """A signal to the whole process group must not take the data away before the loop has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
