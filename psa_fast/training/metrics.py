@@ -67,9 +67,9 @@ class MetricsLog:
         for name in FIELDS[1:]:
             self._board.add_scalar(name, row[name], int(row["step"]))
         line = " ".join(f"{name} {row[name]:.4f}" for name in ("loss", "loss_lm", "loss_type", "loss_level"))
-        self._progress.update(self._task, completed=row["step"], line=line)
+        self._progress.update(self._task, completed=row["step"], line=f"loss {row['loss']:.4f} {speed(row)}")
         step = int(row["step"])
-        if not self._console.is_terminal and (step % self._every == 0 or step in (1, self._total)):
+        if step % self._every == 0 or step in (1, self._total):
             self._console.print(
                 f"step {step}/{self._total} {line} lr {row['lr']:.2e} {row['seconds']:.2f} s {speed(row)}",
                 soft_wrap=True,
