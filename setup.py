@@ -39,7 +39,7 @@ setup(
     extras_require={
         "gpu": ["flash-attn", "liger-kernel"],
         "bench": ["matplotlib"],
-        "test": ["pytest", "pytest-benchmark", "pytest-timeout", "ruff", "mypy"],
+        "test": ["pytest", "pytest-benchmark", "pytest-timeout", "ruff", "mypy", "liger-kernel"],
     },
     entry_points={"console_scripts": ["psa-fast=psa_fast.cli:main"]},
 )

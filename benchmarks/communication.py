@@ -5,7 +5,6 @@ profile_step.py runs it where a launcher has started several ranks. Each rank tr
 
 from __future__ import annotations
 
-import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 from ladder import CUDA, DTYPE
 from step_model import Rows, Size, build_base, in_order
+from transformers.integrations import HfDeepSpeedConfig
 
 from psa_fast.data import pack
 from psa_fast.models import PsaVLM
@@ -25,6 +25,7 @@ from psa_fast.training.engine import build_engine, init_distributed, resolve_dee
 from psa_fast.training.flops import Meter, StageFlops, shared_matrix_rate
 from psa_fast.training.stages import optimizer_groups, prepare
 from psa_fast.training.step import train_step
+from psa_fast.training.vision_tower import keep_whole
 
 # gloo's work on its own threads; on a GPU the kernels
 COLLECTIVES = ("ncclDevKernel", "ncclKernel") if CUDA else ("gloo:",)
@@ -45,12 +46,12 @@ def communication(size: Size, config: TrainConfig, rounds: int, seed: int) -> di
         and ms of a step by kind, which may overlap. ranks; mfu, of the matrix rate measured on rank 0.
     """
     rank, world_size = init_distributed()
-    if CUDA:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     config.global_batch_size = config.micro_batch_size * world_size
     ds_config = resolve_deepspeed_config(config, world_size)
     rate = shared_matrix_rate(DTYPE)
     steps = rounds + WARMUP
+    # as in train.py: with it transformers partitions the base while it is built
+    keep_alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     model = PsaVLM.build(
         build_base(size),
         num_safety_tokens=size.safety_tokens,
@@ -61,7 +62,9 @@ def communication(size: Size, config: TrainConfig, rounds: int, seed: int) -> di
     parts = prepare(model, config)
     meter = Meter(StageFlops.of(model, config), rate)
     batches = _batches(model, size, config, steps, seed + rank)
+    keep_whole(model)
     engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, steps)
+    del keep_alive
     engine.train()
 
     def run(first: int, last: int) -> list[dict[str, float]]:

@@ -48,6 +48,7 @@ FIXED = {
     "tune_type_connector": "frozen",
     "label_smoothing": 0.0,
     "max_tokens_per_micro_batch": None,
+    "use_liger_kernel": False,
 }
 
 

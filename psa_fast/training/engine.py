@@ -131,6 +131,8 @@ def init_distributed() -> tuple[int, int]:
             # ranks that share a machine share its cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     deepspeed.init_distributed(verbose=False)
+    # before any collective: objects travel by way of the current device, which is the first one on every rank
+    deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -6,8 +6,6 @@ Both options leave modules, parameters and their names as they are, so checkpoin
 from __future__ import annotations
 
 import inspect
-import sys
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,8 +16,6 @@ from psa_fast.models import PsaVLM
 
 from .config import TrainConfig
 
-#: what transformers' attentions call their rotation, and Liger replaces
-_ROTATION = "apply_rotary_pos_emb"
 _SILU = ("silu", "swish")
 
 
@@ -64,27 +60,10 @@ def check_liger(config: TrainConfig) -> None:
 
 
 def apply_liger(language: PreTrainedModel) -> None:
-    """Give this model's norms, attentions and MLPs Liger's forward; other models keep transformers'."""
-    apply = _liger_function(language.config.model_type)
-    code = sys.modules[type(language).__module__]
-    before = dict(vars(code))
-    try:
-        apply(
-            model=language,
-            rope=True,
-            rms_norm=True,
-            swiglu=True,
-            cross_entropy=False,
-            fused_linear_cross_entropy=False,
-        )
-        rotation = getattr(code, _ROTATION)
-    finally:
-        # Liger patches the instance's norms and MLPs, and beside them transformers' classes for models to come
-        vars(code).update(before)
-    attentions = [module for module in language.modules() if _rotates(type(module).forward)]
-    assert attentions, f"no attention of {type(language).__name__} calls {_ROTATION}"
-    for module in attentions:
-        _forward_with_rotation(module, rotation)
+    """Liger's norms and MLPs in this model, and its rotation in the architecture's code, for the whole process."""
+    _liger_function(language.config.model_type)(
+        model=language, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+    )
 
 
 def _liger_function(model_type: str) -> Any:
@@ -94,21 +73,3 @@ def _liger_function(model_type: str) -> Any:
     function = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
     options = {"rope", "rms_norm", "swiglu", "cross_entropy", "fused_linear_cross_entropy", "model"}
     return function if function is not None and set(inspect.signature(function).parameters) == options else None
-
-
-def _rotates(forward: Any) -> bool:
-    return isinstance(forward, FunctionType) and _ROTATION in forward.__code__.co_names
-
-
-def _forward_with_rotation(module: Any, rotation: Any) -> None:
-    """The class's own forward on this module, with another function where it looks up the rotation."""
-    forward = type(module).forward
-    own = FunctionType(
-        forward.__code__,
-        {**forward.__globals__, _ROTATION: rotation},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    own.__kwdefaults__ = forward.__kwdefaults__
-    module.forward = own.__get__(module)

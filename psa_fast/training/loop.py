@@ -99,7 +99,9 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         f"{f'attention {attention}' if attention else 'no language model'}, "
         f"{'packed rows' if config.packing else 'padded rows'}"
     )
-    console.print(f"MFU below: share of the measured matrix rate, {rate / 1e9:,.0f} GFLOP/s a rank", soft_wrap=True)
+    console.print(
+        f"matrix rate measured on rank 0: {rate / 1e9:,.0f} GFLOP/s; MFU is a step's share of that on each rank"
+    )
 
     keep_whole(model)
     engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from psa_fast.training import step as step_module
 from psa_fast.training.config import TrainConfig
-from psa_fast.training.engine import init_distributed
 from psa_fast.training.flops import Meter, StageFlops
 from psa_fast.training.metrics import FIELDS, speed
 from psa_fast.training.step import StepReport, train_step
@@ -25,16 +24,6 @@ from psa_fast.training.step import StepReport, train_step
 ROOT = Path(__file__).resolve().parents[2]
 META = torch.device("meta")
 METER = Meter(StageFlops(10, 0, 0, 0, 0, 0, 0), rate=100.0)
-
-
-@pytest.fixture
-def group_of_one():
-    before = dict(os.environ)
-    assert init_distributed() == (0, 1)
-    yield
-    dist.destroy_process_group()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 def batch(samples=2, length=6):
@@ -200,4 +189,4 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(command, tmp_path):
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
         assert row["samples_per_s"] == pytest.approx(4 / row["seconds"])
         assert 0.1 < row["peak_memory_gb"] < 64
-    assert "MFU below: share of the measured matrix rate" in done.stdout
+    assert "matrix rate measured on rank 0: " in done.stdout
