@@ -116,14 +116,14 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         # every rank draws its own dropout from here on; a checkpoint keeps each rank's state
         torch.manual_seed(config.seed + rank)
 
-    log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}") if rank == 0 else None
-    stop = _StopFlag()
     length = None
     if needs_lengths(config):
         began = time.perf_counter()
         measure_lengths(dataset, sampler, start, total_steps, rank, world_size)
         length = dataset.length
         console.print(f"{len(dataset.lengths)} row lengths counted in {time.perf_counter() - began:.1f} s")
+    log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}") if rank == 0 else None
+    stop = _StopFlag()
     schedule = Schedule(sampler, config, rank, world_size, start, total_steps, length)
     batches = micro_batches(dataset, schedule, config, processor)
     engine.train()
