@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -308,3 +309,12 @@ def _text(name: str, value: Any) -> str | None:
 def _json_name(value: Any) -> str:
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
+
+
+def fingerprint(records: Sequence[Record]) -> str:
+    """SHA-256 of what training takes from the records, in their order: images by path, labels and turns."""
+    digest = hashlib.sha256()
+    for record in records:
+        row = (record.images, record.safe_type, record.safe_level, [tuple(turn) for turn in record.turns])
+        digest.update(repr(row).encode())
+    return digest.hexdigest()

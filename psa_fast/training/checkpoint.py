@@ -46,8 +46,11 @@ def gather_addon_state(model: PsaVLM) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_checkpoint(engine: Any, config: TrainConfig, step: int, total_steps: int) -> Path:
-    """Write `checkpoint-{step}` in the stage's folder, drop the oldest beyond `save_total_limit`. A collective."""
+def save_checkpoint(engine: Any, config: TrainConfig, step: int, total_steps: int, records: str) -> Path:
+    """Write `checkpoint-{step}` in the stage's folder, drop the oldest beyond `save_total_limit`. A collective.
+
+    `records`: fingerprint of what is trained on, for `check_records`.
+    """
     folder = config.stage_dir / f"checkpoint-{step}"
     temporary = config.stage_dir / f".checkpoint-{step}.tmp"
     rank = dist.get_rank()
@@ -67,6 +70,7 @@ def save_checkpoint(engine: Any, config: TrainConfig, step: int, total_steps: in
             "step": step,
             "total_steps": total_steps,
             "world_size": dist.get_world_size(),
+            "records": records,
             "config": config.to_dict(),
         }
         (temporary / STATE).write_text(json.dumps(meta, indent=2) + "\n")
@@ -124,6 +128,15 @@ def read_state(folder: Path, config: TrainConfig, world_size: int) -> dict[str, 
             f"--resume {folder}: it was written by {state['world_size']} ranks and this run has {world_size}"
         )
     return state
+
+
+def check_records(folder: Path, state: dict[str, Any], config: TrainConfig, records: str) -> None:
+    """Refuse to go on with other records: the rows after the step would not be those of the run that was stopped."""
+    if state.get("records") != records:
+        raise ValueError(
+            f"--resume {folder}: --data_path {config.data_path} does not hold the records the run was started with; "
+            f"--overwrite_output_dir starts anew"
+        )
 
 
 def restore(engine: Any, folder: Path) -> None:

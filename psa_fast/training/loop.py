@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, load_records
+from psa_fast.data.records import fingerprint
 from psa_fast.models import PsaVLM, load_base, load_processor
 from psa_fast.models.addon import ADAPTER, CHANGED
 
@@ -69,6 +70,10 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     _refuse_used_output_dir(config)
     # before the model, so that a bad record costs seconds
     records = _shared_records(config, rank)
+    digest = fingerprint(records)
+    if state is not None:
+        assert resume_from is not None
+        checkpoint.check_records(resume_from, state, config, digest)
     _claim_output_dir(config, rank)
     rate = shared_matrix_rate(compute_dtype(config))
     model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon, attention)
@@ -149,7 +154,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
             if stopping:
                 read(0)
             if due or stopping:
-                saved = checkpoint.save_checkpoint(engine, config, step, total_steps)
+                saved = checkpoint.save_checkpoint(engine, config, step, total_steps, digest)
             if stopping and step < total_steps:
                 console.print(f"SIGTERM: saved {saved}; continue with --resume auto")
                 return

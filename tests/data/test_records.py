@@ -1,9 +1,10 @@
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from psa_fast.data.records import DataError, Turn, find_problems, load_records
+from psa_fast.data.records import DataError, Record, Turn, find_problems, fingerprint, load_records
 
 USER = {"from": "USER", "value": "<image>\nWhat is it?"}
 ANSWER = {"from": "ASSISTANT", "value": "A square."}
@@ -145,3 +146,17 @@ def test_absent_file_and_folder_are_sentences(tmp_path, folder):
     with pytest.raises(ValueError, match=r"image folder .*none' does not exist"):
         load_records(write(tmp_path, [row()]), tmp_path / "none")
     assert "needs an image folder" in find_problems(write(tmp_path, [row()]), None)[0].message
+
+
+def test_fingerprint_changes_with_what_is_trained_on_only():
+    turns = (Turn("user", "what ?"), Turn("assistant", "a dog"))
+    record = Record(("a.png",), 0, 1, turns, id="1", path="a.jsonl", line=1)
+    first = fingerprint([record])
+    assert fingerprint([replace(record, id="2", line=7)]) == first
+    others = [
+        replace(record, images=("b.png",)),
+        replace(record, safe_level=2),
+        replace(record, safe_type=None),
+        replace(record, turns=(turns[0], Turn("assistant", "a cat"))),
+    ]
+    assert len({first, fingerprint([record, record]), *(fingerprint([other]) for other in others)}) == 6
