@@ -193,6 +193,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, least in (("steps", 1), ("warmup", 0), ("overlay_steps", 1), ("part_rounds", 1), ("batch", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}; expected {least} or more")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder")
     if args.clock == "cpu" and (CUDA or torch.get_num_threads() > 1):
         parser.error("--clock cpu measures one thread on a CPU: set OMP_NUM_THREADS=1")
     return args

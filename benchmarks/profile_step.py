@@ -299,6 +299,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         args.task.batch = args.batch
     if args.picture and find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib: pip install 'psa-fast[bench]'")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder")
     if args.clock == "cpu" and (CUDA or torch.get_num_threads() > 1):
         parser.error("--clock cpu measures one thread on a CPU: set OMP_NUM_THREADS=1")
     return args

@@ -76,6 +76,10 @@ def read_options(args: argparse.Namespace) -> TrainConfig:
         config = parse_args([*given, "--data_path", "-", "--image_folder", "-"])
     except SystemExit:  # argparse has said on stderr what is wrong with a value
         raise ValueError("see above") from None
+    if config.model_name_or_path == "sandbox":
+        raise ValueError(
+            "a plan needs a folder for the sandbox's base: --model_name_or_path, see psa-fast sandbox base"
+        )
     if config.dtype == "fp32":
         raise ValueError(f"a plan is made for bf16, the recipe {config.recipe!r} says fp32")
     return config

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ HintFor = Callable[[int, int], str | None]
 
 
 def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console | None = None) -> None:
-    """Run one stage to its end, or until SIGTERM, which saves first.
+    """Run one stage to its end, or until SIGTERM or Ctrl-C, which save first.
 
     Args:
         config: resolved options; `model_name_or_path`, `data_path` and `image_folder` name real files.
@@ -74,7 +75,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     if state is not None:
         assert resume_from is not None
         checkpoint.check_records(resume_from, state, config, digest)
-    _claim_output_dir(config, rank)
+    _lock = _claim_output_dir(config, rank)  # held as long as this function runs
     rate = shared_matrix_rate(compute_dtype(config))
     model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon, attention)
     parts = prepare(model, config, resuming=state is not None)
@@ -127,7 +128,11 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         measure_lengths(dataset, sampler, start, total_steps, rank, world_size)
         length = dataset.length
         console.print(f"{len(dataset.lengths)} row lengths counted in {time.perf_counter() - began:.1f} s")
-    log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}") if rank == 0 else None
+    log = None
+    if rank == 0:
+        absent = [] if config.runs_language_model else ["loss_lm"]
+        absent += [] if config.runs_bottleneck else ["loss_type", "loss_level"]
+        log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}", absent)
     stop = _StopFlag()
     schedule = Schedule(sampler, config, rank, world_size, start, total_steps, length)
     batches = micro_batches(dataset, schedule, config, processor)
@@ -147,7 +152,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
 
     try:
         for step in range(start + 1, total_steps + 1):
-            launched.append(train_step(engine, batches, config, meter, step, lambda: stop.requested))
+            launched.append(train_step(engine, batches, config, meter, step, lambda: bool(stop.requested)))
             due = step == total_steps or bool(config.save_steps and step % config.save_steps == 0)
             # the device works on one step while the host reads the one before; what is saved has been read
             stopping = read(0 if due else 1)
@@ -156,7 +161,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
             if due or stopping:
                 saved = checkpoint.save_checkpoint(engine, config, step, total_steps, digest)
             if stopping and step < total_steps:
-                console.print(f"SIGTERM: saved {saved}; continue with --resume auto")
+                console.print(f"{stop.requested or 'stopped'}: saved {saved}; continue with --resume auto")
                 return
     finally:
         stop.restore()
@@ -230,30 +235,50 @@ def _refuse_used_output_dir(config: TrainConfig) -> None:
     dist.barrier()
     if used and config.resume == "none" and not config.overwrite_output_dir:
         raise ValueError(
-            f"{config.stage_dir} holds an earlier run; --resume auto continues it, --overwrite_output_dir deletes it"
+            f"{config.stage_dir} holds an earlier run; --resume auto continues it, --overwrite_output_dir deletes it, "
+            f"another --output_dir leaves it alone"
         )
 
 
-def _claim_output_dir(config: TrainConfig, rank: int) -> None:
-    """Make the folder; an earlier run that may be overwritten goes only now, after records and options were read."""
+def _claim_output_dir(config: TrainConfig, rank: int) -> TextIO | None:
+    """Make the folder and keep other runs out of it for as long as the returned file, rank 0's, stays open.
+
+    An earlier run that may be overwritten goes only now, after records and options were read.
+    """
+    lock: TextIO | None = None
+    message: list[str | None] = [None]
     if rank == 0:
-        if config.overwrite_output_dir and config.stage_dir.exists():
-            shutil.rmtree(config.stage_dir)
-        config.stage_dir.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        lock = (Path(config.output_dir) / f".stage{config.stage}.lock").open("w")
+        try:
+            # the kernel lets go of it however the run ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message[0] = f"another run is under way in {config.stage_dir}; give this one an --output_dir of its own"
+        else:
+            if config.overwrite_output_dir and config.stage_dir.exists():
+                shutil.rmtree(config.stage_dir)
+            config.stage_dir.mkdir(parents=True, exist_ok=True)
+    dist.broadcast_object_list(message)
+    if message[0] is not None:
+        raise ValueError(message[0])
     if not config.stage_dir.is_dir():
         raise ValueError(f"--output_dir {config.output_dir} must be one folder that every node shares")
+    return lock
 
 
 class _StopFlag:
-    """Turns SIGTERM into a request that the loop honours after the current step."""
+    """Turns SIGTERM and Ctrl-C into a request that the loop honours after a step; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous = signal.signal(signal.SIGTERM, self._handle)
+        self.requested: str | None = None
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def _handle(self, signum: int, frame: Any) -> None:
-        self.requested = True
+    def _handle(self, number: int, frame: Any) -> None:
+        self.requested = self.requested or signal.Signals(number).name  # the launcher answers Ctrl-C with SIGTERM
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
     def restore(self) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -29,9 +30,26 @@ FIELDS = (
 
 
 class MetricsLog:
-    """Rank 0's record of a run. A resumed run drops the lines after the step it resumes from, then appends."""
+    """Rank 0's record of a run. A resumed run drops the lines after the step it resumes from, then appends.
 
-    def __init__(self, folder: Path, total_steps: int, start_step: int, console: Console, title: str):
+    Args:
+        folder: of the stage.
+        total_steps: of the run.
+        start_step: the step it resumes from, or 0.
+        console: for log lines and progress.
+        title: of the progress bar.
+        absent: fields that this run does not compute; null in the file, and nowhere else.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        start_step: int,
+        console: Console,
+        title: str,
+        absent: Collection[str] = (),
+    ):
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,17 +74,21 @@ class MetricsLog:
         )  # fmt: skip
         self._task = self._progress.add_task("steps", total=total_steps, completed=start_step, line="")
         self._console = console
+        self._absent = set(absent)
         self._total = total_steps
         self._every = max(1, total_steps // 20)
         self._progress.start()
 
     def write(self, row: dict[str, float]) -> None:
         """Record one optimizer step; `row` has exactly the keys of `FIELDS`."""
-        self._file.write(json.dumps({name: row[name] for name in FIELDS}) + "\n")
+        shown = {name: None if name in self._absent else row[name] for name in FIELDS}
+        self._file.write(json.dumps(shown) + "\n")
         self._file.flush()
-        for name in FIELDS[1:]:
-            self._board.add_scalar(name, row[name], int(row["step"]))
-        line = " ".join(f"{name} {row[name]:.4f}" for name in ("loss", "loss_lm", "loss_type", "loss_level"))
+        for name, value in shown.items():
+            if value is not None and name != "step":
+                self._board.add_scalar(name, value, int(row["step"]))
+        losses = ("loss", "loss_lm", "loss_type", "loss_level")
+        line = " ".join(f"{name} {shown[name]:.4f}" for name in losses if name not in self._absent)
         self._progress.update(self._task, completed=row["step"], line=f"loss {row['loss']:.4f} {speed(row)}")
         step = int(row["step"])
         if step % self._every == 0 or step in (1, self._total):

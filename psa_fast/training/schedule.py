@@ -98,7 +98,7 @@ def micro_batches(dataset: PsaDataset, schedule: Schedule, config: TrainConfig, 
             collate_fn=pack if config.packing else partial(collate, pad_token_id=pad),
             num_workers=config.dataloader_num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_sigterm_to_the_loop,
+            worker_init_fn=_leave_signals_to_the_loop,
             # its own generator: drawing worker seeds from the global one would shift a resumed run's dropout
             generator=torch.Generator().manual_seed(config.seed),
         )
@@ -106,6 +106,7 @@ def micro_batches(dataset: PsaDataset, schedule: Schedule, config: TrainConfig, 
     return ([next(loader) for _ in schedule.micro_batches(step)] for step in range(schedule.start, schedule.stop))
 
 
-def _leave_sigterm_to_the_loop(worker: int) -> None:
+def _leave_signals_to_the_loop(worker: int) -> None:
     """A signal to the whole process group must not take the data away before the loop has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

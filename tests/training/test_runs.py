@@ -139,7 +139,8 @@ def test_killed_run_resumes_on_the_same_trajectory(command, run, finished, tmp_p
     assert "already finished" in run(command(tmp_path, *same, "--resume", "auto", "--max_steps", end))
 
 
-def test_sigterm_saves(command, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves(command, run, tmp_path, number):
     process = subprocess.Popen(
         command(tmp_path, "--max_steps", 400),
         stdout=subprocess.PIPE,
@@ -154,12 +155,14 @@ def test_sigterm_saves(command, tmp_path):
         assert time.time() < deadline
         assert process.poll() is None
         time.sleep(0.1)
+    if number == signal.SIGTERM:
+        assert "another run is under way" in run(command(tmp_path, "--resume", "auto"), expect=2)
     # to the group, as schedulers and Ctrl-C do: DeepSpeed's outermost process passes nothing on by itself
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
     saved = list((tmp_path / "stage1").glob("checkpoint-*/trainer_state.json"))
     assert len(saved) == 1, output[-2000:]
-    assert "continue with --resume auto" in output
+    assert f"{number.name}: saved" in output
 
 
 def test_earlier_run_is_not_overwritten(command, run, finished, tmp_path):
