@@ -19,13 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from baselines.official import Official
 from baselines.stock import LIGER, Stock
 from ladder import CUDA, where
 from step_forms import Form, Ours
-from step_measure import CLOCKS, overhead, peak_memory, time_parts, time_steps
+from step_measure import CLOCKS, add_shared_options, check_shared_options, overhead, peak_memory, time_parts, time_steps
 from step_model import SIZES, Rows, Size, attention, build_base, grouped_by_length, in_order
 
 TOLERANCE = 1e-3
@@ -186,17 +185,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overlay_steps", type=int, default=5, help="steps whose losses are compared")
     parser.add_argument("--part_rounds", type=int, default=5, help="rounds of the overhead")
     parser.add_argument("--batch", type=int, default=2, help="rows a step, for every form")
-    parser.add_argument("--seed", type=int, default=0, help="of records and their order")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: this process's CPU seconds")
-    parser.add_argument("--json", help="file for the result")
+    add_shared_options(parser)
     args = parser.parse_args(argv)
     for name, least in (("steps", 1), ("warmup", 0), ("overlay_steps", 1), ("part_rounds", 1), ("batch", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} is {getattr(args, name)}; expected {least} or more")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: no such folder")
-    if args.clock == "cpu" and (CUDA or torch.get_num_threads() > 1):
-        parser.error("--clock cpu measures one thread on a CPU: set OMP_NUM_THREADS=1")
+    check_shared_options(parser, args)
     return args
 
 

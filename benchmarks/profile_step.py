@@ -32,7 +32,7 @@ from baselines.stock import Stock
 from communication import communication
 from ladder import CUDA, DEVICE, DTYPE, where
 from step_forms import PARTS, Form, Ours, synchronize
-from step_measure import CLOCKS, Counter, overhead, time_parts
+from step_measure import CLOCKS, Counter, add_shared_options, check_shared_options, overhead, time_parts
 from step_model import SIZES, Rows, Size, build_base, in_order
 
 from psa_fast.sandbox.cache import default_cache
@@ -273,9 +273,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=sorted(SIZES), help=f"without a recipe (default: {DEFAULT_SIZE})")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each form")
     parser.add_argument("--batch", type=int, help="rows a step, for every form (default: the recipe's, or 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the records")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: this process's CPU seconds")
-    parser.add_argument("--json", help="file for the result")
+    add_shared_options(parser)
     parser.add_argument("--picture", help="file for the stacked bars (needs matplotlib: pip install 'psa-fast[bench]')")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's
     parser.add_argument("--trace", help="file for a torch.profiler trace of one step of ours")
@@ -299,10 +297,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         args.task.batch = args.batch
     if args.picture and find_spec("matplotlib") is None:
         parser.error("--picture needs matplotlib: pip install 'psa-fast[bench]'")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: no such folder")
-    if args.clock == "cpu" and (CUDA or torch.get_num_threads() > 1):
-        parser.error("--clock cpu measures one thread on a CPU: set OMP_NUM_THREADS=1")
+    check_shared_options(parser, args)
     return args
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from ladder import CUDA
@@ -34,6 +36,21 @@ _FORMULAS = {
 Now = Callable[[], float]
 #: "cpu" counts this process's own seconds: on a CPU shared with others, and with one thread, its time alone
 CLOCKS: dict[str, Now] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """--seed, --clock and --json."""
+    parser.add_argument("--seed", type=int, default=0, help="of the records and their order")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: this process's CPU seconds")
+    parser.add_argument("--json", help="file for the result")
+
+
+def check_shared_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse, before anything is measured, what --clock and --json cannot do here."""
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder")
+    if args.clock == "cpu" and (CUDA or torch.get_num_threads() > 1):
+        parser.error("--clock cpu measures one thread on a CPU: set OMP_NUM_THREADS=1")
 
 
 class Clock:

@@ -276,10 +276,9 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
     for name in ("model_name_or_path", "data_path"):
         if getattr(config, name) is None:
             raise ValueError(f"--{name} is needed: the recipe {config.recipe!r} does not set it")
-    base = Path(str(config.model_name_or_path))
-    looks_local = str(base)[0] in "/.~" or (base.parent != Path() and base.parent.is_dir())
-    if looks_local and not base.is_dir():
-        raise ValueError(f"--model_name_or_path {config.model_name_or_path}: no such folder")
+    base = str(config.model_name_or_path)
+    if base[0] in "/.~" and not Path(base).is_dir():  # anything else may be a name on the hub
+        raise ValueError(f"--model_name_or_path {base}: no such folder")
     if config.data_path != "sandbox" and config.image_folder is None:
         raise ValueError("--image_folder is needed with --data_path: image paths in the records are relative to it")
     if config.data_path == "sandbox" and config.image_folder is not None:

@@ -75,7 +75,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     if state is not None:
         assert resume_from is not None
         checkpoint.check_records(resume_from, state, config, digest)
-    _lock = _claim_output_dir(config, rank)  # held as long as this function runs
+    _lock = _claim_output_dir(config, rank, console)  # held as long as this function runs
     rate = shared_matrix_rate(compute_dtype(config))
     model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon, attention)
     parts = prepare(model, config, resuming=state is not None)
@@ -195,7 +195,10 @@ def build_model(
                 f"--stage1_objective concept does not load the language model's layers, so it cannot start from "
                 f"{addon}, which changes them ({', '.join(changes)})"
             )
-    vlm = load_base(config.model_name_or_path, compute_dtype(config), attention, config.runs_language_model)
+    try:
+        vlm = load_base(config.model_name_or_path, compute_dtype(config), attention, config.runs_language_model)
+    except OSError as error:  # neither a folder here nor a name that the hub can be asked for
+        raise ValueError(f"--model_name_or_path {config.model_name_or_path}: {str(error).splitlines()[0]}") from error
     # whatever the base drew while it was loaded: every objective starts from the same safety modules
     torch.manual_seed(config.seed)
     model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **overrides)
@@ -240,7 +243,7 @@ def _refuse_used_output_dir(config: TrainConfig) -> None:
         )
 
 
-def _claim_output_dir(config: TrainConfig, rank: int) -> TextIO | None:
+def _claim_output_dir(config: TrainConfig, rank: int, console: Console) -> TextIO | None:
     """Make the folder and keep other runs out of it for as long as the returned file, rank 0's, stays open.
 
     An earlier run that may be overwritten goes only now, after records and options were read.
@@ -255,7 +258,9 @@ def _claim_output_dir(config: TrainConfig, rank: int) -> TextIO | None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             message[0] = f"another run is under way in {config.stage_dir}; give this one an --output_dir of its own"
-        else:
+        except OSError as error:  # some network file systems have no locks
+            console.print(f"{lock.name} cannot be locked ({error.strerror}): see to it that no other run writes here")
+        if message[0] is None:
             if config.overwrite_output_dir and config.stage_dir.exists():
                 shutil.rmtree(config.stage_dir)
             config.stage_dir.mkdir(parents=True, exist_ok=True)
