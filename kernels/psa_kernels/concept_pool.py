@@ -12,7 +12,6 @@ same input gives the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from psa_kernels.launch import Specialization, next_power_of_2
+from psa_kernels.results import Pooled, PoolGrads
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,6 @@ def default_config(bytes_per_element: int, rows: int) -> PoolConfig:
     if bytes_per_element > 2:
         return FP32
     return FEW_ROWS if rows <= 16 else MANY_ROWS
-
-
-class Pooled(NamedTuple):
-    """token_sum and feature_sum [B, R, E], mass [B, R], scores [B, R, S0 + S1] and lse [B, R] (base e) for backward."""
-
-    token_sum: Tensor
-    feature_sum: Tensor
-    mass: Tensor
-    scores: Tensor
-    lse: Tensor
-
-
-class PoolGrads(NamedTuple):
-    """Gradients of tokens, features, token_query, feature_query, feature_offset [B, R], and bias [E] (None without)."""
-
-    tokens: Tensor
-    features: Tensor
-    token_query: Tensor
-    feature_query: Tensor
-    feature_offset: Tensor
-    bias: Tensor | None
 
 
 @triton.jit
@@ -407,7 +386,7 @@ def pool_backward(
         )  # fmt: skip
     tokens_grad = torch.mm(token_ds.t(), token_query.reshape(batch * rows, channels))
     tokens_grad.addmm_(token_p.t(), token_sum_grad.reshape(batch * rows, channels))
-    return out._replace(tokens=tokens_grad, bias=None if bias_grad is None else bias_grad.sum(0))
+    return out._replace(tokens=tokens_grad, feature_bias=None if bias_grad is None else bias_grad.sum(0))
 
 
 def _launch_scores(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
+from psa_kernels.results import Pooled, PoolGrads
 from torch import Tensor
 
 from psa_fast.ops.backend import Backend, resolve, within
@@ -36,27 +37,6 @@ def resolve_rows(backend: Backend, features: Tensor, rows: int) -> Literal["torc
     return within(resolve(backend, features), backend, limit)
 
 
-class Pooled(NamedTuple):
-    """A ConceptPool with what backward needs: scores [B, R, S0 + S1] and lse [B, R], fp32 at least."""
-
-    token_sum: Tensor
-    feature_sum: Tensor
-    mass: Tensor
-    scores: Tensor
-    lse: Tensor
-
-
-class PoolGrads(NamedTuple):
-    """Gradients of tokens, features, token_query, feature_query, feature_offset and feature_bias (None without)."""
-
-    tokens: Tensor
-    features: Tensor
-    token_query: Tensor
-    feature_query: Tensor
-    feature_offset: Tensor
-    feature_bias: Tensor | None
-
-
 def pool_forward(
     tokens: Tensor,
     features: Tensor,
@@ -72,18 +52,16 @@ def pool_forward(
     if backend == "triton" and features.numel():
         from psa_kernels import concept_pool as kernels
 
-        return Pooled(
-            *kernels.pool_forward(
-                _rows(tokens),
-                _rows(features),
-                token_query.contiguous(),
-                feature_query.contiguous(),
-                None if feature_offset is None else feature_offset.contiguous().to(at_least_fp32(features.dtype)),
-                None if feature_bias is None else feature_bias.contiguous(),
-                silu,
-                None if features_mask is None else features_mask.contiguous(),
-                _precision(features),
-            )
+        return kernels.pool_forward(
+            _rows(tokens),
+            _rows(features),
+            token_query.contiguous(),
+            feature_query.contiguous(),
+            None if feature_offset is None else feature_offset.contiguous().to(at_least_fp32(features.dtype)),
+            None if feature_bias is None else feature_bias.contiguous(),
+            silu,
+            None if features_mask is None else features_mask.contiguous(),
+            _precision(features),
         )
     b, s1, e = features.shape
     s0, r = tokens.shape[0], token_query.shape[1]
@@ -129,20 +107,18 @@ def pool_backward(
     if backend == "triton" and features.numel():
         from psa_kernels import concept_pool as kernels
 
-        return PoolGrads(
-            *kernels.pool_backward(
-                token_sum_grad.contiguous(),
-                feature_sum_grad.contiguous(),
-                mass_grad.contiguous(),
-                _rows(tokens),
-                _rows(features),
-                token_query.contiguous(),
-                feature_query.contiguous(),
-                None if feature_bias is None else feature_bias.contiguous(),
-                silu,
-                kernels.Pooled(*pooled),
-                _precision(features),
-            )
+        return kernels.pool_backward(
+            token_sum_grad.contiguous(),
+            feature_sum_grad.contiguous(),
+            mass_grad.contiguous(),
+            _rows(tokens),
+            _rows(features),
+            token_query.contiguous(),
+            feature_query.contiguous(),
+            None if feature_bias is None else feature_bias.contiguous(),
+            silu,
+            pooled,
+            _precision(features),
         )
     b, s1, e = features.shape
     s0, r = tokens.shape[0], token_query.shape[1]
