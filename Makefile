@@ -66,12 +66,18 @@ bench: $(STAMP)
 	python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-json $(BENCH)/bench.json
 	python benchmarks/report.py $(BENCH)/bench.json
 
-# offline, with whatever python has torch, triton and pytest-benchmark installed: GPU machines bring their own
+# offline, with whatever python has torch, triton, pytest and pytest-benchmark installed: GPU machines bring their own
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
 gpu:
+	@$(GPU_PYTHON) -c 'import torch, triton, pytest, pytest_benchmark' || { echo "make gpu: $(GPU_PYTHON) misses the package above; set GPU_PYTHON to a python that has it"; exit 1; }
+	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "make gpu: torch of $(GPU_PYTHON) finds no CUDA device; 'make bench' runs on the CPU"; exit 1; }
 	mkdir -p $(BENCH)
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m pytest -m gpu tests --junitxml $(BENCH)/gpu-tests.xml; status=$$?; \
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels $(GPU_PYTHON) -m pytest benchmarks --benchmark-json $(BENCH)/gpu.json \
-		&& $(GPU_PYTHON) benchmarks/report.py $(BENCH)/gpu.json && exit $$status
+	tests="tests/kernels tests/ops"; \
+	if $(GPU_PYTHON) -c 'import transformers, deepspeed, liger_kernel' 2>/dev/null; then tests="$$tests tests/training/test_language_model.py"; \
+	else echo "left out: tests/training/test_language_model.py, which needs transformers, deepspeed and liger-kernel"; fi; \
+	$(GPU_PYTHON) -m pytest -m gpu $$tests --junitxml $(BENCH)/gpu-tests.xml; tested=$$?; \
+	rm -f $(BENCH)/gpu.json; $(GPU_PYTHON) -m pytest benchmarks/test_ops.py --benchmark-json $(BENCH)/gpu.json; timed=$$?; \
+	test -s $(BENCH)/gpu.json && $(GPU_PYTHON) benchmarks/report.py $(BENCH)/gpu.json && exit $$((tested + timed))
 
 compare: $(STAMP)
 	mkdir -p runs

@@ -5,7 +5,9 @@ The ratios survive the machine's other load, the times do not. A form whose resu
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -105,7 +107,9 @@ def climb(
         if CUDA:
             rows[name] |= gpu_times(form, leaves)
             if bytes_moved:
-                rows[name]["of_copy_bandwidth"] = bytes_moved / (rows[name]["graph_ms"] * 1e-3) / copy_bandwidth()
+                # the host's launches are no part of the bandwidth, where a graph can leave them out
+                best = rows[name]["graph_ms"] or rows[name]["ms"]
+                rows[name]["of_copy_bandwidth"] = bytes_moved / (best * 1e-3) / copy_bandwidth()
     benchmark.extra_info |= {"title": title, "rows": rows, "wrong": wrong or {}, **where()}
     with capsys.disabled():
         print(f"\n{title}")
@@ -152,15 +156,8 @@ def gpu_times(form: Form, leaves: Sequence[Tensor], rounds: int = 30) -> dict[st
         flush.zero_()
         torch.cuda.synchronize()
         cold.append(timed(form, leaves))
-    try:
-        graph = torch.cuda.CUDAGraph()
-        for leaf in leaves:
-            leaf.grad = None
-        with torch.cuda.graph(graph):
-            form().sum().backward()
-    except RuntimeError as reason:
-        print(f"no graph: {str(reason).splitlines()[0]}")
-        torch.cuda.synchronize()
+    graph = _captured(form, leaves)
+    if graph is None:
         return {"cold_ms": statistics.median(cold) * 1e3, "graph_ms": None}
     warm = []
     for _ in range(rounds):
@@ -173,6 +170,30 @@ def gpu_times(form: Form, leaves: Sequence[Tensor], rounds: int = 30) -> dict[st
     return {"cold_ms": statistics.median(cold) * 1e3, "graph_ms": statistics.median(warm)}
 
 
+def _captured(form: Form, leaves: Sequence[Tensor]) -> torch.cuda.CUDAGraph | None:
+    """The form's run as a graph, or None where that cannot be, with the reason printed."""
+    for leaf in leaves:
+        leaf.grad = None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # a form that waits for the device is found here: a capture that fails can spoil the process's random numbers
+        torch.cuda.set_sync_debug_mode("error")
+        form().sum().backward()
+        torch.cuda.set_sync_debug_mode("default")
+        for leaf in leaves:
+            leaf.grad = None
+        with torch.cuda.graph(graph):
+            form().sum().backward()
+    except RuntimeError as reason:
+        print(f"no graph: {str(reason).splitlines()[0]}")
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+    return graph
+
+
+@functools.cache
 def copy_bandwidth() -> float:
     """Bytes a second read and written by a copy of 1 GB, the best of ten."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
@@ -197,13 +218,9 @@ def where() -> dict[str, object]:
     if CUDA:
         import triton
 
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        found |= {"triton": triton.__version__, "cuda": torch.version.cuda, "driver": driver.stdout.strip()}
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
+        found |= {"triton": triton.__version__, "cuda": torch.version.cuda, "driver": driver and driver.stdout.strip()}
         found["device"] = torch.cuda.get_device_name()
     else:
         cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

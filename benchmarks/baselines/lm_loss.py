@@ -108,7 +108,7 @@ def baselines(device: str) -> dict[str, Loss]:
     if hasattr(F, "linear_cross_entropy"):
         found |= {"torch": torch_fused, "torch_chunked": torch_fused_chunked}
     if device == "cuda":
-        found["full_logits_compiled"] = torch.compile(full_logits)
+        found["full_logits_compiled"] = torch.compile(full_logits, dynamic=False)
         packages = {"liger_kernel": _liger_package, "cut_cross_entropy": _cut_cross_entropy}
         found |= {name: loss for name, loss in packages.items() if find_spec(name)}
     return found
