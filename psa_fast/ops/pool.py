@@ -165,7 +165,8 @@ def pool_backward(
 def _activated(features: Tensor, bias: Tensor | None, silu: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Samples in chunks, with features + bias and act of it; on the CPU in buffers that stay in the cache."""
     b, s1, e = features.shape
-    step = max(b, 1) if features.device.type != "cpu" else max(1, _CHUNK_ELEMENTS // max(1, s1 * e))
+    copied = silu or bias is not None
+    step = max(1, _CHUNK_ELEMENTS // max(1, s1 * e)) if copied and features.device.type == "cpu" else max(b, 1)
     before_buffer, x_buffer = (
         features.new_empty(min(step, b) if used else 0, s1, e) for used in (bias is not None, silu)
     )
