@@ -131,6 +131,25 @@ def test_concept_loss(benchmark, capsys, rows, smoothing):
     climb(benchmark, capsys, title, right, leaves, 100, wrong=wrong)
 
 
+def norm_silu(x, weight, bias):
+    """As the safety projector's blocks have it."""
+    return F.silu(F.layer_norm(x, x.shape[-1:], weight, bias))
+
+
+@pytest.mark.parametrize("batch", [16] if CUDA else [1, 4])
+def test_layer_norm_silu(benchmark, capsys, batch):
+    """Two plain operations are ours: this is where it would show that a kernel for them could pay."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(*s, **MAKE).requires_grad_() for s in ((batch, 24, 24, 1088), (1088,), (1088,))]
+    forms = {"ours": partial(norm_silu, *leaves), "compiled": partial(compiled(norm_silu), *leaves)}
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    value = norm_silu(*exact)
+    expected = (value.detach(), *torch.autograd.grad(value.sum(), exact))
+    right, wrong = check(forms, leaves, expected, 2e-2 if CUDA else 1e-4)
+    title = f"LayerNorm and SiLU, B={batch}, 24x24, 1088 channels, {DEVICE}"
+    climb(benchmark, capsys, title, right, leaves, 30, 5 * leaves[0].nbytes, wrong)
+
+
 class Size(NamedTuple):
     rows: int
     width: int
