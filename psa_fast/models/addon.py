@@ -108,21 +108,21 @@ def save(psa: PsaVLM, directory: str | Path, state_dict: dict[str, Tensor] | Non
 
 def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: str | Path | None, dtype: Any) -> PsaVLM:
     """See PsaVLM.from_pretrained."""
-    config = revision = None
+    config = None
     if addon is not None:
         for name in (CONFIG, WEIGHTS):
             if not (Path(addon) / name).is_file():
                 raise ValueError(f"{addon} is not a PSA add-on: it has no {name}")
         config = PsaConfig.from_json_file(Path(addon) / CONFIG)
         base = base if base is not None else config.base_model_name_or_path
-        if str(base) == config.base_model_name_or_path:
-            revision = config.base_revision  # whatever the hub calls the main one by now
     if base is None:
         raise ValueError("no base model is given" + ("" if addon is None else f" and {addon}/{CONFIG} names none"))
     if isinstance(base, PreTrainedModel):
         vlm: Any = base
     else:
-        revision = resolve_revision(str(base), revision)
+        # the add-on's own base is loaded as it was, whatever the hub calls the main revision by now
+        own = config if config is not None and str(base) == config.base_model_name_or_path else None
+        revision = resolve_revision(str(base), own.base_revision if own else None)
         vlm = AutoModelForImageTextToText.from_pretrained(
             str(base), dtype="auto" if dtype is None else dtype, revision=revision
         )
