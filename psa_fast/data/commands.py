@@ -10,8 +10,10 @@ from typing import Any
 
 from psa_fast.data.importers import write_rows
 from psa_fast.data.importers.figstep import figstep_rows
-from psa_fast.data.records import Problem, Record, read_records
+from psa_fast.data.records import NO_IMAGE_FOLDER, Problem, Record, read_records
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+
+SHOWN_WITHOUT_FOLDER = 3  # one missing option is wrong with all the others too
 
 
 def register(subparsers: Any) -> None:
@@ -51,8 +53,14 @@ def _report(path: str, image_folder: str | None) -> int:
     records, problems = read_records(path, image_folder)
     if not records and not problems:
         problems = [Problem(path, 1, "the file holds no records")]
+    without_folder = 0
     for problem in problems:
-        print(problem)
+        lacks_folder = problem.message.endswith(NO_IMAGE_FOLDER)
+        without_folder += lacks_folder
+        if not lacks_folder or without_folder <= SHOWN_WITHOUT_FOLDER:
+            print(problem)
+    if without_folder > SHOWN_WITHOUT_FOLDER:
+        print(f"... and {without_folder - SHOWN_WITHOUT_FOLDER} more image(s) in {path}: each {NO_IMAGE_FOLDER}")
     if problems:
         print(f"{len(problems)} problem(s); {len(records)} good record(s) in {path}", file=sys.stderr)
         return 1

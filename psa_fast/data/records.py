@@ -23,6 +23,7 @@ GROUPS = ("clean", "benign_twin", "risk", "text_risk", "text_twin")
 BENIGN_GROUPS = ("clean", "benign_twin", "text_twin")
 FIELDS = ("image", "safe_type", "safe_level", "conversations", "id", "source", "source_label", "split", "group")
 MAX_LISTED = 100
+NO_IMAGE_FOLDER = "needs an image folder (--image_folder)"
 
 
 class Turn(NamedTuple):
@@ -168,7 +169,7 @@ def _image_faults(names: set[str], image_folder: str | Path | None, decode: bool
 
     def fault(name: str) -> str | None:
         if image_folder is None:
-            return f"field image: {name!r} needs an image folder (--image_folder)"
+            return f"field image: {name!r} {NO_IMAGE_FOLDER}"
         try:
             check_image(resolve(image_folder, name), decode=decode)
         except ImageError as error:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import resolve_revision
 
+from psa_fast.models.base_model import remember_commit
 from psa_fast.models.config import PsaConfig
 
 if TYPE_CHECKING:
@@ -30,19 +33,47 @@ _SAMPLE = 1 << 16
 
 
 def base_identity(vlm: PreTrainedModel) -> dict[str, str | None]:
-    """Name, hub revision and content fingerprint of a base, as PsaConfig keeps them."""
+    """Name, hub revision and content fingerprint of a base, as PsaConfig keeps them.
+
+    A base from the hub is known if `load_base` or `load` loaded it: transformers does not say which commit it took.
+    """
     name = getattr(vlm.config, "_name_or_path", "") or None
+    commit = getattr(vlm.config, "_commit_hash", None)
+    folder: Path | None = Path(name) if name and Path(name).is_dir() else None
+    if folder is None and name and commit:
+        cached = try_to_load_from_cache(name, "config.json", revision=commit)
+        folder = Path(cached).parent if isinstance(cached, str) else None
     return {
         "base_model_name_or_path": name,
-        "base_revision": getattr(vlm.config, "_commit_hash", None),
-        "base_fingerprint": fingerprint(name) if name and Path(name).is_dir() else None,
+        "base_revision": commit,
+        "base_fingerprint": fingerprint(folder) if folder else None,
     }
 
 
+def _check_base(addon: str | Path, config: PsaConfig, vlm: PreTrainedModel) -> None:
+    """Refuse a base whose weights are not those the add-on was trained on, as far as either side knows them.
+
+    One agreement is enough: a commit may change no more than a README, a folder of the hub's cache hold more files.
+    """
+    found = base_identity(vlm)
+    pairs = {name: (getattr(config, name), found[name]) for name in ("base_fingerprint", "base_revision")}
+    known = {name: pair for name, pair in pairs.items() if all(pair)}
+    if not known or any(expected == other for expected, other in known.values()):
+        return
+    differing = "; ".join(f"{name.removeprefix('base_')} {a}, found {b}" for name, (a, b) in known.items())
+    if "base_revision" in known:
+        command = f"hf download {config.base_model_name_or_path} --revision {config.base_revision} --local-dir DIR"
+        differing += f"; `{command}` fetches the one it was trained on"
+    raise ValueError(f"{addon} was trained on another base than {found['base_model_name_or_path']}: {differing}")
+
+
 def fingerprint(folder: str | Path) -> str | None:
-    """SHA-256 over the size and 64 evenly spread 64 KB samples of each weight file: quick, but sees retraining."""
+    """SHA-256 over the size and 64 evenly spread 64 KB samples of each weight file: quick, but sees retraining.
+
+    Of transformers' own weight files: a repository may hold others beside them.
+    """
     digest = hashlib.sha256()
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:  # an older .bin checkpoint has a name and a revision only
         return None
     for file in files:
@@ -89,15 +120,17 @@ def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: st
     if isinstance(base, PreTrainedModel):
         vlm: Any = base
     else:
-        vlm = AutoModelForImageTextToText.from_pretrained(str(base), dtype="auto" if dtype is None else dtype)
+        # the add-on's own base is loaded as it was, whatever the hub calls the main revision by now
+        own = config if config is not None and str(base) == config.base_model_name_or_path else None
+        revision = resolve_revision(str(base), own.base_revision if own else None)
+        vlm = AutoModelForImageTextToText.from_pretrained(
+            str(base), dtype="auto" if dtype is None else dtype, revision=revision
+        )
+        remember_commit(vlm, revision)
     if addon is None or config is None:
         return cls.build(vlm)
 
-    found = base_identity(vlm)["base_fingerprint"]
-    if found and config.base_fingerprint and found != config.base_fingerprint:
-        raise ValueError(
-            f"{addon} was trained on another base than {base}: fingerprint {config.base_fingerprint}, found {found}"
-        )
+    _check_base(addon, config, vlm)
     psa = cls.build(vlm, config)
     file = Path(addon) / WEIGHTS
     _copy_into(dict(psa.named_parameters()), load_file(file), list(psa.psa_state_dict()), file)

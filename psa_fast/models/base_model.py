@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import logging, resolve_revision
 
 from psa_fast.models.families import get_family
 
@@ -27,10 +27,12 @@ def load_base(
     Raises:
         ValueError: weights are missing, which transformers would fill with random numbers.
     """
-    options: dict[str, Any] = {}
+    # one commit for all files; None for a folder
+    revision = resolve_revision(str(name))
+    options: dict[str, Any] = {"revision": revision}
     verbosity = logging.get_verbosity()
     if not language_layers:
-        config = AutoConfig.from_pretrained(str(name))
+        config = AutoConfig.from_pretrained(str(name), revision=revision)
         options["config"] = get_family(config).without_language_layers(config)
         logging.set_verbosity_error()  # the layers left out would be listed as unexpected
     try:
@@ -42,6 +44,12 @@ def load_base(
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise ValueError(f"{name}: the base lacks weights: {', '.join(sorted(info['missing_keys']))}")
+    remember_commit(vlm, revision)
     if attention is not None:
         vlm.set_attn_implementation({"text_config": attention})
     return vlm
+
+
+def remember_commit(vlm: PreTrainedModel, revision: str | None) -> None:
+    """Keep the commit that `resolve_revision` found in the config of what was loaded; it is not saved with it."""
+    vlm.config._commit_hash = getattr(revision, "resolved", None)

@@ -40,8 +40,15 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     options = parser.add_argument_group("train.py's options that matter here; defaults come from the recipe")
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     for name in OPTIONS:
-        # as text: train.py's own parser reads them
-        options.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar="X", help=fields[name].metadata["help"])
+        # as text: train.py's own parser reads them; the forms are the ones it takes
+        field, hyphens = fields[name], name.replace("_", "-")
+        shared: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
+        bare: dict[str, Any] = {"nargs": "?", "const": "True"} if isinstance(field.default, bool) else {}
+        forms = dict.fromkeys((f"--{name}", f"--{hyphens}"))
+        options.add_argument(*forms, metavar="X", help=field.metadata["help"], **shared, **bare)
+        if field.default is True:
+            no = {"action": "store_const", "const": "False", "help": f"the same as --{name} False"}
+            options.add_argument(f"--no_{name}", f"--no-{hyphens}", **shared, **no)
     parser.set_defaults(func=plan)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -238,7 +239,15 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Resolve defaults, recipe and command line. Raises ValueError for options that do not fit together."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(
+    class Parser(HfArgumentParser):
+        """HfArgumentParser, which gives a `--no_...` form the help of the option that it turns off."""
+
+        def add_argument(self, *names: str, **kwargs: Any) -> Any:
+            if kwargs.get("action") == "store_false":
+                kwargs |= {"help": f"the same as --{kwargs['dest']} False", "default": argparse.SUPPRESS}
+            return super().add_argument(*names, **kwargs)
+
+    parser = Parser(
         TrainConfig,  # type: ignore[arg-type]
         prog="train.py",
         description="Train PSA-VLM: deepspeed train.py --stage 1, then --stage 2; the sandbox recipe by default.",
@@ -249,7 +258,8 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
     parser.set_defaults(**read_recipe(chosen.recipe, chosen.stage))
     given = parser.parse_args(argv)
     config = TrainConfig(**{f.name: getattr(given, f.name) for f in dataclasses.fields(TrainConfig)})
-    typed = {a.split("=")[0].lstrip("-") for a in (sys.argv[1:] if argv is None else argv) if a.startswith("--")}
+    words = (a.split("=")[0] for a in (sys.argv[1:] if argv is None else argv) if a.startswith("--"))
+    typed = {word.lstrip("-").replace("-", "_") for word in words}  # each option has a form with hyphens too
     if "num_train_epochs" in typed and "max_steps" not in typed:
         config.max_steps = None  # the command line beats the recipe's number of steps
     check(config, typed)

@@ -109,7 +109,10 @@ def build_engine(
 
 
 def init_distributed() -> tuple[int, int]:
-    """Join the process group the launcher described (or a group of one) and return (rank, world size)."""
+    """Join the process group the launcher described (or a group of one) and return (rank, world size).
+
+    Raises ValueError if the port where the ranks meet is taken.
+    """
     import deepspeed
     import deepspeed.ops
     import torch.distributed as dist
@@ -130,7 +133,15 @@ def init_distributed() -> tuple[int, int]:
         if "OMP_NUM_THREADS" not in os.environ:
             # ranks that share a machine share its cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except dist.DistNetworkError as error:  # tried, not asked beforehand: the port may be taken in between
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ValueError(
+            f"port {os.environ.get('MASTER_PORT')} is taken, by another run perhaps; "
+            f"give the launcher another one: deepspeed --master_port N train.py ..."
+        ) from error
     # before any collective: objects travel by way of the current device, which is the first one on every rank
     deepspeed.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return dist.get_rank(), dist.get_world_size()

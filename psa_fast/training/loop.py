@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +35,8 @@ from .step import StepReport, train_step
 from .vision_tower import keep_whole
 
 HintFor = Callable[[int, int], str | None]
+# seconds that a failing run waits for the step before: DeepSpeed has waited for most of it already
+_LAST_WAIT = 10.0
 
 
 def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console | None = None) -> None:
@@ -144,7 +147,8 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         """Log all launched steps but the last `unread`; whether any rank was asked to stop."""
         stopping = False
         while len(launched) > unread:
-            row, asked = launched.popleft().read()
+            row, asked = launched[0].read()
+            launched.popleft()
             stopping |= asked
             if log:
                 log.write(row)
@@ -163,15 +167,30 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
             if stopping and step < total_steps:
                 console.print(f"{stop.requested or 'stopped'}: saved {saved}; continue with --resume auto")
                 return
+    except BaseException:
+        if log:
+            _log_unread(log, launched)
+        raise
     finally:
         stop.restore()
         if log:
             log.close()
+        batches.close()
     if rank == 0:
         assert saved is not None
         checkpoint.finish(config, saved)
     dist.barrier()
     console.print(f"stage {config.stage} finished: {config.stage_dir}")
+
+
+def _log_unread(log: MetricsLog, launched: Iterable[StepReport]) -> None:
+    """The steps that were done when the run failed, up to one whose loss is not finite. Never hides the failure."""
+    with contextlib.suppress(Exception):
+        for report in launched:
+            row = report.read_alone(limit=_LAST_WAIT)
+            if row is None:
+                return
+            log.write(row)
 
 
 def build_model(

@@ -17,6 +17,7 @@ FIELDS = (
     "loss_level",
     "grad_norm",
     "lr",
+    "micro_batches",
     "tokens",
     "supervised_tokens",
     "padding_share",

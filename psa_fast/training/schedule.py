@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -87,11 +87,13 @@ def measure_lengths(
         dataset.lengths.update(share)
 
 
-def micro_batches(dataset: PsaDataset, schedule: Schedule, config: TrainConfig, processor: Any) -> Iterator[list[dict]]:
-    """For each step of the schedule the list of its collated micro-batches."""
+def micro_batches(
+    dataset: PsaDataset, schedule: Schedule, config: TrainConfig, processor: Any
+) -> Generator[list[dict], None, None]:
+    """For each step of the schedule the list of its collated micro-batches. `close` it to end the loader's workers."""
     tokenizer = processor.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    loader = iter(
+    loader: Any = iter(
         torch.utils.data.DataLoader(
             dataset,
             batch_sampler=schedule,
@@ -103,7 +105,13 @@ def micro_batches(dataset: PsaDataset, schedule: Schedule, config: TrainConfig, 
             generator=torch.Generator().manual_seed(config.seed),
         )
     )
-    return ([next(loader) for _ in schedule.micro_batches(step)] for step in range(schedule.start, schedule.stop))
+    try:
+        for step in range(schedule.start, schedule.stop):
+            yield [next(loader) for _ in schedule.micro_batches(step)]
+    finally:
+        # an exception's traceback keeps the loader alive, and python's exit would wait for workers that ignore SIGTERM
+        if config.dataloader_num_workers:
+            loader._shutdown_workers()  # DataLoader has no public way
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

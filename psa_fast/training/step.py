@@ -91,6 +91,7 @@ def train_step(
         ended=_Moment(device),
         learning_rate=engine.get_lr()[0],
         all_devices=meter.rate * world_size,
+        micro_batches=len(micros),
         where=[where for batch in micros for where in batch["where"]],
     )
 
@@ -105,6 +106,7 @@ class StepReport:
     ended: _Moment
     learning_rate: float
     all_devices: float
+    micro_batches: int
     where: list[str]
 
     def read(self) -> tuple[dict[str, float], bool]:
@@ -116,18 +118,41 @@ class StepReport:
             FloatingPointError: naming the step and the rows of the ranks whose loss is not finite.
         """
         self.ended.wait()
-        found = dict(zip(_VALUES, self.values.tolist(), strict=True))
-        if not all(math.isfinite(found[name]) for name in LOSSES):
+        found = self._found()
+        if not _finite(found):
             bad = [] if all(math.isfinite(found[f"own_{name}"]) for name in LOSSES) else self.where
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, bad)
             rows = ", ".join(where for rank_rows in gathered for where in rank_rows)
             raise FloatingPointError(f"the loss is not finite at step {self.step}; rows of the batch: {rows}")
+        return self._row(found), bool(found["stop"])
+
+    def read_alone(self, limit: float) -> dict[str, float] | None:
+        """The metrics row when this rank is about to fail: no collective, and not much of a wait for the device.
+
+        Args:
+            limit: seconds. A device that waits for a rank that is gone never comes to the end of its step.
+
+        Returns:
+            None if the loss is not finite.
+
+        Raises:
+            TimeoutError: the device was not done in time.
+        """
+        self.ended.wait(limit)
+        found = self._found()
+        return self._row(found) if _finite(found) else None
+
+    def _found(self) -> dict[str, float]:
+        return dict(zip(_VALUES, self.values.tolist(), strict=True))
+
+    def _row(self, found: dict[str, float]) -> dict[str, float]:
         seconds = self.ended.since(self.began)
-        row = {
+        return {
             "step": self.step,
             **{name: found[name] for name in (*LOSSES, "grad_norm")},
             "lr": self.learning_rate,
+            "micro_batches": self.micro_batches,
             "tokens": int(found["tokens"]),
             "supervised_tokens": int(found["supervised"]),
             "padding_share": 1.0 - found["tokens"] / found["positions"],
@@ -138,7 +163,6 @@ class StepReport:
             "mfu": found["flops"] / seconds / self.all_devices,
             "peak_memory_gb": found["peak_memory_gb"],
         }
-        return row, bool(found["stop"])
 
 
 class _Moment:
@@ -151,16 +175,29 @@ class _Moment:
             self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
 
-    def wait(self) -> None:
-        """Until the device has passed it."""
-        if self.event is not None:
+    def wait(self, limit: float | None = None) -> None:
+        """Until the device has passed it; TimeoutError if that takes more than `limit` seconds."""
+        if self.event is None:
+            return
+        if limit is None:
             self.event.synchronize()
+            return
+        end = time.perf_counter() + limit
+        while not self.event.query():
+            if time.perf_counter() > end:
+                raise TimeoutError(f"the device has not finished its step after {limit:g} s")
+            time.sleep(0.01)
 
     def since(self, earlier: _Moment) -> float:
         """Seconds of the device between the two."""
         if self.event is not None:
             return earlier.event.elapsed_time(self.event) / 1e3
         return self.time - earlier.time
+
+
+def _finite(found: dict[str, float]) -> bool:
+    """Whether the losses of all ranks are."""
+    return all(math.isfinite(found[name]) for name in LOSSES)
 
 
 def _counts(loads: list[Load], meter: Meter, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from psa_fast import cli
 from psa_fast.data.records import DataError, Record, Turn, find_problems, fingerprint, load_records
 
 USER = {"from": "USER", "value": "<image>\nWhat is it?"}
@@ -146,6 +147,20 @@ def test_absent_file_and_folder_are_sentences(tmp_path, folder):
     with pytest.raises(ValueError, match=r"image folder .*none' does not exist"):
         load_records(write(tmp_path, [row()]), tmp_path / "none")
     assert "needs an image folder" in find_problems(write(tmp_path, [row()]), None)[0].message
+
+
+def test_check_without_an_image_folder_says_so_in_a_few_lines(tmp_path, capsys):
+    path = write(tmp_path, [*[row() for _ in range(6)], row(group="other"), row()])
+    assert cli.main(["data", "check", str(path)]) == 1
+    output = capsys.readouterr()
+    *lines, last = output.out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:{number}" for number in (1, 2, 3, 7)]
+    assert "group is 'other'" in lines[3]
+    assert last == f"... and 5 more image(s) in {path}: each needs an image folder (--image_folder)"
+    assert "9 problem(s); 0 good record(s)" in output.err
+    path = write(tmp_path, [row() for _ in range(3)])
+    assert cli.main(["data", "check", str(path)]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_fingerprint_changes_with_what_is_trained_on_only():

@@ -1,14 +1,16 @@
 """Saving and loading: the base untouched, the add-on complete, anything that does not fit an error."""
 
 import json
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from psa_fast.models import PsaVLM, add_lora, get_family, load_processor
+from psa_fast.models import PsaVLM, add_lora, get_family, load_base, load_processor
 
 
 @pytest.fixture
@@ -78,6 +80,54 @@ def test_missing_unexpected_and_foreign_are_errors(base, tmp_path):
         PsaVLM.from_pretrained(base, tmp_path)
     with pytest.raises(ValueError, match="lacks"):
         psa.save_addon(tmp_path / "addon2", {"safety_tokens.weight": torch.zeros(3, 40)})
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    """Puts a commit of some/base into a cache as huggingface_hub lays it out, and makes it the main one."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub/models--some--base"
+
+    def go(commit, vlm):
+        vlm.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs/main").write_text(commit)
+        return repository / "snapshots" / commit
+
+    return go
+
+
+def test_a_base_from_the_hub_is_known_by_its_commit_and_its_weights(publish, tmp_path):
+    first, second, third = "1" * 40, "2" * 40, "3" * 40
+    snapshot = publish(first, make_vlm())
+    psa = PsaVLM.build(load_base("some/base", torch.float32), num_safety_tokens=3, **SMALL).eval()
+    psa.vlm.requires_grad_(False)
+    psa.save_addon(tmp_path / "addon")
+    saved = json.loads((tmp_path / "addon/psa_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["base_revision"]) == ("some/base", first)
+    shutil.copytree(snapshot, tmp_path / "copy")
+    (tmp_path / "copy/consolidated.safetensors").write_bytes(b"the same once more, in another layout")
+    same_outputs(psa, PsaVLM.from_pretrained(tmp_path / "copy", tmp_path / "addon").eval())
+    publish(second, make_vlm())  # another README, say
+    same_outputs(psa, PsaVLM.from_pretrained(load_base("some/base", torch.float32), tmp_path / "addon").eval())
+
+    other = make_vlm()
+    with torch.no_grad():
+        other.lm_head.weight.add_(1)
+    publish(third, other)
+    for base in (None, "some/base"):  # the commit that the add-on names
+        same_outputs(psa, PsaVLM.from_pretrained(base, tmp_path / "addon").eval())
+    sentence = f"another base than some/base: .*revision {first}, found {third}; `hf download .* --revision {first}"
+    for whole in (True, False):
+        base = load_base("some/base", torch.float32, language_layers=whole)
+        with pytest.raises(ValueError, match=sentence):
+            PsaVLM.from_pretrained(base, tmp_path / "addon")
+
+    # without safetensors there is nothing but the commit
+    (tmp_path / "addon/psa_config.json").write_text(json.dumps({**saved, "base_fingerprint": None}))
+    with pytest.raises(ValueError, match=f"another base than some/base: revision {first}, found {third}"):
+        PsaVLM.from_pretrained(base, tmp_path / "addon")
 
 
 def train_step(psa):

@@ -1,9 +1,11 @@
 """Options: precedence, and one sentence for what does not fit together."""
 
+import argparse
 import json
 
 import pytest
 
+from psa_fast.training import commands
 from psa_fast.training.config import parse_args, read_recipe
 from psa_fast.training.engine import accumulation_steps, resolve_deepspeed_config
 
@@ -50,6 +52,7 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--max_tokens_per_micro_batch", "4096", "--micro_batch_size", "2"], "--micro_batch_size exclude each other"),
         (["--max_tokens_per_micro_batch", "4095"], "4095 is less than --max_length 4096: a row that long"),
         (["--stage1_objective", "concept", "--use_liger_kernel", "True"], "--use_liger_kernel has no effect"),
+        (["--num-train-epochs", "1", "--max-steps", "5"], "exclude each other"),
         (["--gradient_checkpointing", "every_0"], "'every_0'; expected none, full or every_N with N of 2 or more"),
         (["--gradient_checkpointing", "every_1"], "'every_1'; expected none, full or every_N"),
         (["--gradient_checkpointing", "True"], "'True'; expected none, full or every_N"),
@@ -71,6 +74,26 @@ def test_unknown_recipe_option_or_value_is_named(tmp_path):
     recipe.write_text("common: {learning_rat: 1.0}\n")
     with pytest.raises(ValueError, match=r"typo\.yaml: not a training option: learning_rat"):
         read_recipe(str(recipe), 1)
+
+
+@pytest.mark.parametrize("form", ["--packing=False", "--packing False", "--no_packing", "--no-packing"])
+def test_booleans_are_written_the_same_way_in_training_and_planning(form):
+    parser = argparse.ArgumentParser()
+    commands.register(parser.add_subparsers())
+    machine = ["plan", "--gpus", "1", "--gpu_gb", "1", "--recipe", "llava-1.5-7b"]
+    for words, expected in ((form.split(), False), (["--packing"], True), (["--no_packing", "--packing"], True)):
+        assert parse_args(words).packing is expected
+        assert commands.read_options(parser.parse_args([*machine, *words])).packing is expected
+    hyphens = ["--max-length", "2048"]
+    assert commands.read_options(parser.parse_args([*machine, *hyphens])).max_length == 2048
+
+
+def test_help_says_what_no_packing_does(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("lay a micro-batch's rows end to end") == 1
+    assert "--no_packing, --no-packing the same as --packing False" in text
 
 
 def test_deepspeed_config_is_filled_and_contradictions_are_refused(tmp_path):

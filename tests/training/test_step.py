@@ -1,4 +1,4 @@
-"""The step reads nothing back from the device; its report says what it did, one step later and before any save.
+"""The step reads nothing back from the device; its report says what it did, one step later, before any save or failure.
 
 Tensors on the meta device have no values: whatever asks for one fails, as it would wait on a GPU. That covers
 train_step and clip_each; the engine and its model are stand-ins here, so not PsaVLM's forward and not DeepSpeed.
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from psa_fast.training import step as step_module
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.flops import Meter, StageFlops
+from psa_fast.training.loop import _log_unread
 from psa_fast.training.metrics import FIELDS, speed
 from psa_fast.training.step import StepReport, train_step
 
@@ -123,7 +124,7 @@ def report_of(where=("a.jsonl:3",), seconds=2.0, **changes):
     values = torch.tensor([known[name] for name in step_module._VALUES], dtype=torch.float64)
     began, ended = step_module._Moment(torch.device("cpu")), step_module._Moment(torch.device("cpu"))
     ended.time = began.time + seconds
-    return StepReport(7, values, began, ended, 1e-3, all_devices=100.0, where=list(where))
+    return StepReport(7, values, began, ended, 1e-3, all_devices=100.0, micro_batches=3, where=list(where))
 
 
 def test_a_report_says_how_fast_the_step_was(group_of_one):
@@ -131,7 +132,7 @@ def test_a_report_says_how_fast_the_step_was(group_of_one):
     assert set(row) == set(FIELDS)
     assert not stopping
     assert report_of(stop=1.0).read()[1]
-    assert row["step"] == 7
+    assert (row["step"], row["micro_batches"]) == (7, 3)
     assert (row["tokens"], row["supervised_tokens"]) == (30, 8)
     assert row["tokens_per_s"] == pytest.approx(15)
     assert row["samples_per_s"] == pytest.approx(2)
@@ -148,6 +149,28 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_rows(group_of_one):
     # another rank's loss: its own rows are finite
     with pytest.raises(FloatingPointError, match=r"step 7; rows of the batch: $"):
         report_of(loss=float("inf")).read()
+
+
+class Lines(list):
+    """Stands in for MetricsLog."""
+
+    def write(self, row):
+        self.append(row["step"])
+
+
+def test_a_failing_rank_logs_what_was_done_by_itself_and_hides_nothing():
+    # there is no process group here, so a collective would fail
+    bad = {"loss": float("nan"), "own_loss": float("nan")}
+    assert report_of().read_alone(limit=0)["step"] == 7
+    assert report_of(**bad).read_alone(limit=0) is None
+    log = Lines()
+    _log_unread(log, [report_of(), report_of(**bad), report_of()])
+    assert log == [7]
+    stuck = report_of()
+    stuck.ended.event = SimpleNamespace(query=lambda: False)
+    with pytest.raises(TimeoutError, match="has not finished its step"):
+        stuck.read_alone(limit=0.02)
+    _log_unread(None, [report_of()])  # what goes wrong here is not what the run failed of
 
 
 POISON = """
@@ -189,4 +212,5 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite(command, tmp_path):
         assert row["tokens_per_s"] == pytest.approx(row["tokens"] / row["seconds"])
         assert row["samples_per_s"] == pytest.approx(4 / row["seconds"])
         assert 0.1 < row["peak_memory_gb"] < 64
+        assert row["micro_batches"] == 2
     assert "matrix rate measured on rank 0: " in done.stdout

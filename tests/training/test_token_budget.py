@@ -78,6 +78,8 @@ def test_a_budget_changes_neither_losses_nor_weights(command, budgeted, run, fin
     config = partitioned if zero == 3 else f"ds_configs/zero{zero}.json"
     run(budgeted(out, "--deepspeed_config", config, "--save_steps", 2, ranks=2))
     assert_same_run(plain, out)
+    assert len({row["micro_batches"] for row in rows_of(out)}) > 1
+    assert {row["micro_batches"] for row in rows_of(plain)} == {4}
 
 
 def test_a_resumed_run_packs_as_the_whole_one(budgeted, run, finished, partitioned):
