@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import shutil
 import signal
@@ -169,7 +168,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
                 return
     except BaseException:
         if log:
-            _log_unread(log, launched)
+            _log_unread(log, launched, console)
         raise
     finally:
         stop.restore()
@@ -183,14 +182,16 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     console.print(f"stage {config.stage} finished: {config.stage_dir}")
 
 
-def _log_unread(log: MetricsLog, launched: Iterable[StepReport]) -> None:
-    """The steps that were done when the run failed, up to one whose loss is not finite. Never hides the failure."""
-    with contextlib.suppress(Exception):
+def _log_unread(log: MetricsLog, launched: Iterable[StepReport], console: Console) -> None:
+    """Log the steps that were done when the run failed, up to one whose loss is not finite."""
+    try:
         for report in launched:
             row = report.read_alone(limit=_LAST_WAIT)
             if row is None:
                 return
             log.write(row)
+    except Exception as error:  # said, not raised: it must not take the place of the failure
+        console.print(f"the last step's figures are lost: {error}")
 
 
 def build_model(
