@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from psa_fast.training import step as step_module
 from psa_fast.training.config import TrainConfig
@@ -164,13 +165,15 @@ def test_a_failing_rank_logs_what_was_done_by_itself_and_hides_nothing():
     assert report_of().read_alone(limit=0)["step"] == 7
     assert report_of(**bad).read_alone(limit=0) is None
     log = Lines()
-    _log_unread(log, [report_of(), report_of(**bad), report_of()])
+    _log_unread(log, [report_of(), report_of(**bad), report_of()], Console())
     assert log == [7]
     stuck = report_of()
     stuck.ended.event = SimpleNamespace(query=lambda: False)
     with pytest.raises(TimeoutError, match="has not finished its step"):
         stuck.read_alone(limit=0.02)
-    _log_unread(None, [report_of()])  # what goes wrong here is not what the run failed of
+    said = Console(record=True)
+    _log_unread(None, [report_of()], said)  # what goes wrong here is not what the run failed of
+    assert "figures are lost" in said.export_text()
 
 
 POISON = """
