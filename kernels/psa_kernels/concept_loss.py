@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psa_kernels.launch import Specialization, next_power_of_2
+from psa_kernels.launch import Specialization, float32_precision, next_power_of_2
 
 MAX_CLASSES = 64
 MAX_HEADS = 16
@@ -299,54 +299,55 @@ def concept_loss_forward(
     per_head = num_items is not None and num_items.dim() == 1
     stride_items = num_items.stride(0) if num_items is not None and per_head else 0
     items = 0.0 if items is None else float(items)
-    forward_kernel[(programs,)](
-        pooled,
-        weight,
-        bias,
-        targets,
-        class_weights,
-        num_items,
-        logits,
-        dlogits,
-        loss,
-        losses,
-        norms,
-        partials,
-        items,
-        b,
-        e,
-        pooled.stride(0),
-        weight.stride(0),
-        *targets.stride(),
-        stride_items,
-        STARTS=_starts(head_sizes),
-        SMOOTHING=label_smoothing,
-        IGNORE=ignore_index,
-        NORM=norm_from.value,
-        HAS_BIAS=bias is not None,
-        HAS_WEIGHTS=class_weights is not None,
-        NEED_GRAD=need_grad,
-        SINGLE=programs == 1,
-        ACC=_triton_dtype(wide),
-        PRECISION=_precision(pooled),
-        **_forward_config(block_b, c, pooled.element_size(), weight.element_size()),
-    )
-    if programs > 1:
-        finish_kernel[(1,)](
-            partials,
+    with torch.cuda.device_of(pooled):  # Triton launches on the current one
+        forward_kernel[(programs,)](
+            pooled,
+            weight,
+            bias,
+            targets,
+            class_weights,
             num_items,
+            logits,
+            dlogits,
             loss,
             losses,
             norms,
+            partials,
             items,
-            programs,
+            b,
+            e,
+            pooled.stride(0),
+            weight.stride(0),
+            *targets.stride(),
             stride_items,
-            HEADS=heads,
+            STARTS=_starts(head_sizes),
+            SMOOTHING=label_smoothing,
+            IGNORE=ignore_index,
             NORM=norm_from.value,
+            HAS_BIAS=bias is not None,
+            HAS_WEIGHTS=class_weights is not None,
+            NEED_GRAD=need_grad,
+            SINGLE=programs == 1,
             ACC=_triton_dtype(wide),
-            BLOCK=_FINISH_BLOCK,
-            num_warps=1,
+            PRECISION=float32_precision(pooled.dtype),
+            **_forward_config(block_b, c, pooled.element_size(), weight.element_size()),
         )
+        if programs > 1:
+            finish_kernel[(1,)](
+                partials,
+                num_items,
+                loss,
+                losses,
+                norms,
+                items,
+                programs,
+                stride_items,
+                HEADS=heads,
+                NORM=norm_from.value,
+                ACC=_triton_dtype(wide),
+                BLOCK=_FINISH_BLOCK,
+                num_warps=1,
+            )
     return loss, losses, norms, logits, dlogits
 
 
@@ -375,35 +376,36 @@ def concept_loss_backward(
     config = _backward_config(b, c, pooled.element_size())
     if block_rows:
         config["BLOCK_B"] = block_rows
-    backward_kernel[(max(1, triton.cdiv(e, config["BLOCK_E"])),)](
-        grad_loss,
-        grad_losses,
-        grad_logits,
-        dlogits,
-        norms,
-        pooled,
-        weight,
-        dpooled,
-        dweight,
-        dbias,
-        b,
-        e,
-        0 if grad_losses is None else grad_losses.stride(0),
-        *((0, 0) if grad_logits is None else grad_logits.stride()),
-        pooled.stride(0),
-        weight.stride(0),
-        STARTS=_starts(head_sizes),
-        HAS_LOSS=grad_loss is not None,
-        HAS_LOSSES=grad_losses is not None,
-        HAS_LOGITS=grad_logits is not None,
-        NEED_POOLED=needs[0],
-        NEED_WEIGHT=needs[1],
-        NEED_BIAS=needs[2],
-        ACC=_triton_dtype(dlogits.dtype),
-        # 16-bit features are exact in TF32, and the gradient of the logits keeps more digits in it than in their dtype
-        PRECISION="tf32" if pooled.element_size() == 2 else _precision(pooled),
-        **config,
-    )
+    with torch.cuda.device_of(pooled):
+        backward_kernel[(max(1, triton.cdiv(e, config["BLOCK_E"])),)](
+            grad_loss,
+            grad_losses,
+            grad_logits,
+            dlogits,
+            norms,
+            pooled,
+            weight,
+            dpooled,
+            dweight,
+            dbias,
+            b,
+            e,
+            0 if grad_losses is None else grad_losses.stride(0),
+            *((0, 0) if grad_logits is None else grad_logits.stride()),
+            pooled.stride(0),
+            weight.stride(0),
+            STARTS=_starts(head_sizes),
+            HAS_LOSS=grad_loss is not None,
+            HAS_LOSSES=grad_losses is not None,
+            HAS_LOGITS=grad_logits is not None,
+            NEED_POOLED=needs[0],
+            NEED_WEIGHT=needs[1],
+            NEED_BIAS=needs[2],
+            ACC=_triton_dtype(dlogits.dtype),
+            # 16-bit features are exact in TF32, and the gradient of the logits keeps more digits in it than in their dtype
+            PRECISION="tf32" if pooled.element_size() == 2 else float32_precision(pooled.dtype),
+            **config,
+        )
     return dpooled, dweight, dbias
 
 
@@ -439,10 +441,6 @@ def _starts(head_sizes: Sequence[int]) -> tuple[int, ...]:
 def _rows(x: Tensor) -> Tensor:
     """With neighbouring columns; the rows may be anywhere."""
     return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _precision(x: Tensor) -> str:
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _triton_dtype(dtype: torch.dtype) -> tl.dtype:

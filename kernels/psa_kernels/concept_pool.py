@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
-from psa_kernels.launch import Specialization, next_power_of_2
+from psa_kernels.launch import Specialization, float32_precision, interpreted, next_power_of_2
 from psa_kernels.results import Pooled, PoolGrads
 
 
@@ -48,6 +49,11 @@ def default_config(bytes_per_element: int, rows: int) -> PoolConfig:
     return FEW_ROWS if rows <= 16 else MANY_ROWS
 
 
+# tl.exp and "/" spend half their instructions on subnormal numbers and on divisors beyond 2**126, which a sigmoid does
+# not need: its own cost, not the memory, would limit the kernels. The interpreter has no libdevice.
+_LIBDEVICE = tl.constexpr(not interpreted())
+
+
 @triton.jit
 def _activate(x, bias_ptr, channel, channels, SILU: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr):
     """x [keys, channels] in ACC, plus bias; returns (act(x), d act / dx)."""
@@ -56,13 +62,16 @@ def _activate(x, bias_ptr, channel, channels, SILU: tl.constexpr, HAS_BIAS: tl.c
         x += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(ACC)[None, :]
     slope = x * 0.0 + 1.0
     if SILU:
-        gate = 1.0 / (1.0 + tl.exp(-x))
+        if _LIBDEVICE:
+            gate = libdevice.fast_dividef(1.0, 1.0 + libdevice.fast_expf(-x))
+        else:
+            gate = 1.0 / (1.0 + tl.exp(-x))
         slope = gate * (1.0 + x * (1.0 - gate))
         x = x * gate
     return x, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def scores(
     tokens_ptr, features_ptr, bias_ptr, token_query_ptr, feature_query_ptr, offset_ptr, mask_ptr,
     token_sum_ptr, feature_sum_ptr, mass_ptr,
@@ -204,7 +213,7 @@ def pool(
         tl.store(mass_ptr + own_row, mass.to(mass_ptr.dtype.element_ty), mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def pool_grad(
     tokens_ptr, features_ptr, bias_ptr, feature_query_ptr, feature_sum_grad_ptr,
     scores_ptr, scores_grad_ptr, lse_ptr, delta_ptr,
@@ -297,7 +306,6 @@ def pool_forward(
     bias: Tensor | None,
     silu: bool,
     mask: Tensor | None,
-    precision: str = "ieee",
     config: PoolConfig | None = None,
 ) -> Pooled:
     """Launch `scores` and `pool`.
@@ -344,7 +352,6 @@ def pool_backward(
     bias: Tensor | None,
     silu: bool,
     pooled: Pooled,
-    precision: str = "ieee",
     config: PoolConfig | None = None,
 ) -> PoolGrads:
     """Launch `scores` with the gradients as queries, then `pool_grad`; the tokens' gradient is two matrix products.
