@@ -28,7 +28,8 @@ from psa_kernels.results import Pooled, PoolGrads
 class PoolConfig:
     """Keys and channels of a tile of features in `scores`, `pool` and `pool_grad`; warps and pipeline stages.
 
-    `pool_grad` holds twice as much in registers as the others and has tiles and stages of its own.
+    `pool_grad` holds twice as much in registers as the others: a smaller tile, and more blocks on a multiprocessor in
+    place of a longer pipeline.
     """
 
     score_keys: int = 32
@@ -38,13 +39,13 @@ class PoolConfig:
     grad_channels: int = 64
     num_warps: int = 4
     num_stages: int = 4
-    grad_stages: int = 3
+    grad_stages: int = 2
 
 
 FEW_ROWS = PoolConfig()
 MANY_ROWS = PoolConfig(score_channels=64, pool_keys=16, pool_channels=64, num_warps=8, num_stages=3)
 # exact fp32 products are not tensor core instructions: larger tiles would spill
-FP32 = PoolConfig(16, 32, 16, 32, 32, num_stages=2, grad_stages=2)
+FP32 = PoolConfig(16, 32, 16, 32, 32, num_stages=2)
 
 # keys that a program of the softmax takes at once; the paper's 640 are one block
 SOFTMAX_KEYS = 1024

@@ -227,7 +227,7 @@ def pool_grad(
     sum_grad = tl.load(feature_sum_grad_ptr + place, mask=place_ok, other=0.0)
 
     query_grad = tl.zeros([BLOCK_R, BLOCK_E], dtype=ACC)
-    bias_grad = tl.zeros([BLOCK_E], dtype=ACC)
+    bias_grad = tl.zeros([BLOCK_S, BLOCK_E], dtype=ACC)
     for start in range(0, s1, BLOCK_S):
         key = start + lane
         key_ok = key < s1
@@ -246,14 +246,14 @@ def pool_grad(
         if SILU:
             grad *= slope
         if HAS_BIAS:
-            bias_grad += tl.sum(tl.where(inside, grad, 0.0), 0)
+            bias_grad += grad  # 0 outside, as p and ds are
         tl.store(
             features_grad_ptr + (sample * s1 + here) * channels + channel[None, :],
             grad.to(features_grad_ptr.dtype.element_ty), mask=inside,
         )  # fmt: skip
     tl.store(feature_query_grad_ptr + place, query_grad.to(feature_query_grad_ptr.dtype.element_ty), mask=place_ok)
     if HAS_BIAS:
-        tl.store(bias_grad_ptr + sample * channels + channel, bias_grad, mask=ok)
+        tl.store(bias_grad_ptr + sample * channels + channel, tl.sum(bias_grad, 0), mask=ok)
 
     query_grad = tl.zeros([BLOCK_R, BLOCK_E], dtype=ACC)
     for start in range(0, s0, BLOCK_S):
