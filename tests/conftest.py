@@ -7,6 +7,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# without it every cuBLAS product raises under torch.use_deterministic_algorithms, which tests use to poison torch.empty
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture

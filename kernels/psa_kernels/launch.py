@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
+import triton.language as tl
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 
@@ -42,3 +44,20 @@ def interpreted() -> bool:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return triton.next_power_of_2(n)
+
+
+def float32_precision(dtype: torch.dtype) -> str:
+    """tl.dot's input_precision for operands of `dtype`: "tf32" for fp32 where torch's own CUDA products use it."""
+    # reading the older allow_tf32 raises in a program that has set this one
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums over values of `dtype` are kept in: fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def triton_dtype(accumulator: torch.dtype) -> tl.dtype:
+    """Triton's name of an accumulator's dtype, fp32 or fp64."""
+    return tl.float64 if accumulator == torch.float64 else tl.float32

@@ -16,6 +16,8 @@ Activation = Literal["silu"]
 
 # elements of a chunk of features on the CPU: 16 MB in fp32, so that its second reading comes from the cache
 _CHUNK_ELEMENTS = 1 << 22
+# samples are the second dimension of the kernels' grids
+_MOST_SAMPLES = 65535
 
 
 def check_features(features: Tensor, activation: str | None, features_mask: Tensor | None) -> None:
@@ -34,6 +36,8 @@ def resolve_rows(backend: Backend, features: Tensor, rows: int) -> Literal["torc
         limit = f"the pool takes at most {most} rows (queries x heads) a sample in {features.dtype}, got {rows}"
     elif features.device.type == "cuda" and features.dtype == torch.float64:
         limit = "the kernels of the pool have no fp64 products"
+    elif features.shape[0] > _MOST_SAMPLES:
+        limit = f"the pool takes at most {_MOST_SAMPLES} samples, got {features.shape[0]}"
     return within(resolve(backend, features), backend, limit)
 
 
@@ -61,7 +65,6 @@ def pool_forward(
             None if feature_bias is None else feature_bias.contiguous(),
             silu,
             None if features_mask is None else features_mask.contiguous(),
-            _precision(features),
         )
     b, s1, e = features.shape
     s0, r = tokens.shape[0], token_query.shape[1]
@@ -118,7 +121,6 @@ def pool_backward(
             None if feature_bias is None else feature_bias.contiguous(),
             silu,
             pooled,
-            _precision(features),
         )
     b, s1, e = features.shape
     s0, r = tokens.shape[0], token_query.shape[1]
@@ -181,7 +183,3 @@ def _activated(features: Tensor, bias: Tensor | None, silu: bool) -> Iterator[tu
 def _rows(tensor: Tensor) -> Tensor:
     """With channels of stride 1, as the kernels read them."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _precision(tensor: Tensor) -> str:
-    return "tf32" if tensor.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "ieee"

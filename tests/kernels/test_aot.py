@@ -68,26 +68,37 @@ def test_the_harness_catches_what_it_is_for(tmp_path):
     assert "does not compile" in faults("does_not_compile")[90]
 
 
-def names_in(module) -> tuple[set[str], set[str]]:
-    """Functions a kernel module launches (`kernel[grid](...)`), and its functions under @triton.jit."""
-    nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text())))
+FILES = [importlib.import_module(f"psa_kernels.{p.stem}") for p in Path(psa_kernels.__path__[0]).glob("[!_]*.py")]
+
+
+def launched(module) -> set[str]:
+    """Kernels a module launches, as `kernel[grid](...)`."""
+    nodes = ast.walk(ast.parse(Path(module.__file__).read_text()))
     subscripted = [n.func.value for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
-    launched = {n.id for n in subscripted if isinstance(n, ast.Name)}
-    jitted = {
-        n.name
-        for n in nodes
-        if isinstance(n, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in n.decorator_list)
+    names = {n.id for n in subscripted if isinstance(n, ast.Name)}
+    return {name for name in names if hasattr(getattr(module, name, None), "arg_names")}
+
+
+def jitted(module) -> dict[str, set[str]]:
+    """Functions under @triton.jit, each with the names it calls."""
+    nodes = ast.walk(ast.parse(Path(module.__file__).read_text()))
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef)]
+    return {
+        f.name: {c.func.id for c in ast.walk(f) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)}
+        for f in functions
+        if any("jit" in ast.unparse(d) for d in f.decorator_list)
     }
-    return launched & jitted, jitted
 
 
-@pytest.mark.parametrize("file", sorted(p.stem for p in Path(psa_kernels.__path__[0]).glob("[!_]*.py")))
-def test_every_launched_kernel_is_compiled_ahead_of_time(file):
-    module = importlib.import_module(f"psa_kernels.{file}")
-    launched, jitted = names_in(module)
-    specialized = {spec.kernel.__name__ for spec in getattr(module, "SPECIALIZATIONS", ())}
-    assert not jitted or launched, f"{file} has kernels and launches none of them as kernel[grid](...)"
-    assert launched == specialized
-    for spec in getattr(module, "SPECIALIZATIONS", ()):
+@pytest.mark.parametrize("module", FILES, ids=lambda module: module.__name__)
+def test_every_launched_kernel_is_compiled_ahead_of_time(module):
+    specializations = getattr(module, "SPECIALIZATIONS", ())
+    assert launched(module) == {spec.kernel.__name__ for spec in specializations}
+    for spec in specializations:
         assert list(spec.signature) == list(spec.kernel.arg_names), spec.name
         assert {k for k, v in spec.signature.items() if v == "constexpr"} == set(spec.constexprs), spec.name
+
+
+def test_every_kernel_is_launched_or_called_by_one():
+    used = set().union(*(launched(module) for module in FILES), *(c for m in FILES for c in jitted(m).values()))
+    assert {name for module in FILES for name in jitted(module)} <= used

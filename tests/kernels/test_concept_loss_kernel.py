@@ -300,7 +300,9 @@ def test_error_budget_and_determinism(b, dtype, weight_dtype):
 
     truth = run(lambda i: oracle(i, targets), wide)
     ours, again, theirs = run(fused, leaves), run(fused, leaves), run(same_dtype, eager)
+    # exact fp32 products are added one after the other, where cuBLAS splits the sum: the root of its length counts
+    roundings = 4096**0.5 if dtype == torch.float32 else 1
     for x, y, z, t in zip(ours, again, theirs, truth, strict=True):
         assert torch.equal(x, y)
-        eps = torch.finfo(dtype).eps * t.abs().max()
+        eps = roundings * torch.finfo(dtype).eps * t.abs().max()
         assert (x - t).abs().max() <= 2 * (z - t).abs().max() + eps

@@ -92,6 +92,9 @@ def within_budget(inputs, mask, backend):
     eager = (*plain, *gradients(plain, plain_leaves))
     expected, references = exact(inputs, mask)
     eps = torch.finfo(inputs[1].dtype).eps
+    if inputs[1].dtype == torch.float32:
+        # exact fp32 products are added one after the other, where cuBLAS splits the sum: the root of its length counts
+        eps *= inputs[1].shape[-1] ** 0.5
     for g, low, x in zip((*got, *grads), eager, (*expected, *references), strict=True):
         if x.numel():
             error, allowed = (g.double() - x).abs().max(), (low.double() - x).abs().max()

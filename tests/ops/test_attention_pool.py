@@ -137,6 +137,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_replaces_the_attention_of_a_pooling_head():
     """The example of docs/ops/attention_pool.md on a pooling head that others use."""
+    pytest.importorskip("transformers")
     from transformers import SiglipVisionConfig
     from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 

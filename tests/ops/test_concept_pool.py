@@ -133,6 +133,23 @@ def test_attention_pool_under_opcheck_and_compile(readout):
         torch.testing.assert_close(g, x)
 
 
+@pytest.mark.gpu
+def test_gpu_opcheck_and_inductor():
+    """What inductor is told about the kernels' results (strides, dtypes) is what they return."""
+    inputs, mask = draw(2, 4, 3, 20, 32, dtype=torch.float32)
+    args = [None if x is None else x.detach().to("cuda").requires_grad_() for x in inputs]
+    torch.library.opcheck(torch.ops.psa_fast.concept_pool.default, (*args, True, mask.to("cuda"), "triton"))
+    module = Readout(32, 4).to("cuda")
+    shapes = (2, 1, 32), (3, 32), (2, 20, 32)
+    query, tokens, features = (torch.randn(s, device="cuda", requires_grad=True) for s in shapes)
+    got = torch.compile(module.fused, fullgraph=True)(query, tokens, features, None, "triton")
+    expected = module.fused(query, tokens, features, None, "triton")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    wanted = [query, tokens, features, *module.parameters()]
+    for g, x in zip(torch.autograd.grad(got.sum(), wanted), torch.autograd.grad(expected.sum(), wanted), strict=True):
+        torch.testing.assert_close(g, x, rtol=1e-4, atol=1e-4)
+
+
 def test_what_does_not_fit_is_refused():
     inputs, mask = draw()
     with pytest.raises(ValueError, match=r"token_query must be \[3, 5, 12\]"):
