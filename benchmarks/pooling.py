@@ -106,22 +106,25 @@ class Attention:
         return (value.detach(), *grads)
 
 
-def pool_inputs(batch: int, **make) -> list[Tensor]:
-    """Of `concept_pool`: tokens, features, the queries for either, the features' offset and bias."""
+def pool_inputs(batch: int, silu: bool, **make) -> list[Tensor]:
+    """Of `concept_pool`: tokens, features, the queries for either, the features' offset, and with `silu` their bias."""
     torch.manual_seed(0)
     rows = (batch, HEADS)
-    shapes = ((TOKENS, E), (batch, FEATURES, E), (*rows, E), (*rows, E), rows, (E,))
+    shapes = ((TOKENS, E), (batch, FEATURES, E), (*rows, E), (*rows, E), rows, (E,))[: 6 if silu else 5]
     scales = (1, 1, E**-0.5, E**-0.5, 1, 1)
-    return [
-        torch.randn(shape, **make).mul_(scale).requires_grad_() for shape, scale in zip(shapes, scales, strict=True)
-    ]
+    return [torch.randn(s, **make).mul_(scale).requires_grad_() for s, scale in zip(shapes, scales, strict=False)]
 
 
 def plain_pool(
-    tokens: Tensor, features: Tensor, token_query: Tensor, feature_query: Tensor, offset: Tensor, bias: Tensor
+    tokens: Tensor,
+    features: Tensor,
+    token_query: Tensor,
+    feature_query: Tensor,
+    offset: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Both sums and the features' mass [B, R, 2E + 1], in plain torch."""
-    x = F.silu(features + bias)
+    """Both sums and the features' mass [B, R, 2E + 1], in plain torch; with a bias, of SiLU(features + bias)."""
+    x = features if bias is None else F.silu(features + bias)
     scores = torch.cat([token_query @ tokens.t(), feature_query @ x.transpose(1, 2) + offset.unsqueeze(-1)], dim=-1)
     p0, p1 = scores.softmax(-1).split([tokens.shape[0], x.shape[1]], dim=-1)
     return torch.cat([p0 @ tokens, p1 @ x, p1.sum(-1, keepdim=True)], dim=-1)
@@ -133,11 +136,12 @@ def our_pool(
     token_query: Tensor,
     feature_query: Tensor,
     offset: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The same of `concept_pool`."""
+    activation = None if bias is None else "silu"
     out = concept_pool(
-        tokens, features, token_query, feature_query, offset, feature_bias=bias, activation="silu", backend=backend
+        tokens, features, token_query, feature_query, offset, feature_bias=bias, activation=activation, backend=backend
     )
     return torch.cat([out.token_sum, out.feature_sum, out.mass.unsqueeze(-1).to(features.dtype)], dim=-1)

@@ -33,20 +33,21 @@ def compiled(form):
     return torch.compile(form, dynamic=False)
 
 
+@pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize("batch", [16, 32, 64] if CUDA else BATCHES)
-def test_concept_pool(benchmark, capsys, batch):
+def test_concept_pool(benchmark, capsys, batch, silu):
     functions = {"plain, autograd": plain_pool, "ours": our_pool}
     if CUDA:
         functions |= {"plain, compiled": compiled(plain_pool), "ours in torch": partial(our_pool, backend="torch")}
-    leaves = pool_inputs(2, **MAKE)
+    leaves = pool_inputs(2, silu, **MAKE)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     value = plain_pool(*exact)
     expected = (value.detach(), *torch.autograd.grad(value.sum(), exact))
     forms = {name: partial(function, *leaves) for name, function in functions.items()}
     right, wrong = check(forms, leaves, expected, POOL_TOLERANCE)
-    leaves = pool_inputs(batch, **MAKE)
+    leaves = pool_inputs(batch, silu, **MAKE)
     forms = {name: partial(functions[name], *leaves) for name in right}
-    title = f"concept pool, B={batch}, {DEVICE}"
+    title = f"concept pool{' of SiLU(features + bias)' if silu else ''}, B={batch}, {DEVICE}"
     climb(benchmark, capsys, title, forms, leaves, POOL_ROUNDS, batch * FEATURE_BYTES, wrong)
 
 
