@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 DEMO := runs/demo
 # the world the demo reports on; never used to choose anything
 DEMO_SEED := 20261
-BENCH := runs/bench
+BENCH ?= runs/bench
 GPU_PYTHON ?= python3
 
 .PHONY: help demo ablation test lint bench gpu compare profile clean
@@ -67,17 +67,27 @@ bench: $(STAMP)
 	python benchmarks/report.py $(BENCH)/bench.json
 
 # offline, with whatever python has torch, triton, pytest and pytest-benchmark installed: GPU machines bring their own
-gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+gpu gpu-tests gpu-bench: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+.PHONY: gpu-ready gpu-tests gpu-bench
 gpu:
-	@$(GPU_PYTHON) -c 'import torch, triton, pytest, pytest_benchmark' || { echo "make gpu: $(GPU_PYTHON) misses the package above; set GPU_PYTHON to a python that has it"; exit 1; }
+	@$(MAKE) --no-print-directory --keep-going gpu-tests gpu-bench
+
+gpu-ready:
+	@$(GPU_PYTHON) -c 'import torch, triton, pytest, pytest_benchmark' || { echo "make gpu: $(GPU_PYTHON) cannot import what is named above; set GPU_PYTHON to a python that can"; exit 1; }
 	@$(GPU_PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { echo "make gpu: torch of $(GPU_PYTHON) finds no CUDA device; 'make bench' runs on the CPU"; exit 1; }
-	mkdir -p $(BENCH)
-	tests="tests/kernels tests/ops"; \
-	if $(GPU_PYTHON) -c 'import transformers, deepspeed, liger_kernel' 2>/dev/null; then tests="$$tests tests/training/test_language_model.py"; \
-	else echo "left out: tests/training/test_language_model.py, which needs transformers, deepspeed and liger-kernel"; fi; \
-	$(GPU_PYTHON) -m pytest -m gpu $$tests --junitxml $(BENCH)/gpu-tests.xml; tested=$$?; \
-	rm -f $(BENCH)/gpu.json; $(GPU_PYTHON) -m pytest benchmarks/test_ops.py --benchmark-json $(BENCH)/gpu.json; timed=$$?; \
-	test -s $(BENCH)/gpu.json && $(GPU_PYTHON) benchmarks/report.py $(BENCH)/gpu.json && exit $$((tested + timed))
+	@mkdir -p $(BENCH)
+
+# the kernels' and ops' tests all run there; of the rest only those that need a GPU
+gpu-tests: gpu-ready
+	$(GPU_PYTHON) -m pytest tests/kernels tests/ops --junitxml $(BENCH)/gpu-tests.xml
+	@if $(GPU_PYTHON) -c 'import liger_kernel, psa_fast.training.language_model, psa_fast.models'; \
+	then $(GPU_PYTHON) -m pytest -m gpu tests/training/test_language_model.py; \
+	else echo "left out: tests/training/test_language_model.py, which needs what is named above"; fi
+
+gpu-bench: gpu-ready
+	rm -f $(BENCH)/gpu.json
+	$(GPU_PYTHON) -m pytest benchmarks/test_ops.py --benchmark-json $(BENCH)/gpu.json; timed=$$?; \
+	test -s $(BENCH)/gpu.json && $(GPU_PYTHON) benchmarks/report.py $(BENCH)/gpu.json && exit $$timed
 
 compare: $(STAMP)
 	mkdir -p runs

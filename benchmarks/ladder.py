@@ -6,6 +6,8 @@ The ratios survive the machine's other load, the times do not. A form whose resu
 from __future__ import annotations
 
 import functools
+import gc
+import math
 import os
 import shutil
 import statistics
@@ -13,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +26,17 @@ Form = Callable[[], Tensor]
 
 
 def relative_errors(form: Form, leaves: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest error of a form's value and gradients, in the norm and relative to the expected ones (fp64)."""
+    """The largest error of a form's value and gradients, in the norm and relative to the expected ones (fp64).
+
+    Infinite where anything is NaN.
+    """
     value = form()
     got = (value.detach(), *torch.autograd.grad(value.sum(), list(leaves), materialize_grads=True, allow_unused=True))
     scale = max(e.norm().item() for e in expected[1:])
-    worst = 0.0
-    for g, e in zip(got, expected, strict=True):
-        # a gradient that is nothing beside the others is compared with those
-        worst = max(worst, ((g.double() - e).norm() / max(e.norm().item(), 1e-6 * scale)).item())
-    return worst
+    # a gradient that is nothing beside the others is compared with those
+    pairs = zip(got, expected, strict=True)
+    errors = [((g.double() - e).norm() / max(e.norm().item(), 1e-6 * scale)).item() for g, e in pairs]
+    return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def check(
@@ -105,16 +110,15 @@ def climb(
         form = forms[name]
         rows[name] = {"ms": seconds * 1e3, "ratio": seconds / medians["ours"], "peak_mb": peak_memory(form, leaves)}
         if CUDA:
-            rows[name] |= gpu_times(form, leaves)
-            if bytes_moved:
-                # the host's launches are no part of the bandwidth, where a graph can leave them out
-                best = rows[name]["graph_ms"] or rows[name]["ms"]
-                rows[name]["of_copy_bandwidth"] = bytes_moved / (best * 1e-3) / copy_bandwidth()
+            found = gpu_times(form, leaves)
+            rows[name] |= found
+            if bytes_moved and found["graph_cold_ms"]:
+                rows[name]["of_copy_bandwidth"] = bytes_moved / (found["graph_cold_ms"] * 1e-3) / copy_bandwidth()
     benchmark.extra_info |= {"title": title, "rows": rows, "wrong": wrong or {}, **where()}
     with capsys.disabled():
         print(f"\n{title}")
         for name, row in rows.items():
-            values = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if v is not None)
+            values = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in row.items() if v)
             print(f"  {name:34s}{values}")
         for name, reason in (wrong or {}).items():
             print(f"  {name:34s}{reason}")
@@ -148,32 +152,41 @@ def _peak_on_cpu(form: Form, leaves: Sequence[Tensor]) -> float:
     return peak / 2**20
 
 
-def gpu_times(form: Form, leaves: Sequence[Tensor], rounds: int = 30) -> dict[str, float | None]:
-    """Milliseconds with nothing of the inputs in the L2 cache, and captured in a graph (None where it cannot be)."""
+def gpu_times(form: Form, leaves: Sequence[Tensor], rounds: int = 30) -> dict[str, Any]:
+    """Milliseconds with nothing of the inputs in the L2 cache, host included; and of a graph, with and without them.
+
+    A graph's times are the device's alone: other work is queued before it, so that its launch waits for nothing. Where
+    none can be captured they are None and `no_graph` says why.
+    """
     flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
     cold = []
     for _ in range(rounds):
         flush.zero_()
         torch.cuda.synchronize()
         cold.append(timed(form, leaves))
+    times: dict[str, Any] = {"cold_ms": statistics.median(cold) * 1e3, "graph_ms": None, "graph_cold_ms": None}
     graph = _captured(form, leaves)
-    if graph is None:
-        return {"cold_ms": statistics.median(cold) * 1e3, "graph_ms": None}
-    warm = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        warm.append(start.elapsed_time(end))
-    return {"cold_ms": statistics.median(cold) * 1e3, "graph_ms": statistics.median(warm)}
+    if isinstance(graph, str):
+        return times | {"no_graph": graph}
+    for column, before in (("graph_ms", graph.replay), ("graph_cold_ms", flush.zero_)):
+        found = []
+        for _ in range(rounds):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before()
+            start.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(start.elapsed_time(end))
+        times[column] = statistics.median(found)
+    return times
 
 
-def _captured(form: Form, leaves: Sequence[Tensor]) -> torch.cuda.CUDAGraph | None:
-    """The form's run as a graph, or None where that cannot be, with the reason printed."""
+def _captured(form: Form, leaves: Sequence[Tensor]) -> torch.cuda.CUDAGraph | str:
+    """The form's run as a graph, or why there can be none."""
     for leaf in leaves:
         leaf.grad = None
+    gc.collect()  # what an earlier form left in a cycle may hold gradients' nodes of another stream
     graph = torch.cuda.CUDAGraph()
     try:
         # a form that waits for the device is found here: a capture that fails can spoil the process's random numbers
@@ -185,8 +198,7 @@ def _captured(form: Form, leaves: Sequence[Tensor]) -> torch.cuda.CUDAGraph | No
         with torch.cuda.graph(graph):
             form().sum().backward()
     except RuntimeError as reason:
-        print(f"no graph: {str(reason).splitlines()[0]}")
-        return None
+        return str(reason).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
@@ -212,15 +224,14 @@ def copy_bandwidth() -> float:
 def where() -> dict[str, object]:
     """Hardware, versions and commit."""
     root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root, check=False)
     found: dict[str, object] = {"torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(DTYPE)}
-    found["commit"] = commit.stdout.strip() or None
+    # a copy of the tree without its history says the commit in PSA_COMMIT
+    found["commit"] = os.environ.get("PSA_COMMIT") or _said_by("git", "-C", str(root), "rev-parse", "HEAD")
     if CUDA:
         import triton
 
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
-        found |= {"triton": triton.__version__, "cuda": torch.version.cuda, "driver": driver and driver.stdout.strip()}
+        driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found |= {"triton": triton.__version__, "cuda": torch.version.cuda, "driver": driver}
         found["device"] = torch.cuda.get_device_name()
     else:
         cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -228,3 +239,10 @@ def where() -> dict[str, object]:
         settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("MALLOC_"))
         found["malloc"] = " ".join(settings) or "default"
     return found
+
+
+def _said_by(*command: str) -> str | None:
+    """What a program prints, or None where there is none or it fails."""
+    if not shutil.which(command[0]):
+        return None
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None

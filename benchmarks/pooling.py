@@ -20,7 +20,7 @@ HEAD_SIZES = (7, 4)
 
 
 class Attention:
-    """nn.MultiheadAttention's weights, and with `readout` the last bias, SiLU and Linear of the projector before it."""
+    """nn.MultiheadAttention; with `readout` behind the projector's last bias, SiLU and Linear, and with the heads."""
 
     def __init__(self, batch: int, readout: bool = False):
         torch.manual_seed(0)
@@ -28,7 +28,7 @@ class Attention:
         self.mha = nn.MultiheadAttention(E, HEADS, batch_first=True, **MAKE)
         self.feature_bias = nn.Parameter(torch.randn(E, **MAKE).div(64)) if readout else None
         self.readout = nn.Linear(E, E, **MAKE) if readout else None
-        self.heads = nn.Linear(E, sum(HEAD_SIZES), **MAKE)
+        self.heads = nn.Linear(E, sum(HEAD_SIZES), **MAKE) if readout else None
         self.query = torch.randn(batch, TEXT, E, **MAKE).requires_grad_()
         self.tokens = torch.randn(TOKENS, E, **MAKE).requires_grad_()
         self.features = torch.randn(batch, FEATURES, E, **MAKE).requires_grad_()
@@ -36,9 +36,10 @@ class Attention:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """Everything that gets a gradient but the heads."""
-        readout = [] if self.readout is None else [self.feature_bias, *self.readout.parameters()]
-        return [self.query, self.tokens, self.features, *self.mha.parameters(), *readout]
+        """Everything that gets a gradient."""
+        around = [] if self.feature_bias is None else [self.feature_bias]
+        modules = [m for m in (self.mha, self.readout, self.heads) if m is not None]
+        return [self.query, self.tokens, self.features, *around, *(p for m in modules for p in m.parameters())]
 
     def read(self) -> Tensor:
         """The features, behind the projector's last layer where there is one."""
@@ -92,17 +93,16 @@ class Attention:
 
     def exact(self, form: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         """Value and gradients of a form in fp64."""
-        inputs = [self.query, self.tokens, self.features]
-        modules = [m for m in (self.mha, self.readout, self.heads) if m is not None]
-        tensors = [*inputs, *([] if self.feature_bias is None else [self.feature_bias])]
-        tensors += [p for module in modules for p in module.parameters()]
-        low = [t.data for t in tensors]
-        for t in tensors:
-            t.data = t.data.double()
-        value = form()
-        grads = torch.autograd.grad(value.sum(), self.leaves, materialize_grads=True, allow_unused=True)
-        for t, data in zip(tensors, low, strict=True):
-            t.data = data
+        leaves = self.leaves
+        low = [t.data for t in leaves]
+        try:
+            for t in leaves:
+                t.data = t.data.double()
+            value = form()
+            grads = torch.autograd.grad(value.sum(), leaves, materialize_grads=True, allow_unused=True)
+        finally:
+            for t, data in zip(leaves, low, strict=True):
+                t.data = data
         return (value.detach(), *grads)
 
 

@@ -19,6 +19,7 @@ COLUMNS = {
     "ms": "ms",
     "cold_ms": "ms, cold L2",
     "graph_ms": "ms, graph",
+    "graph_cold_ms": "ms, graph, cold L2",
     "ratio": "ratio",
     "of_copy_bandwidth": "of copy bandwidth",
     "peak_mb": "MB above inputs",
@@ -38,6 +39,9 @@ def markdown(ladders: list[dict[str, Any]]) -> str:
             cells = ("-" if row.get(c) is None else f"{row[c]:.4g}" for c in columns)
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines += [f"| {name} | {reason} |" for name, reason in ladder["wrong"].items()]
+        reasons = {name: row["no_graph"] for name, row in rows.items() if "no_graph" in row}
+        if reasons:
+            lines += ["", *(f"No graph of {name}: {reason}" for name, reason in reasons.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -64,7 +68,12 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="FILE", help="file for the numbers alone")
     args = parser.parse_args()
     path: Path = args.json
-    ladders = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
+    benchmarks = json.loads(path.read_text())["benchmarks"]
+    ladders = [b["extra_info"] for b in benchmarks if "rows" in b["extra_info"]]
+    for left_out in (b["name"] for b in benchmarks if "rows" not in b["extra_info"]):
+        print(f"left out: {left_out}, which failed after its first time")
+    if not ladders:
+        raise SystemExit(f"{path} holds no ladder")
     if args.keep:
         args.keep.write_text(json.dumps({"benchmarks": [{"extra_info": x} for x in ladders]}, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(ladders))

@@ -88,7 +88,7 @@ def test_bottleneck_from_preactivations_to_loss(benchmark, capsys, batch):
     case = Attention(batch, readout=True)
     forms = {name: partial(functions[name], case) for name in right}
     title = f"bottleneck from pre-activations to loss, B={batch}, {DEVICE}"
-    climb(benchmark, capsys, title, forms, [*case.leaves, *case.heads.parameters()], POOL_ROUNDS, wrong=wrong)
+    climb(benchmark, capsys, title, forms, case.leaves, POOL_ROUNDS, wrong=wrong)
 
 
 def plain_concept_loss(pooled, weight, bias, targets, class_weights, label_smoothing):

@@ -49,6 +49,7 @@ FP32 = PoolConfig(16, 32, 16, 32, 32, num_stages=2)
 
 # keys that a program of the softmax takes at once; the paper's 640 are one block
 SOFTMAX_KEYS = 1024
+SOFTMAX_LAUNCH = {"num_warps": 4, "num_stages": 2}
 
 
 def default_config(bytes_per_element: int, rows: int) -> PoolConfig:
@@ -89,7 +90,9 @@ def pool_forward(
     )
     with torch.cuda.device_of(features):  # Triton launches on the current one
         _launch_scores(tokens, features, token_query, feature_query, feature_offset, bias, silu, mask, score, config)
-        softmax[(batch * rows,)](score, p, out.mass, out.lse, s0, s1, BLOCK_N=SOFTMAX_KEYS, ACC=triton_dtype(acc))
+        softmax[(batch * rows,)](
+            score, p, out.mass, out.lse, s0, s1, BLOCK_N=SOFTMAX_KEYS, ACC=triton_dtype(acc), **SOFTMAX_LAUNCH
+        )
         pool[(triton.cdiv(channels, config.pool_channels), batch)](
             tokens, features, bias, p, out.token_sum, out.feature_sum,
             s0, s1, rows, channels, tokens.stride(0), features.stride(0), features.stride(1),
@@ -134,7 +137,7 @@ def pool_backward(
         )
         softmax_grad[(batch * rows,)](
             pooled.scores, scores_grad, pooled.lse, p, ds, offset_grad, s0, s1,
-            BLOCK_N=SOFTMAX_KEYS, ACC=triton_dtype(acc),
+            BLOCK_N=SOFTMAX_KEYS, ACC=triton_dtype(acc), **SOFTMAX_LAUNCH,
         )  # fmt: skip
         pool_grad[(triton.cdiv(channels, config.grad_channels), batch)](
             tokens, features, bias, feature_query, feature_sum_grad, p, ds,
@@ -189,14 +192,15 @@ def _row_block(rows: int) -> int:
     return max(16, next_power_of_2(rows))
 
 
-# element type, rows, and whether all that is optional is on, as in the concept bottleneck
+# element type, rows, whether all that is optional is on, as in the concept bottleneck, and the products' precision
 _SHIPPED = (
-    ("bf16", 16, True),
-    ("bf16", 16, False),
-    ("bf16", 32, True),
-    ("fp16", 16, True),
-    ("fp32", 16, True),
-    ("fp32", 16, False),
+    ("bf16", 16, True, "ieee"),
+    ("bf16", 16, False, "ieee"),
+    ("bf16", 32, True, "ieee"),
+    ("fp16", 16, True, "ieee"),
+    ("fp32", 16, True, "ieee"),
+    ("fp32", 16, False, "ieee"),
+    ("fp32", 16, True, "tf32"),
 )
 
 
@@ -204,14 +208,20 @@ def _specializations() -> tuple[Specialization, ...]:
     found = []
     sizes = ("s0", "s1", "rows", "channels", "token_blocks", "token_stride", "sample_stride", "feature_stride")
     always = ("out_ptr", "scores_ptr", "scores_grad_ptr", "mass_ptr", "lse_ptr", "offset_grad_ptr")
-    for element, rows, full in _SHIPPED:
+    for element, rows, full, precision in _SHIPPED:
         c = default_config(4 if element == "fp32" else 2, rows)
         x, acc = f"*{element}", "*fp32"
         types = dict.fromkeys(sizes, "i32") | dict.fromkeys(always, acc)
         types |= dict.fromkeys(("bias_ptr", "bias_grad_ptr", "offset_ptr", "mask_ptr"), "constexpr")
         if full:
             types |= {"bias_ptr": x, "bias_grad_ptr": acc}
-        shared = {"SILU": full, "HAS_BIAS": full, "BLOCK_R": _row_block(rows), "ACC": tl.float32, "PRECISION": "ieee"}
+        shared = {
+            "SILU": full,
+            "HAS_BIAS": full,
+            "BLOCK_R": _row_block(rows),
+            "ACC": tl.float32,
+            "PRECISION": precision,
+        }
         tile = {"BLOCK_S": c.score_keys, "BLOCK_E": c.score_channels}
         masked = types | ({"offset_ptr": acc, "mask_ptr": "*i1"} if full else {})
         flags = {"HAS_OFFSET": full, "HAS_MASK": full}
@@ -222,9 +232,10 @@ def _specializations() -> tuple[Specialization, ...]:
         found.append(_specialization(pool, types, x, shared | tile, c))
         tile = {"BLOCK_S": c.pool_keys, "BLOCK_E": c.grad_channels}
         found.append(_specialization(pool_grad, types, x, shared | tile, replace(c, num_stages=c.grad_stages)))
-        if full and rows == 16:
+        if full and rows == 16 and precision == "ieee":
             constants = {"BLOCK_N": SOFTMAX_KEYS, "ACC": tl.float32}
-            found += [_specialization(kernel, types, x, constants, PoolConfig()) for kernel in (softmax, softmax_grad)]
+            config = PoolConfig(**SOFTMAX_LAUNCH)
+            found += [_specialization(kernel, types, x, constants, config) for kernel in (softmax, softmax_grad)]
     return tuple(found)
 
 

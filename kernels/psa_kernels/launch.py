@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +37,7 @@ class Specialization:
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported): CPU tensors, slow."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return triton.knobs.runtime.interpret
 
 
 def next_power_of_2(n: int) -> int:
@@ -58,6 +57,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def triton_dtype(accumulator: torch.dtype) -> tl.dtype:
+def triton_dtype(wide: torch.dtype) -> tl.dtype:
     """Triton's name of an accumulator's dtype, fp32 or fp64."""
-    return tl.float64 if accumulator == torch.float64 else tl.float32
+    return tl.float64 if wide == torch.float64 else tl.float32

@@ -1,5 +1,7 @@
 """concept_pool and the absorbed readout against plain modules in fp64, and the rules of torch.library."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -161,3 +163,7 @@ def test_what_does_not_fit_is_refused():
     x = torch.zeros(1, 1, 4)
     with pytest.raises(ValueError, match="readout_weight"):
         attention_pool(x, x, torch.zeros(12, 4), torch.zeros(12), 2, readout_bias=torch.zeros(4))
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        many = torch.zeros(65536, 1, 1, device="cuda" if torch.cuda.is_available() else "cpu")
+        with pytest.raises(ValueError, match="65535 samples"):
+            concept_pool(many[0], many, many, many, backend="triton")
