@@ -166,15 +166,17 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
             if stopping and step < total_steps:
                 console.print(f"{stop.requested or 'stopped'}: saved {saved}; continue with --resume auto")
                 return
-    except BaseException:
+    except Exception:  # a second Ctrl-C waits for nothing
         if log:
             _log_unread(log, launched, console)
         raise
     finally:
         stop.restore()
-        if log:
-            log.close()
-        batches.close()
+        try:
+            batches.close()
+        finally:
+            if log:
+                log.close()
     if rank == 0:
         assert saved is not None
         checkpoint.finish(config, saved)
