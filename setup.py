@@ -24,6 +24,7 @@ setup(
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.23",
+        "huggingface_hub",
         "deepspeed>=0.19.3",
         "ninja",
         "peft>=0.18",

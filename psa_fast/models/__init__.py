@@ -1,7 +1,7 @@
 """The concept bottleneck and PsaVLM, composed around a stock Hugging Face vision-language model."""
 
 from psa_fast.models.attention import ConceptAttention, ConceptReadout
-from psa_fast.models.base_model import load_base
+from psa_fast.models.base_model import commit_of, load_base
 from psa_fast.models.bottleneck import ConceptBottleneck
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import Family, ImageFeatures, get_family
@@ -23,6 +23,7 @@ __all__ = [
     "SafetyProjector",
     "SafetyTokens",
     "add_lora",
+    "commit_of",
     "get_family",
     "load_base",
     "load_processor",

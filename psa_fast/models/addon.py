@@ -9,6 +9,7 @@ llm/model.safetensors      base weights that were trained in full, under the bas
 from __future__ import annotations
 
 import hashlib
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,10 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
-from transformers.utils import resolve_revision
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from psa_fast.models.base_model import remember_commit
+from psa_fast.models.base_model import commit_of, load_base
 from psa_fast.models.config import PsaConfig
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ _SAMPLE = 1 << 16
 def base_identity(vlm: PreTrainedModel) -> dict[str, str | None]:
     """Name, hub revision and content fingerprint of a base, as PsaConfig keeps them.
 
-    A base from the hub is known if `load_base` or `load` loaded it: transformers does not say which commit it took.
+    A base from the hub is known if `load_base` loaded it: transformers does not say which commit it took.
     """
     name = getattr(vlm.config, "_name_or_path", "") or None
-    commit = getattr(vlm.config, "_commit_hash", None)
+    commit = commit_of(vlm)
     folder: Path | None = Path(name) if name and Path(name).is_dir() else None
     if folder is None and name and commit:
         cached = try_to_load_from_cache(name, "config.json", revision=commit)
@@ -70,11 +71,11 @@ def _check_base(addon: str | Path, config: PsaConfig, vlm: PreTrainedModel) -> N
 def fingerprint(folder: str | Path) -> str | None:
     """SHA-256 over the size and 64 evenly spread 64 KB samples of each weight file: quick, but sees retraining.
 
-    Of transformers' own weight files: a repository may hold others beside them.
+    None for an older .bin checkpoint, which has a name and a revision only.
     """
     digest = hashlib.sha256()
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:  # an older .bin checkpoint has a name and a revision only
+    files = _weight_files(Path(folder))
+    if not files:
         return None
     for file in files:
         size = file.stat().st_size
@@ -87,6 +88,25 @@ def fingerprint(folder: str | Path) -> str | None:
                 stream.seek((size - _SAMPLE) * i // 63)
                 digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()[:32]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What transformers reads; a repository may hold variants and other layouts beside it, the hub's cache does not."""
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
+
+
+def read_config(addon: str | Path) -> PsaConfig:
+    """An add-on's configuration. Raises ValueError if the folder is none."""
+    for name in (CONFIG, WEIGHTS):
+        if not (Path(addon) / name).is_file():
+            raise ValueError(f"{addon} is not a PSA add-on: it has no {name}")
+    return PsaConfig.from_json_file(Path(addon) / CONFIG)
 
 
 def save(psa: PsaVLM, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -110,23 +130,14 @@ def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: st
     """See PsaVLM.from_pretrained."""
     config = None
     if addon is not None:
-        for name in (CONFIG, WEIGHTS):
-            if not (Path(addon) / name).is_file():
-                raise ValueError(f"{addon} is not a PSA add-on: it has no {name}")
-        config = PsaConfig.from_json_file(Path(addon) / CONFIG)
+        config = read_config(addon)
         base = base if base is not None else config.base_model_name_or_path
     if base is None:
         raise ValueError("no base model is given" + ("" if addon is None else f" and {addon}/{CONFIG} names none"))
     if isinstance(base, PreTrainedModel):
         vlm: Any = base
     else:
-        # the add-on's own base is loaded as it was, whatever the hub calls the main revision by now
-        own = config if config is not None and str(base) == config.base_model_name_or_path else None
-        revision = resolve_revision(str(base), own.base_revision if own else None)
-        vlm = AutoModelForImageTextToText.from_pretrained(
-            str(base), dtype="auto" if dtype is None else dtype, revision=revision
-        )
-        remember_commit(vlm, revision)
+        vlm = load_base(base, dtype, revision=config.revision_of(base) if config else None)
     if addon is None or config is None:
         return cls.build(vlm)
 

@@ -1,55 +1,75 @@
-"""Loading a stock base for training, whole or without the language model's layers."""
+"""Loading a stock base, whole or without the language model's layers, from one known commit if it is on the hub."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
-from transformers.utils import logging, resolve_revision
+from transformers.utils import cached_file, logging, resolve_revision
+from transformers.utils.hub import extract_commit_hash
 
 from psa_fast.models.families import get_family
 
 
 def load_base(
-    name: str | Path, dtype: torch.dtype, attention: str | None = None, language_layers: bool = True
+    name: str | Path,
+    dtype: torch.dtype | None,
+    attention: str | None = None,
+    language_layers: bool = True,
+    revision: str | None = None,
 ) -> PreTrainedModel:
-    """The base VLM of a folder or hub name.
+    """The base VLM of a folder or hub name; `commit_of` tells the commit.
 
     Args:
         name: folder or hub name.
-        dtype: of its weights.
+        dtype: of its weights; None: as stored.
         attention: transformers' name of the language model's attention; None: transformers' choice.
         language_layers: False: vision tower, connector, embeddings and head only; the decoder layers are neither built
             nor read. What the concept bottleneck needs, and nothing that could answer.
+        revision: commit, branch or tag of a base on the hub; None: the main branch. A folder has none.
 
     Raises:
+        OSError: there is no such base.
         ValueError: weights are missing, which transformers would fill with random numbers.
     """
-    # one commit for all files; None for a folder
-    revision = resolve_revision(str(name))
-    options: dict[str, Any] = {"revision": revision}
+    commit = _resolve_commit(str(name), revision)
+    options: dict[str, Any] = {} if Path(name).is_dir() else {"revision": commit or revision}
     verbosity = logging.get_verbosity()
     if not language_layers:
-        config = AutoConfig.from_pretrained(str(name), revision=revision)
+        config = AutoConfig.from_pretrained(str(name), **options)
         options["config"] = get_family(config).without_language_layers(config)
         logging.set_verbosity_error()  # the layers left out would be listed as unexpected
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            str(name), dtype=dtype, output_loading_info=True, **options
+            str(name), dtype="auto" if dtype is None else dtype, output_loading_info=True, **options
         )
         vlm, info = loaded
     finally:
         logging.set_verbosity(verbosity)
     if info["missing_keys"]:
         raise ValueError(f"{name}: the base lacks weights: {', '.join(sorted(info['missing_keys']))}")
-    remember_commit(vlm, revision)
+    vlm.config._commit_hash = commit  # not saved with it
     if attention is not None:
         vlm.set_attn_implementation({"text_config": attention})
     return vlm
 
 
-def remember_commit(vlm: PreTrainedModel, revision: str | None) -> None:
-    """Keep the commit that `resolve_revision` found in the config of what was loaded; it is not saved with it."""
-    vlm.config._commit_hash = getattr(revision, "resolved", None)
+def commit_of(vlm: PreTrainedModel) -> str | None:
+    """The hub's commit that `load_base` loaded; None for a folder, and for a model that something else loaded."""
+    return getattr(vlm.config, "_commit_hash", None)
+
+
+def _resolve_commit(name: str, revision: str | None) -> str | None:
+    """One commit for all files of a base on the hub; None for a folder."""
+    if Path(name).is_dir():
+        return None
+    commit = getattr(resolve_revision(name, revision), "resolved", None)
+    if commit is None:
+        # not resolved, which transformers passes over, but the files may be in its cache all the same
+        commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    if commit is None:
+        warnings.warn(f"{name}: its commit is not known, so an add-on on it will not know its base", stacklevel=3)
+    return commit

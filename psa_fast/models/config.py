@@ -80,6 +80,13 @@ class PsaConfig:
         """Classes of the type head and of the level head."""
         return len(self.risk_types), len(self.risk_levels)
 
+    def revision_of(self, base: str | Path) -> str | None:
+        """The commit to load `base` at: the recorded one of the add-on's own base, wherever the hub's main is by now.
+
+        None for any other base.
+        """
+        return self.base_revision if str(base) == self.base_model_name_or_path else None
+
     def to_json_file(self, path: str | Path) -> None:
         """Write the configuration as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")

@@ -11,13 +11,16 @@ from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import get_family
 
 
-def load_processor(base: str | Path, config: PsaConfig | None = None) -> Any:
+def load_processor(base: str | Path, config: PsaConfig | None = None, revision: str | None = None) -> Any:
     """AutoProcessor of `base` whose `<image>` expands to num_safety_tokens + S placeholders.
 
     Args:
         base: folder or hub name of the base model.
         config: the add-on's; None: the bare base, without safety tokens.
+        revision: of a base on the hub, so that tokenizer and chat template are the weights' own (`commit_of`); None:
+            the main branch, or a folder.
     """
-    processor = AutoProcessor.from_pretrained(str(base))
-    family = get_family(AutoConfig.from_pretrained(str(base)))
+    options = {} if revision is None else {"revision": revision}
+    processor = AutoProcessor.from_pretrained(str(base), **options)
+    family = get_family(AutoConfig.from_pretrained(str(base), **options))
     return family.extend_processor(processor, 0 if config is None else config.num_safety_tokens)

@@ -45,12 +45,12 @@ def addon_hash(addon: str | Path) -> str:
 
 def load_guard(addon: str | Path, base: str | None = None, policy: Policy | None = None, dtype: Any = None) -> Guard:
     """A guard around base + add-on; `base` replaces the one the add-on's config names. On a GPU if there is one."""
-    from psa_fast.models import PsaVLM, load_processor
+    from psa_fast.models import PsaVLM, commit_of, load_processor
 
     base = base or base_of(addon)
     with _named(base):
         model = PsaVLM.from_pretrained(base, addon, dtype=dtype or default_dtype())
-        processor = load_processor(base, model.config)
+        processor = load_processor(base, model.config, commit_of(model.vlm))
     return Guard(_to_device(model), processor, policy, model_hash=addon_hash(addon))
 
 

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, load_records
 from psa_fast.data.records import fingerprint
-from psa_fast.models import PsaVLM, load_base, load_processor
-from psa_fast.models.addon import ADAPTER, CHANGED
+from psa_fast.models import PsaVLM, commit_of, load_base, load_processor
+from psa_fast.models.addon import ADAPTER, CHANGED, read_config
 
 from . import checkpoint
 from .attention import choose_attention
@@ -83,7 +83,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     parts = prepare(model, config, resuming=state is not None)
     meter = Meter(StageFlops.of(model, config), rate)
     prepare_language_model(model, config)
-    processor = load_processor(str(config.model_name_or_path), model.config)
+    processor = load_processor(str(config.model_name_or_path), model.config, commit_of(model.vlm))
     features_of = None
     if config.feature_cache is not None:
         features_of = cached_features(config, model, processor, records, console)
@@ -166,15 +166,17 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
             if stopping and step < total_steps:
                 console.print(f"{stop.requested or 'stopped'}: saved {saved}; continue with --resume auto")
                 return
-    except BaseException:
+    except Exception:  # a second Ctrl-C waits for nothing
         if log:
             _log_unread(log, launched, console)
         raise
     finally:
         stop.restore()
-        if log:
-            log.close()
-        batches.close()
+        try:
+            batches.close()
+        finally:
+            if log:
+                log.close()
     if rank == 0:
         assert saved is not None
         checkpoint.finish(config, saved)
@@ -215,10 +217,12 @@ def build_model(
                 f"--stage1_objective concept does not load the language model's layers, so it cannot start from "
                 f"{addon}, which changes them ({', '.join(changes)})"
             )
+    base = config.model_name_or_path
+    revision = read_config(addon).revision_of(base) if addon else None
     try:
-        vlm = load_base(config.model_name_or_path, compute_dtype(config), attention, config.runs_language_model)
+        vlm = load_base(base, compute_dtype(config), attention, config.runs_language_model, revision)
     except OSError as error:  # neither a folder here nor a name that the hub can be asked for
-        raise ValueError(f"--model_name_or_path {config.model_name_or_path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--model_name_or_path {base}: {str(error).splitlines()[0]}") from error
     # whatever the base drew while it was loaded: every objective starts from the same safety modules
     torch.manual_seed(config.seed)
     model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **overrides)

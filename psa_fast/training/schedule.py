@@ -111,7 +111,11 @@ def micro_batches(
     finally:
         # an exception's traceback keeps the loader alive, and python's exit would wait for workers that ignore SIGTERM
         if config.dataloader_num_workers:
-            loader._shutdown_workers()  # DataLoader has no public way
+            try:
+                loader._shutdown_workers()  # DataLoader has no public way
+            finally:
+                for worker in loader._workers:
+                    worker.kill()  # one that was busy is alive still: it was terminated only
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

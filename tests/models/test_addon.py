@@ -10,7 +10,10 @@ from safetensors.torch import load_file, save_file
 from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from psa_fast.models import PsaVLM, add_lora, get_family, load_base, load_processor
+from psa_fast.models import PsaVLM, add_lora, base_model, commit_of, get_family, load_base, load_processor
+from psa_fast.models.addon import base_identity, fingerprint
+from psa_fast.training.config import parse_args
+from psa_fast.training.loop import build_model
 
 
 @pytest.fixture
@@ -107,7 +110,8 @@ def test_a_base_from_the_hub_is_known_by_its_commit_and_its_weights(publish, tmp
     saved = json.loads((tmp_path / "addon/psa_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["base_revision"]) == ("some/base", first)
     shutil.copytree(snapshot, tmp_path / "copy")
-    (tmp_path / "copy/consolidated.safetensors").write_bytes(b"the same once more, in another layout")
+    for variant in ("consolidated.safetensors", "model.fp16.safetensors"):  # `hf download` fetches these too
+        (tmp_path / "copy" / variant).write_bytes(b"the same once more, in another layout")
     same_outputs(psa, PsaVLM.from_pretrained(tmp_path / "copy", tmp_path / "addon").eval())
     publish(second, make_vlm())  # another README, say
     same_outputs(psa, PsaVLM.from_pretrained(load_base("some/base", torch.float32), tmp_path / "addon").eval())
@@ -118,6 +122,13 @@ def test_a_base_from_the_hub_is_known_by_its_commit_and_its_weights(publish, tmp
     publish(third, other)
     for base in (None, "some/base"):  # the commit that the add-on names
         same_outputs(psa, PsaVLM.from_pretrained(base, tmp_path / "addon").eval())
+    # training goes on with the add-on's commit too
+    options = ["--model_name_or_path", "some/base", "--num_safety_tokens", "3", "--dtype", "fp32"]
+    options += [f"--{name}={SMALL[name]}" for name in ("num_head_tokens", "num_attention_heads")]
+    for objective in ("joint", "concept"):
+        config = parse_args([*options, "--stage1_objective", objective])
+        model, _ = build_model(config, {"zero_optimization": {"stage": 2}}, str(tmp_path / "addon"))
+        assert (commit_of(model.vlm), model.config.base_revision) == (first, first)
     sentence = f"another base than some/base: .*revision {first}, found {third}; `hf download .* --revision {first}"
     for whole in (True, False):
         base = load_base("some/base", torch.float32, language_layers=whole)
@@ -128,6 +139,40 @@ def test_a_base_from_the_hub_is_known_by_its_commit_and_its_weights(publish, tmp
     (tmp_path / "addon/psa_config.json").write_text(json.dumps({**saved, "base_fingerprint": None}))
     with pytest.raises(ValueError, match=f"another base than some/base: revision {first}, found {third}"):
         PsaVLM.from_pretrained(base, tmp_path / "addon")
+
+
+def test_a_commit_that_was_not_resolved_is_taken_from_the_cache_or_said_to_be_unknown(publish, monkeypatch):
+    publish("1" * 40, make_vlm())
+    # what transformers makes of 401, 429 and a failing proxy
+    monkeypatch.setattr(base_model, "resolve_revision", lambda name, revision=None: revision)
+    known = base_identity(load_base("some/base", torch.float32))
+    assert known["base_revision"] == "1" * 40
+    assert known["base_fingerprint"]
+    monkeypatch.setattr(base_model, "cached_file", lambda *_, **__: None)
+    with pytest.warns(UserWarning, match="some/base: its commit is not known"):
+        unknown = base_identity(load_base("some/base", torch.float32))
+    assert unknown == {"base_model_name_or_path": "some/base", "base_revision": None, "base_fingerprint": None}
+
+
+def test_a_fingerprint_is_of_the_files_that_are_loaded(base):
+    make_vlm().save_pretrained(base.parent / "shards", max_shard_size="40KB")
+    shards = sorted((base.parent / "shards").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    before = fingerprint(base.parent / "shards")
+    shutil.copy(shards[0], base.parent / "shards/model.fp16-00001-of-00002.safetensors")
+    assert fingerprint(base.parent / "shards") == before
+    shards[-1].write_bytes(shards[-1].read_bytes()[:-1] + b"\x00")
+    assert fingerprint(base.parent / "shards") not in (before, None)
+    (base / "model.safetensors").rename(base / "model.fp16.safetensors")
+    assert fingerprint(base) is None
+
+
+def test_a_base_that_lacks_weights_is_refused_under_an_addon_too(base):
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if "multi_modal_projector" in name)
+    save_file({n: t for n, t in tensors.items() if n != name}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights: .*multi_modal_projector"):
+        PsaVLM.from_pretrained(base)
 
 
 def train_step(psa):

@@ -3,12 +3,14 @@
 import json
 from argparse import ArgumentParser
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
 from tiny_llava import build_addon, build_base, picture
 
 from psa_fast.data.records import Turn
+from psa_fast.models import PsaVLM, load_base, load_processor
 from psa_fast.safety.commands import register
 from psa_fast.safety.guard import Guard, Request
 from psa_fast.safety.load import addon_hash, base_of, load_guard, load_plain
@@ -49,6 +51,23 @@ def guard(folders, monkeypatch):
     monkeypatch.setattr(guard.model, "concept_logits", concept_logits)
     guard.model.vlm.model.vision_tower.register_forward_hook(count)
     return guard
+
+
+def test_the_processor_is_of_the_commit_that_the_addon_was_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--some--base"
+    (repository / "refs").mkdir(parents=True)
+    first, second = (build_base(repository / "snapshots" / (digit * 40)) for digit in "12")
+    template = second / "chat_template.jinja"
+    template.write_text("another one")
+    (repository / "refs/main").write_text(first.name)
+    trained = PsaVLM.build(load_base("some/base", None), num_safety_tokens=3, num_head_tokens=2, num_attention_heads=2)
+    trained.vlm.requires_grad_(False)
+    trained.save_addon(tmp_path / "addon")
+    (repository / "refs/main").write_text(second.name)
+    assert load_guard(tmp_path / "addon").processor.chat_template == (first / template.name).read_text()
+    assert load_processor("some/base").chat_template == "another one"
 
 
 def requests(n=3):

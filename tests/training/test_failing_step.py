@@ -1,7 +1,17 @@
 """A step that fails ends every rank, data-loading workers included, and leaves the row of the step before."""
 
 import json
+import multiprocessing
+import time
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from psa_fast.training import loop, schedule
+from psa_fast.training.config import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,3 +39,87 @@ def test_an_error_in_a_step_leaves_the_row_of_the_step_before(command, run, tmp_
     assert "RuntimeError: not about the loss" in output
     rows = [json.loads(line) for line in (tmp_path / "stage1" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_the_loader_is_closed_whatever_fails_and_ctrl_c_waits_for_no_report(
+    failure, base, world, tmp_path, group_of_one, monkeypatch
+):
+    seen = []
+
+    class Log:
+        def __init__(self, *_):
+            pass
+
+        def write(self, row):
+            seen.append(row)
+
+        def close(self):
+            raise OSError("the disk is full")
+
+    def batches(*_):
+        try:
+            yield from range(2)
+        finally:
+            seen.append("closed")
+
+    def step(engine, batches, *_):
+        if next(batches) == 1:
+            raise failure
+        return SimpleNamespace(read_alone=lambda limit: "the row of the step before")
+
+    for name, stand_in in {
+        "MetricsLog": Log,
+        "micro_batches": batches,
+        "train_step": step,
+        "build_engine": lambda *_: SimpleNamespace(train=lambda: None),
+        "shared_matrix_rate": lambda dtype: 1.0,
+    }.items():
+        monkeypatch.setattr(loop, name, stand_in)
+    options = {"model_name_or_path": base, "data_path": world / "mixed.jsonl", "image_folder": world, "hint_rate": 0}
+    config = parse_args([f"--{name}={value}" for name, value in (options | {"output_dir": tmp_path}).items()])
+    with pytest.raises(OSError, match="the disk is full") as raised:
+        loop._run(config, None, Console(quiet=True), 0, 1)
+    assert seen == ["the row of the step before", "closed"][failure is KeyboardInterrupt :]
+    del raised  # until here its traceback kept the generator from closing by itself
+
+
+class SlowRows:
+    """The second row takes longer than anything waits for it."""
+
+    def __init__(self):
+        self.begun = multiprocessing.Event()
+
+    def __getitem__(self, row):
+        if row:
+            self.begun.set()
+            time.sleep(60)
+        return row
+
+
+def test_workers_in_the_middle_of_a_row_are_killed(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # what the loader waits for each
+    monkeypatch.setattr(schedule, "pack", list)
+    before = set(multiprocessing.active_children())
+
+    class Steps:
+        start, stop = 0, 2
+
+        def __iter__(self):
+            return iter([[0], [1]])
+
+        def micro_batches(self, step):
+            return [None]
+
+    config = SimpleNamespace(packing=True, dataloader_num_workers=2, seed=0)
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
+    rows = SlowRows()
+    batches = schedule.micro_batches(rows, Steps(), config, processor)
+    assert next(batches) == [[0]]
+    assert rows.begun.wait(20)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    batches.close()
+    for worker in workers:
+        worker.join(5)
+        assert not worker.is_alive()
