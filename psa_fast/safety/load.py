@@ -56,13 +56,11 @@ def load_guard(addon: str | Path, base: str | None = None, policy: Policy | None
 
 def load_plain(base: str, dtype: Any = None) -> Guard:
     """A base without an add-on, to be asked unguarded."""
-    from transformers import AutoModelForImageTextToText
-
-    from psa_fast.models import load_processor
+    from psa_fast.models import commit_of, load_base, load_processor
 
     with _named(base):
-        vlm = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype or default_dtype())
-        processor = load_processor(base)
+        vlm = load_base(base, dtype or default_dtype())
+        processor = load_processor(base, revision=commit_of(vlm))
     return Guard(_to_device(PlainVLM(vlm)), processor)
 
 
