@@ -158,6 +158,26 @@ def softmax_grad(
 
 
 @triton.jit
+def _token_sum(
+    tokens_ptr, weights_ptr, s0, row_ok, channel, ok, token_stride,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """weights . tokens [BLOCK_R, BLOCK_E] of pointers to rows of weights [BLOCK_R, 1]."""
+    lane = tl.arange(0, BLOCK_S)
+    acc = tl.zeros([BLOCK_R, BLOCK_E], dtype=ACC)
+    for start in range(0, s0, BLOCK_S):
+        key = start + lane
+        key_ok = key < s0
+        weights = tl.load(weights_ptr + key[None, :], mask=row_ok[:, None] & key_ok[None, :], other=0.0)
+        x = tl.load(
+            tokens_ptr + key.to(tl.int64)[:, None] * token_stride + channel[None, :],
+            mask=key_ok[:, None] & ok[None, :], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(weights, x, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
+@triton.jit
 def pool(
     tokens_ptr, features_ptr, bias_ptr, p_ptr, token_sum_ptr, feature_sum_ptr,
     s0, s1, rows, channels, token_stride, sample_stride, feature_stride,
@@ -178,16 +198,9 @@ def pool(
     place = own_row[:, None] * channels + channel[None, :]
     place_ok = row_ok[:, None] & ok[None, :]
 
-    acc = tl.zeros([BLOCK_R, BLOCK_E], dtype=ACC)
-    for start in range(0, s0, BLOCK_S):
-        key = start + lane
-        key_ok = key < s0
-        p = tl.load(p_rows + key[None, :], mask=row_ok[:, None] & key_ok[None, :], other=0.0)
-        x = tl.load(
-            tokens_ptr + key.to(tl.int64)[:, None] * token_stride + channel[None, :],
-            mask=key_ok[:, None] & ok[None, :], other=0.0,
-        )  # fmt: skip
-        acc = tl.dot(p, x, acc, input_precision=PRECISION, out_dtype=ACC)
+    acc = _token_sum(
+        tokens_ptr, p_rows, s0, row_ok, channel, ok, token_stride, BLOCK_R, BLOCK_S, BLOCK_E, ACC, PRECISION
+    )
     tl.store(token_sum_ptr + place, acc.to(token_sum_ptr.dtype.element_ty), mask=place_ok)
 
     acc = tl.zeros([BLOCK_R, BLOCK_E], dtype=ACC)
@@ -257,14 +270,8 @@ def pool_grad(
     if HAS_BIAS:
         tl.store(bias_grad_ptr + sample * channels + channel, tl.sum(bias_grad, 0), mask=ok)
 
-    query_grad = tl.zeros([BLOCK_R, BLOCK_E], dtype=ACC)
-    for start in range(0, s0, BLOCK_S):
-        key = start + lane
-        key_ok = key < s0
-        ds = tl.load(ds_ptr + weight_rows + key[None, :], mask=row_ok[:, None] & key_ok[None, :], other=0.0)
-        x = tl.load(
-            tokens_ptr + key.to(tl.int64)[:, None] * token_stride + channel[None, :],
-            mask=key_ok[:, None] & ok[None, :], other=0.0,
-        )  # fmt: skip
-        query_grad = tl.dot(ds, x, query_grad, input_precision=PRECISION, out_dtype=ACC)
+    query_grad = _token_sum(
+        tokens_ptr, ds_ptr + weight_rows, s0, row_ok, channel, ok, token_stride,
+        BLOCK_R, BLOCK_S, BLOCK_E, ACC, PRECISION,
+    )  # fmt: skip
     tl.store(token_query_grad_ptr + place, query_grad.to(token_query_grad_ptr.dtype.element_ty), mask=place_ok)
