@@ -12,14 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # room -> rooms it may import
 ALLOWED = {
     "taxonomy": set(),
+    "files": set(),
     "ops": {"taxonomy"},
-    "models": {"taxonomy", "ops"},
-    "data": {"taxonomy"},
-    "training": {"taxonomy", "ops", "models", "data"},
-    "safety": {"taxonomy", "models", "data"},
-    "evaluation": {"taxonomy", "models", "data", "safety"},
-    "sandbox": {"taxonomy", "data", "safety"},
-    "cli": {"data", "evaluation", "safety", "sandbox", "training"},
+    "models": {"taxonomy", "files", "ops"},
+    "data": {"taxonomy", "files"},
+    "training": {"taxonomy", "files", "ops", "models", "data"},
+    "safety": {"taxonomy", "files", "models", "data"},
+    "evaluation": {"taxonomy", "files", "models", "data", "safety"},
+    "sandbox": {"taxonomy", "files", "data", "safety"},
+    "cli": {"files", "data", "evaluation", "safety", "sandbox", "training"},
 }
 
 
