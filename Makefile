@@ -1,7 +1,11 @@
-# `make demo` and `make test` work in a fresh clone: they make .venv themselves.
+# `make demo` and `make test` work in a fresh clone: they make .venv themselves, from the locked versions.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+LOCK := requirements/lock.txt
+# a pip index that has torch's CPU builds, for machines without a GPU; empty: the one pip is set to
+TORCH_INDEX ?=
+UV_VERSION := 0.13.9
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
@@ -15,6 +19,9 @@ GPU_PYTHON ?= python3
 help:
 	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 10 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
+	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that setup.py allows"
+	@echo "make lock   remake requirements/*.txt from setup.py and requirements/lock.in"
+	@echo "make fuzz   thousands of mutated inputs, kills and damaged files: runs/fuzz (about 40 minutes on 2 CPU cores)"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"
 	@echo "make gpu    gpu tests and the same benchmarks on a CUDA device: runs/bench/gpu.md (GPU_PYTHON=python to use)"
@@ -29,13 +36,43 @@ prerequisites:
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module (on Debian: apt-get install python3-venv)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "psa-fast needs g++: DeepSpeed compiles a small CPU operator at first use (on Debian: apt-get install g++)"; exit 1; }
 
-# plain `torch` would pull gigabytes of CUDA packages onto a machine without a GPU
-$(STAMP): setup.py pyproject.toml | prerequisites
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@if ! command -v nvidia-smi >/dev/null && ! $(VENV)/bin/python -c 'import torch' 2>/dev/null; then \
-		echo "no NVIDIA GPU found: installing torch 2.13.0"; $(VENV)/bin/pip install --quiet torch==2.13.0; fi
-	$(VENV)/bin/pip install --quiet --editable '.[test]'
+# install FOLDER VERSIONS: torch comes first and alone, so that a machine without a GPU can be given the CPU build;
+# without build isolation the editable install is built by the pinned setuptools, not by the newest
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet --constraint $(2) setuptools wheel
+	@if ! command -v nvidia-smi >/dev/null; then echo "no NVIDIA GPU found: installing $(call version,torch,$(2)) first"; \
+		$(1)/bin/pip install --quiet --constraint $(2) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch; fi
+	$(1)/bin/pip install --quiet --constraint $(2) --no-build-isolation --editable '.[test]'
+endef
+version = $(shell sed -n 's/^\($(1)==[^ ;]*\).*/\1/p' $(2))
+
+$(STAMP): setup.py pyproject.toml $(LOCK) | prerequisites
+	$(call install,$(VENV),$(LOCK))
 	@touch $@
+
+# the oldest versions are resolved, the newest are whatever the index has today
+.PHONY: lock test-newest test-oldest
+lock: | prerequisites
+	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet uv==$(UV_VERSION); }
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/uv pip compile --quiet setup.py requirements/lock.in --extra test --extra bench \
+		--universal --python-version 3.10 --annotation-style line --upgrade --output-file $(LOCK)
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/uv pip compile --quiet setup.py --extra test --resolution lowest-direct \
+		--universal --python-version 3.10 --annotation-style line --upgrade --output-file requirements/oldest.txt
+
+# a fresh environment each time: what is installed already would keep its versions
+test-newest: | prerequisites
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --upgrade pip setuptools
+	.venv-newest/bin/pip install --quiet --editable '.[test]'
+	.venv-newest/bin/python -m psa_fast.models.versions
+	PATH="$(CURDIR)/.venv-newest/bin:$$PATH" OMP_NUM_THREADS=2 .venv-newest/bin/python -m pytest -m "not gpu"
+
+test-oldest: | prerequisites
+	rm -rf .venv-oldest
+	$(call install,.venv-oldest,requirements/oldest.txt)
+	PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" OMP_NUM_THREADS=2 .venv-oldest/bin/python -m pytest -m "not gpu"
 
 demo: $(STAMP)
 	deepspeed train.py --stage 1 --resume auto
@@ -50,7 +87,7 @@ ablation: $(STAMP)
 	psa-fast evaluate --data $(DEMO)/world --stage query_prompt=$(DEMO)/stage1 --stage query_first=runs/query-first/stage1 --out runs/query-first
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=2 python -m pytest -m "not gpu"
+	PSA_FAST_LOCK=$(LOCK) OMP_NUM_THREADS=2 python -m pytest -m "not gpu" --durations=15
 
 lint: $(STAMP)
 	ruff check .
@@ -61,7 +98,7 @@ lint: $(STAMP)
 bench: export MALLOC_MMAP_MAX_ = 0
 bench: export MALLOC_TRIM_THRESHOLD_ = -1
 bench: $(STAMP)
-	$(VENV)/bin/pip install --quiet --editable '.[test,bench]'
+	$(VENV)/bin/pip install --quiet --constraint $(LOCK) --no-build-isolation --editable '.[test,bench]'
 	mkdir -p $(BENCH)
 	python -m pytest benchmarks --benchmark-columns=median,min,rounds --benchmark-sort=name --benchmark-json $(BENCH)/bench.json
 	python benchmarks/report.py $(BENCH)/bench.json
