@@ -94,6 +94,14 @@ lint: $(STAMP)
 	ruff format --check .
 	mypy
 
+# the whole of what `make test` runs a sample of; the figures in docs/reliability.md come from here
+.PHONY: fuzz
+fuzz: $(STAMP)
+	mkdir -p runs/fuzz
+	python tests/fuzz/run.py --records 4000 --pictures 3000 --policies 1500 --addons 120 --json runs/fuzz/inputs.json
+	python tests/fuzz/damage.py --checkpoints 20 --caches 20 --json runs/fuzz/damage.json
+	python tests/fuzz/kills.py --kills 40 --in_save 10 --json runs/fuzz/kills.json
+
 # glibc keeps what is freed: otherwise every fresh gradient of 64 MB costs 25 ms of page faults, twelve times its writing
 bench: export MALLOC_MMAP_MAX_ = 0
 bench: export MALLOC_TRIM_THRESHOLD_ = -1
