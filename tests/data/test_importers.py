@@ -171,6 +171,7 @@ def test_every_official_row_is_accounted_for(tmp_path, folder, run):
     assert f"read {len(rows)} rows, wrote 2 records" in shown
     assert f"{len(rows) - 2} rows cannot be read" in shown
     assert "5 x image path is absolute, and no --map_path fits it" in shown
+    assert "2 x an image that cannot be used" in shown
     for line, message in {
         1: "image path '/data/0.png' is absolute, and no --map_path fits it: --map_path '/data'=FOLDER would",
         7: "safe_type is 9",

@@ -22,6 +22,8 @@ from psa_fast.data.progress import progress
 from psa_fast.data.records import Problem, Record, image_faults, parse_row
 from psa_fast.files import shorten, write_text
 
+BAD_IMAGE = "an image that cannot be used"
+
 
 class SourceRow(NamedTuple):
     """A row of the source as a row of ours, or the reason why there is none.
@@ -92,8 +94,14 @@ def import_rows(
             result.records.append(record)
     found.sort(key=lambda entry: entry[0])
     result.problems = [problem for _, problem in found]
-    first_of_row = {number: problem for number, problem in reversed(found)}
-    result.reasons = Counter(problem.kind or problem.message for problem in first_of_row.values())
+    first_of_row: dict[int, Problem] = {}
+    for number, problem in found:
+        first_of_row.setdefault(number, problem)
+    unusable = {message for message, _ in faults.values()}
+    result.reasons = Counter(
+        BAD_IMAGE if problem.message in unusable else problem.kind or problem.message
+        for problem in first_of_row.values()
+    )
     if result.records and (write_partly or not found):
         lines = [json.dumps(record.to_row(), ensure_ascii=False) + "\n" for record in result.records]
         write_text(out, "".join(lines))
