@@ -18,7 +18,7 @@ from rich.console import Console
 from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, load_records
 from psa_fast.data.records import fingerprint
 from psa_fast.models import PsaVLM, commit_of, load_base, load_processor
-from psa_fast.models.addon import ADAPTER, CHANGED, read_config
+from psa_fast.models.addon import ADAPTER, CHANGED, check_files
 
 from . import checkpoint
 from .attention import choose_attention
@@ -218,7 +218,7 @@ def build_model(
                 f"{addon}, which changes them ({', '.join(changes)})"
             )
     base = config.model_name_or_path
-    revision = read_config(addon).revision_of(base) if addon else None
+    revision = check_files(addon).revision_of(base) if addon else None
     try:
         vlm = load_base(base, compute_dtype(config), attention, config.runs_language_model, revision)
     except OSError as error:  # neither a folder here nor a name that the hub can be asked for
