@@ -50,7 +50,8 @@ class Record:
 
     `images` are paths relative to the image folder, in the order of the `<image>` marks in `turns`.
     `safe_type` and `safe_level` are ids, or None where the row has no label (plain instruction data).
-    `group` is the evaluation group (GROUPS), by default "clean" for type clean or no type, else "risk".
+    `group` is the evaluation group (GROUPS), by default "clean" for type clean, "risk" for another,
+    and empty without a type.
     Keys that we do not know are kept in `extra`.
     """
 
@@ -284,7 +285,9 @@ def _turns(value: Any) -> tuple[tuple[Turn, ...] | None, list[str]]:
 
 
 def _default_group(safe_type: int | None) -> str:
-    return "clean" if safe_type in (CLEAN, None) else "risk"
+    if safe_type is None:
+        return ""
+    return "clean" if safe_type == CLEAN else "risk"
 
 
 def _group(value: Any, safe_type: int | None) -> str:
