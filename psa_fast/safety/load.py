@@ -46,15 +46,9 @@ def is_folder_name(base: str) -> bool:
 def addon_hash(addon: str | Path) -> str:
     """SHA-256 over names and contents of the add-on's own files (checkpoints and logs beside them do not count).
 
-    Raises ValueError, naming the file, for one that is missing or cannot be read.
+    Raises ValueError, naming the file, for one that cannot be read.
     """
     folder, digest = Path(addon), hashlib.sha256()
-    needed = [folder / CONFIG, folder / WEIGHTS]
-    if (folder / "adapter").is_dir():
-        needed += [folder / "adapter" / name for name in ADAPTER_PARTS]
-    for file in needed:
-        if not file.is_file():
-            raise ValueError(f"{addon} is not a whole add-on: it has no file {file.relative_to(folder)}")
     parts = [folder / name for name in ADDON_PARTS]
     for file in sorted(f for part in parts for f in (part.rglob("*") if part.is_dir() else [part]) if f.is_file()):
         try:
@@ -67,12 +61,28 @@ def addon_hash(addon: str | Path) -> str:
     return digest.hexdigest()
 
 
+def read_whole_addon(addon: str | Path) -> str:
+    """The hash of an add-on all of whose files are there and can be read.
+
+    Loading opens them after the base, and through libraries whose errors do not name them.
+    Raises ValueError, naming the file.
+    """
+    folder = Path(addon)
+    needed = [folder / CONFIG, folder / WEIGHTS]
+    if (folder / "adapter").is_dir():
+        needed += [folder / "adapter" / name for name in ADAPTER_PARTS]
+    for file in needed:
+        if not file.is_file():
+            raise ValueError(f"{addon} is not a whole add-on: it has no file {file.relative_to(folder)}")
+    return addon_hash(addon)
+
+
 def load_guard(addon: str | Path, base: str | None = None, policy: Policy | None = None, dtype: Any = None) -> Guard:
     """A guard around base + add-on; `base` replaces the one the add-on's config names. On a GPU if there is one."""
     from psa_fast.models import PsaVLM, commit_of, load_processor
 
     base = base or base_of(addon)
-    model_hash = addon_hash(addon)  # before the base: it reads every file of the add-on
+    model_hash = read_whole_addon(addon)
     with _named(base):
         model = PsaVLM.from_pretrained(base, addon, dtype=dtype or default_dtype())
         processor = load_processor(base, model.config, commit_of(model.vlm))
@@ -117,7 +127,7 @@ def _named(base: str) -> Iterator[None]:
     A name that can only be a folder's is not looked up on the hub.
     """
     if is_folder_name(base) and not Path(base).is_dir():
-        raise ValueError(f"base model {shorten(base, 120)} cannot be loaded: there is no such folder")
+        raise ValueError(f"base model {base[:200]} cannot be loaded: there is no such folder")
     try:
         yield
     except OSError as error:

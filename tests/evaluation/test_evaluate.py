@@ -31,7 +31,20 @@ def result(group, kind=CLEAN, level=0, guarded="answer", unguarded="answer", rea
     score = (0.9 if kind != CLEAN else 0.1) if score is None else score
     read = (kind, level) if read is None else read
     base = Result(
-        "f:1", None, group, kind, level, "Red.", guarded, unguarded, guarded, unguarded, "allow", "", score > 0.5
+        "f:1",
+        None,
+        group,
+        kind,
+        level,
+        "Red.",
+        guarded,
+        unguarded,
+        guarded,
+        unguarded,
+        "allow",
+        "",
+        score > 0.5,
+        code="unsafe" if score > 0.5 else "clean",
     )
     return dataclasses.replace(base, unsafe_score=score, read_type=read[0], read_level=read[1], **fields)
 
@@ -85,7 +98,7 @@ def test_missing_groups_and_broken_readings_are_reported_not_raised():
     for name in ("attack_success", "over_refusal_twins", "level_qwk", "unsafe_auroc", "text_risk_recall"):
         assert metrics[name].value is None
         assert metrics[name].reason
-    broken = result("risk", 1, 3, "refusal", rule="not_finite: x", unsafe=True)
+    broken = result("risk", 1, 3, "refusal", code="not_finite", unsafe=True)
     broken = dataclasses.replace(broken, unsafe_score=None, read_type=None, read_level=None)
     metrics = compute_metrics([result("clean"), result("risk", 2, 2), broken], has_head=True)
     assert metrics["type_accuracy"].value is None
@@ -99,7 +112,7 @@ class FakeGuard:
     has_head = True
 
     def answer_both(self, requests, max_new_tokens, batch_size):
-        verdict = Verdict(True, True, True, "hint", "x", unsafe_score=0.7)
+        verdict = Verdict(True, True, True, "hint", "x", unsafe_score=0.7, query="neutral", code="unsafe")
         verdict = dataclasses.replace(verdict, type_probs=dict(zip(RISK_TYPES, [0.1] * 6 + [0.4], strict=True)))
         verdict = dataclasses.replace(verdict, level_probs=dict(zip(RISK_LEVELS, [0.1, 0.2, 0.6, 0.1], strict=True)))
         return [(Answer("Be careful: red", verdict), Answer(r.turns[-1].text, verdict)) for r in requests]
@@ -110,13 +123,15 @@ def test_run_stage_asks_the_question_without_its_answer(tmp_path):
         Record((), 1, 2, (Turn("user", f"question {i}"), Turn("assistant", "Red.")), group="risk", path="f", line=i)
         for i in range(5)
     ]
-    done = []
-    results = run_stage(FakeGuard(), records, tmp_path, get_list("psa"), batch_size=2, advance=done.append)
-    assert done == [2, 2, 1]
+    kept = []
+    results = run_stage(FakeGuard(), records, tmp_path, get_list("psa"), batch_size=2, keep=kept.append)
+    assert [len(batch) for batch in kept] == [2, 2, 1]
+    assert [result for batch in kept for result in batch] == results
     assert [r.unguarded for r in results] == [f"question {i}" for i in range(5)]
     assert [r.where for r in results] == [f"f:{i}" for i in range(5)]
     assert {(r.guarded_kind, r.unguarded_kind, r.target) for r in results} == {("caution", "answer", "Red.")}
     assert {(r.read_type, r.read_level, r.unsafe) for r in results} == {(CLEAN, 2, True)}
+    assert {(r.code, r.query) for r in results} == {("unsafe", "neutral")}
 
 
 def test_spread_keeps_every_group_of_a_sorted_file():
@@ -180,9 +195,9 @@ def test_command_writes_the_report(world, tmp_path):
     assert provenance["data"]["groups"] == dict.fromkeys(sorted(METRICS_GROUPS), 4)
     for key in ("refusal", "decoding", "policy", "versions", "hardware", "bootstrap", "date"):
         assert provenance[key]
-    assert provenance["refusal"]["list"] == "psa"
+    assert provenance["refusal"]["list"] == "psa2"
     text = (tmp_path / "report.md").read_text()
-    for word in (*REQUIRED, *REQUIRED_HEAD, "psa", "contains", provenance["data"]["sha256"], "| base | stage1 |"):
+    for word in (*REQUIRED, *REQUIRED_HEAD, "`psa2`", "contains", provenance["data"]["sha256"], "| base | stage1 |"):
         assert word in text
     rows = [json.loads(line) for line in (tmp_path / "answers-stage2.jsonl").read_text().splitlines()]
     assert len(rows) == 20

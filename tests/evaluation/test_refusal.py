@@ -1,8 +1,8 @@
-"""Keyword lists: whole words on normalised text, both modes, and which answer is safe at which level."""
+"""Refusal lists: what the speaker says or whole words, both modes, and which answer is safe at which level."""
 
 import pytest
 
-from psa_fast.evaluation.refusal import LISTS, classify, get_list, is_safe, normalise
+from psa_fast.evaluation.refusal import LISTS, classify, error_rates, get_list, is_safe
 from psa_fast.safety.policy import Policy
 
 PSA = get_list("psa")
@@ -37,7 +37,7 @@ def test_lists_differ_and_every_phrase_can_match():
     assert classify("That would be illegal.", vlguard) == "refusal"
     assert classify("That would be illegal.", PSA) == "answer"
     assert classify("Be careful.", vlguard) == "answer"
-    for phrases in LISTS.values():
+    for phrases in (get_list("psa"), vlguard):
         for phrase in phrases.refusals + phrases.cautions:
             assert classify(f"Well, {phrase.upper()}!", phrases) != "answer", phrase
 
@@ -57,8 +57,7 @@ def test_safe_answers_by_level():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="psa, vlguard"):
+    with pytest.raises(ValueError, match="psa2, psa, vlguard"):
         get_list("none")
     with pytest.raises(ValueError, match="contains, startswith"):
         classify("x", PSA, "exact")
-    assert normalise("  A  Red,\ncircle. ") == "a red circle"

@@ -1,0 +1,94 @@
+"""The folder of an evaluation: one run at a time, answers kept as they come, no older report lost by accident."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from psa_fast.files import named, read_json
+
+LOCK = ".evaluate.lock"
+REPORT = "report.json"
+
+
+class OutputFolder:
+    """The folder --out, claimed by this run for as long as `claim` lasts.
+
+    Answers are appended to `answers-STAGE.jsonl.part` batch by batch, so that a run which ends early leaves what it
+    had; `finish` gives all of them their names at once, when every stage is complete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stages: list[str] = []
+
+    @contextmanager
+    def claim(self) -> Iterator[OutputFolder]:
+        """Make the folder and keep other runs out of it.
+
+        Raises OSError if nothing can be written there, ValueError if another run is at it.
+        """
+        with named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the run ends
+            except BlockingIOError:
+                raise ValueError(
+                    f"another evaluation is under way in {self.path}; give this one an --out of its own"
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                print(f"{lock.name} cannot be locked ({error.strerror}): see to it that no other run writes here")
+            yield self
+
+    def refuse_other_report(self, settings: Mapping[str, Any]) -> None:
+        """Raise ValueError if a report is there that was asked for with other settings, or by an older version."""
+        file = self.path / REPORT
+        if not file.exists():
+            return
+        try:
+            kept = read_json(file, "report").get("provenance", {}).get("settings")
+        except (ValueError, AttributeError):
+            kept = None
+        if kept != json.loads(json.dumps(settings)):
+            raise ValueError(f"{file} is of other data or settings; name another --out, or give --overwrite")
+
+    @contextmanager
+    def answers(self, stage: str) -> Iterator[TextIO]:
+        """The open file of a stage's answers; write to it with `append`."""
+        part = self._part(stage)
+        with named(part):
+            stream = part.open("w", encoding="utf-8", newline="\n")
+        with stream:
+            self._stages.append(stage)
+            yield stream
+
+    @staticmethod
+    def append(stream: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows to a stage's answers and hand them to the system."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        with named(stream.name):
+            stream.writelines(lines)
+            stream.flush()
+
+    def finish(self) -> None:
+        """Give the answers of every stage their names; those of an older report's other stages go."""
+        with named(self.path):
+            for old in self.path.glob("answers-*.jsonl"):
+                if old.name not in map(self._name, self._stages):
+                    old.unlink()
+            for stage in self._stages:
+                os.replace(self._part(stage), self.path / self._name(stage))
+
+    @staticmethod
+    def _name(stage: str) -> str:
+        return f"answers-{stage}.jsonl"
+
+    def _part(self, stage: str) -> Path:
+        return self.path / f"{self._name(stage)}.part"
