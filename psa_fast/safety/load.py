@@ -73,7 +73,8 @@ def read_whole_addon(addon: str | Path) -> str:
         needed += [folder / "adapter" / name for name in ADAPTER_PARTS]
     for file in needed:
         if not file.is_file():
-            raise ValueError(f"{addon} is not a whole add-on: it has no file {file.relative_to(folder)}")
+            kind = "an add-on folder" if file.name == CONFIG else "a whole add-on"
+            raise ValueError(f"{addon} is not {kind}: it has no file {file.relative_to(folder)}")
     return addon_hash(addon)
 
 
