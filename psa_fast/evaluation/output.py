@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -65,9 +65,15 @@ class OutputFolder:
         part = self._part(stage)
         with named(part):
             stream = part.open("w", encoding="utf-8", newline="\n")
-        with stream:
-            self._stages.append(stage)
+        self._stages.append(stage)
+        try:
             yield stream
+        except BaseException:
+            with suppress(OSError):  # closing tries once more to write what could not be written
+                stream.close()
+            raise
+        with named(part):
+            stream.close()
 
     @staticmethod
     def append(stream: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
