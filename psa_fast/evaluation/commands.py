@@ -134,8 +134,7 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     with OutputFolder(Path(args.out)).claim() as out:
         settings = _settings(args, todo)
-        if not args.overwrite:
-            out.refuse_other_report(settings)
+        out.check_older_report(settings, args.overwrite)
         everything, records = _read(args, todo, policy, file, image_folder)
         reports, unread = _run(args, todo, policy, records, image_folder, out)
         _report(args, todo, policy, settings, (file, image_folder, records, len(everything)), reports, unread)

@@ -26,6 +26,7 @@ class OutputFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stages: list[str] = []
+        self._old_stages: list[str] = []
 
     @contextmanager
     def claim(self) -> Iterator[OutputFolder]:
@@ -47,17 +48,23 @@ class OutputFolder:
                 print(f"{lock.name} cannot be locked ({error.strerror}): see to it that no other run writes here")
             yield self
 
-    def refuse_other_report(self, settings: Mapping[str, Any]) -> None:
-        """Raise ValueError if a report is there that was asked for with other settings, or by an older version."""
+    def check_older_report(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Raise ValueError for a report that was asked for with other settings, or by an older version, unless told to.
+
+        With `finish` the answers of its stages go.
+        """
         file = self.path / REPORT
         if not file.exists():
             return
         try:
-            kept = read_json(file, "report").get("provenance", {}).get("settings")
-        except (ValueError, AttributeError):
-            kept = None
-        if kept != json.loads(json.dumps(settings)):
+            report = read_json(file, "report")
+        except ValueError:
+            report = {}
+        provenance, stages = report.get("provenance"), report.get("stages")
+        kept = provenance.get("settings") if isinstance(provenance, dict) else None
+        if not overwrite and kept != json.loads(json.dumps(settings)):
             raise ValueError(f"{file} is of other data or settings; name another --out, or give --overwrite")
+        self._old_stages = [name for name in stages if Path(name).name == name] if isinstance(stages, dict) else []
 
     @contextmanager
     def answers(self, stage: str) -> Iterator[TextIO]:
@@ -84,11 +91,10 @@ class OutputFolder:
             stream.flush()
 
     def finish(self) -> None:
-        """Give the answers of every stage their names; those of an older report's other stages go."""
+        """Give the answers of every stage their names; those of the older report's other stages go."""
         with named(self.path):
-            for old in self.path.glob("answers-*.jsonl"):
-                if old.name not in map(self._name, self._stages):
-                    old.unlink()
+            for stage in set(self._old_stages) - set(self._stages):
+                (self.path / self._name(stage)).unlink(missing_ok=True)
             for stage in self._stages:
                 os.replace(self._part(stage), self.path / self._name(stage))
 

@@ -140,8 +140,7 @@ def render(stages: Mapping[str, StageReport], provenance: Mapping[str, Any]) -> 
         for name in names:
             cells = [report.per_type.get(kind, {}).get(name) for report in stages.values()]
             if any(cells):
-                n = next(cell.n for cell in cells if cell)
-                rows.append([kind, name, str(n), *map(_cell, cells)])
+                rows.append([kind, name, _rows_of(cells), *map(_cell, cells)])
     lines += _table(["risk type", "metric", "n", *stages], rows)
     lines += ["", "## What the numbers mean", ""]
     lines += [f"- `{name}`: {METRICS[name][0]}." for name in used]
@@ -200,8 +199,13 @@ def _refusal_lines(refusal: Mapping[str, Any]) -> list[str]:
 
 def _metric_row(name: str, stages: Mapping[str, StageReport]) -> list[str]:
     cells = [report.metrics.get(name) for report in stages.values()]
-    n = next(cell.n for cell in cells if cell is not None)
-    return [f"`{name}`", METRICS[name][1], str(n), *map(_cell, cells)]
+    return [f"`{name}`", METRICS[name][1], _rows_of(cells), *map(_cell, cells)]
+
+
+def _rows_of(cells: Sequence[Estimate | None]) -> str:
+    """The number of rows, one for each stage where answers that were not read make them differ."""
+    counts = [cell.n for cell in cells if cell is not None]
+    return str(counts[0]) if len(set(counts)) == 1 else " / ".join(map(str, counts))
 
 
 def _cell(estimate: Estimate | None) -> str:

@@ -34,9 +34,8 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.prompt, list):
             object.__setattr__(self, "prompt", tuple(self.prompt))
-        if not isinstance(self.prompt, str | tuple) or not all(
-            isinstance(turn, str if isinstance(self.prompt, str) else Turn) for turn in self.prompt
-        ):
+        of_turns = isinstance(self.prompt, tuple) and all(isinstance(turn, Turn) for turn in self.prompt)
+        if not of_turns and not isinstance(self.prompt, str):
             raise ValueError(f"a prompt is a str or a tuple of Turn, not {shorten(self.prompt, 40)}")
         if isinstance(self.images, list):
             object.__setattr__(self, "images", tuple(self.images))

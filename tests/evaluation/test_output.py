@@ -30,9 +30,11 @@ def test_a_folder_that_cannot_be_written_is_named(place):
 
 
 def test_answers_are_kept_as_they_come_and_named_when_all_are_there(tmp_path):
-    for old in ("answers-base.jsonl", "answers-gone.jsonl"):
+    for old in ("answers-base.jsonl", "answers-gone.jsonl", "answers-mine.jsonl"):
         (tmp_path / old).write_text("old")
+    (tmp_path / "report.json").write_text('{"stages": {"base": {}, "gone": {}}}')
     with OutputFolder(tmp_path).claim() as out:
+        out.check_older_report({}, overwrite=True)
         with out.answers("base") as stream:
             out.append(stream, [{"a": "é"}])
             # a run that is killed here leaves this
@@ -42,7 +44,11 @@ def test_answers_are_kept_as_they_come_and_named_when_all_are_there(tmp_path):
             pass
         assert (tmp_path / "answers-base.jsonl").read_text() == "old"
         out.finish()
-    assert sorted(file.name for file in tmp_path.glob("answers*")) == ["answers-base.jsonl", "answers-stage1.jsonl"]
+    assert sorted(file.name for file in tmp_path.glob("answers*")) == [
+        "answers-base.jsonl",
+        "answers-mine.jsonl",  # of no report: not ours to remove
+        "answers-stage1.jsonl",
+    ]
     rows = [json.loads(line) for line in (tmp_path / "answers-base.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["a"] for row in rows] == ["é", 2, 3]
 
@@ -60,10 +66,10 @@ def test_a_full_disk_is_one_sentence_with_the_file(tmp_path):
 def test_a_report_is_replaced_by_its_like_only(tmp_path):
     settings = {"data": "world", "limit": None, "stages": {"a": "b"}}
     out = OutputFolder(tmp_path)
-    out.refuse_other_report(settings)
+    out.check_older_report(settings)
     report = tmp_path / "report.json"
     report.write_text(json.dumps({"stages": {}, "provenance": {"settings": settings}}))
-    out.refuse_other_report(dict(reversed(settings.items())))
+    out.check_older_report(dict(reversed(settings.items())))
     for content in (
         {"provenance": {"settings": {**settings, "limit": 32}}},
         {"provenance": {}},
@@ -72,7 +78,7 @@ def test_a_report_is_replaced_by_its_like_only(tmp_path):
     ):
         report.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=r"report\.json is of other data or settings.*--overwrite"):
-            out.refuse_other_report(settings)
+            out.check_older_report(settings)
     report.write_text("{")
     with pytest.raises(ValueError, match="--overwrite"):
-        out.refuse_other_report(settings)
+        out.check_older_report(settings)
