@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
-from psa_fast.data.importers import write_rows
-from psa_fast.data.importers.figstep import figstep_rows
-from psa_fast.data.records import NO_IMAGE_FOLDER, Problem, Record, read_records
+from psa_fast.data.importers import figstep, import_rows, psa
+from psa_fast.data.records import Problem, Record, list_problems, read_records, unread_sentence
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
-SHOWN_WITHOUT_FOLDER = 3  # one missing option is wrong with all the others too
+IMPORTERS: tuple[Any, ...] = (figstep, psa)  # modules, as psa_fast.data.importers describes them
+MAX_REASONS = 20
 
 
 def register(subparsers: Any) -> None:
@@ -24,50 +24,77 @@ def register(subparsers: Any) -> None:
     check = commands.add_parser("check", help="list every bad row of a data file; exit code 1 if there is one")
     check.add_argument("file", metavar="FILE", help="records as .jsonl, or .json with one list")
     check.add_argument("--image_folder", help="folder that image paths are relative to (not needed without images)")
+    check.add_argument(
+        "--keep_keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys that look like ours (label, say) and are to be left unread; other such keys are problems",
+    )
     check.set_defaults(func=check_command)
 
-    importers = commands.add_parser("import", help="turn a public dataset into records")
-    sources = importers.add_subparsers(dest="source", required=True, metavar="DATASET")
-    figstep = sources.add_parser("figstep", help="FigStep's SafeBench or SafeBench-Tiny CSV and its images")
-    figstep.add_argument("--csv", required=True, help="the dataset's CSV")
-    figstep.add_argument("--image_folder", required=True, help="folder of the query_*.png images")
-    figstep.add_argument("--out", required=True, help="the .jsonl to write")
-    figstep.set_defaults(func=import_figstep_command)
+    parser = commands.add_parser("import", help="turn a public dataset into records")
+    sources = parser.add_subparsers(dest="source_name", required=True, metavar="DATASET")
+    for importer in IMPORTERS:
+        name = importer.__name__.rpartition(".")[2]
+        source = sources.add_parser(name, help=importer.HELP, description=f"Turn {importer.HELP} into records.")
+        importer.add_arguments(source)
+        source.add_argument("--out", required=True, help="the .jsonl to write")
+        source.add_argument(
+            "--on_bad_sample",
+            choices=("skip", "error"),
+            default="skip",
+            help="rows that cannot be read are named and the exit code is 1: skip writes the others, error none",
+        )
+        source.set_defaults(func=import_command, importer=importer)
 
 
 def check_command(args: argparse.Namespace) -> int:
     """Print every problem and return 1, or print counts and return 0."""
-    return _report(args.file, args.image_folder)
+    return report(args.file, args.image_folder, args.keep_keys)
 
 
-def import_figstep_command(args: argparse.Namespace) -> int:
-    """Write the records and check them as `data check` does."""
-    if not Path(args.image_folder).is_dir():
-        raise ValueError(f"image folder {args.image_folder!r} does not exist or is not a folder")
-    count = write_rows(args.out, figstep_rows(args.csv))
-    print(f"wrote {count} records to {args.out}")
-    return _report(args.out, args.image_folder)
+def import_command(args: argparse.Namespace) -> int:
+    """Write a source's good rows, and account for all of them; 1 if some could not be read."""
+    result = import_rows(args.importer.read(args), args.out, args.image_folder, args.on_bad_sample == "skip")
+    for line in list_problems(result.problems):
+        print(line)
+    written = f"wrote {len(result.records)} records to {args.out}" if result.records else "wrote nothing"
+    left_out = result.reasons.total()
+    print(f"read {result.read} rows, {written}, {left_out} rows cannot be read")
+    for reason, count in result.reasons.most_common(MAX_REASONS):
+        print(f"  {count} x {reason}")
+    if len(result.reasons) > MAX_REASONS:
+        print(f"  and {len(result.reasons) - MAX_REASONS} more reasons")
+    _print_counts(result.records)
+    if args.image_folder is None and any(record.images for record in result.records):
+        print("  the images were not looked at: no --image_folder")
+    return 1 if left_out or not result.records else 0
 
 
-def _report(path: str, image_folder: str | None) -> int:
-    records, problems = read_records(path, image_folder)
+def report(path: str, image_folder: str | None, keep_keys: Collection[str] = ()) -> int:
+    """Print what is wrong with a data file, or what it holds; return the exit code."""
+    records, problems, unread = read_records(path, image_folder, keep_keys=keep_keys)
     if not records and not problems:
         problems = [Problem(path, 1, "the file holds no records")]
-    without_folder = 0
-    for problem in problems:
-        lacks_folder = problem.message.endswith(NO_IMAGE_FOLDER)
-        without_folder += lacks_folder
-        if not lacks_folder or without_folder <= SHOWN_WITHOUT_FOLDER:
-            print(problem)
-    if without_folder > SHOWN_WITHOUT_FOLDER:
-        print(f"... and {without_folder - SHOWN_WITHOUT_FOLDER} more image(s) in {path}: each {NO_IMAGE_FOLDER}")
+    for line in list_problems(problems):
+        print(line)
     if problems:
         print(f"{len(problems)} problem(s); {len(records)} good record(s) in {path}", file=sys.stderr)
+        if unread:
+            print(f"  not read: {unread_sentence(unread)}", file=sys.stderr)
         return 1
     print(f"{len(records)} record(s) in {path}, no problem")
-    for title, counts in _counts(records).items():
-        print(f"  by {title}: " + ", ".join(f"{name} {count}" for name, count in counts))
+    _print_counts(records)
+    if unread:
+        print(f"  not read: {unread_sentence(unread)}")
     return 0
+
+
+def _print_counts(records: list[Record]) -> None:
+    for title, counts in _counts(records).items():
+        if counts:
+            print(f"  by {title}: " + ", ".join(f"{name} {count}" for name, count in counts))
 
 
 def _counts(records: list[Record]) -> dict[str, list[tuple[str, int]]]:
@@ -79,6 +106,6 @@ def _counts(records: list[Record]) -> dict[str, list[tuple[str, int]]]:
     return {
         "type": sorted(Counter(name(record.safe_type, RISK_TYPES) for record in records).items()),
         "level": sorted(Counter(name(record.safe_level, RISK_LEVELS) for record in records).items()),
-        "group": sorted(Counter(record.group for record in records).items()),
+        "group": sorted(Counter(record.group or "none, in no safety metric" for record in records).items()),
         "images": sorted(Counter(str(len(record.images)) for record in records).items(), key=lambda item: int(item[0])),
     }

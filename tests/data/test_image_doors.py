@@ -170,7 +170,7 @@ def test_text_is_never_opened(tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", [None, 5, ["a.png"], np.zeros((4, 4, 3), np.uint8), io.BytesIO(b""), object])
 def test_what_is_no_image_is_a_sentence(source):
     for door in (to_rgb, load_image):
-        with pytest.raises(ImageError, match="an image is a .*; expected a PIL image, bytes or a pathlib.Path"):
+        with pytest.raises(ImageError, match=r"an image is a .*; expected a PIL image, bytes or a pathlib.Path"):
             door(source)
 
 
@@ -215,7 +215,7 @@ def test_a_picture_that_cannot_be_read_never_becomes_one(tmp_path, name):
     cut.write_bytes(whole[: len(whole) // 2])
     for source in (cut, cut.read_bytes(), Image.open(cut), Image.open(io.BytesIO(cut.read_bytes()))):
         for _ in range(2):  # Pillow may have a second look at what it failed to read
-            with pytest.raises(ImageError, match="is damaged|never read"):
+            with pytest.raises(ImageError, match=r"is damaged|never read"):
                 to_rgb(source)
     with pytest.raises(ImageError, match=f"cut-{name}"):
         to_rgb(Image.open(cut))
