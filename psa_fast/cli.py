@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
+
+from psa_fast import __version__
 
 # before torch is imported: threads that spin while they wait starve each other where jobs share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="psa-fast", description="Concept-bottleneck safety for vision-language models."
     )
+    parser.add_argument("--version", action="version", version=f"psa-fast {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for room in (data, sandbox, training, safety, evaluation):
         room.register(subparsers)
@@ -28,19 +32,44 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand. Bad input is one sentence on stderr and exit code 2."""
-    args = build_parser().parse_args(argv)
+    """Run a subcommand. Bad input and a file that cannot be written are one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal's encoding lacks must not end a command
+            stream.reconfigure(errors="backslashreplace")
     try:
+        args = build_parser().parse_args(argv)
         code = args.func(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller (`>&-`)
+            sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # the reader (`| head`) has seen enough; keep the interpreter from flushing into it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        _silence_stdout()
         return 1
-    except (ValueError, FileNotFoundError) as error:
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        print(f"psa-fast: error: {_sentence(error)}", file=sys.stderr)
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:  # it was stdout that could not be written
+            _silence_stdout()
+        return 2
+    except ValueError as error:
         print(f"psa-fast: error: {error}", file=sys.stderr)
         return 2
+
+
+def _silence_stdout() -> None:
+    """Keep the interpreter from flushing into stdout again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _sentence(error: OSError) -> str:
+    """What could not be read or written, and why, without the error's number."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_fast.evaluation.refusal import LISTS, MODES, get_list
+from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
+    from rich.progress import TaskID
+
     from psa_fast.data.records import Record
+    from psa_fast.evaluation.output import OutputFolder
+    from psa_fast.evaluation.report import StageReport
+    from psa_fast.safety.policy import Policy
 
 STAGE_DIRS = ("stage1", "stage2")
 
@@ -43,9 +49,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--batch_size", type=int, default=128, metavar="N", help="requests at once (default: 128)")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_argument("--limit", type=int, metavar="N", help="use N rows, spread evenly over the file")
-    parser.add_argument("--refusal_list", choices=sorted(LISTS), default="psa", help="keywords (default: psa)")
-    parser.add_argument("--refusal_mode", choices=MODES, default="contains", help="how they match (default: contains)")
+    parser.add_argument("--refusal_list", choices=sorted(LISTS), default=DEFAULT_LIST, help=f"default: {DEFAULT_LIST}")
+    parser.add_argument("--refusal_mode", choices=MODES, default="contains", help="default: contains")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report of other data or settings in --out")
     parser.set_defaults(func=evaluate)
 
 
@@ -113,25 +120,72 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
+    """What was asked for: a second run with the same replaces the first one's report."""
+    names = ("data", "split", "image_folder", "policy", "max_new_tokens", "limit", "refusal_list", "refusal_mode")
+    return {name: getattr(args, name) for name in (*names, "seed")} | {"base": todo.base, "stages": todo.addons}
 
-    from psa_fast.data.records import load_records
-    from psa_fast.evaluation.evaluate import compute_metrics, per_type, run_stage
-    from psa_fast.evaluation.metrics import BOOTSTRAP_SAMPLES
-    from psa_fast.evaluation.report import StageReport, data_provenance, environment, write_report
-    from psa_fast.safety.load import addon_hash, default_dtype, load_guard, load_plain
-    from psa_fast.safety.policy import DEFAULT_POLICY, Policy
+
+def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
+    from psa_fast.evaluation.output import OutputFolder
+    from psa_fast.safety.policy import Policy
 
     policy = Policy.load(args.policy)
-    refusals = get_list(args.refusal_list)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
-    everything = load_records(file, image_folder, decode=False)
+    with OutputFolder(Path(args.out)).claim() as out:
+        settings = _settings(args, todo)
+        out.check_older_report(settings, args.overwrite)
+        everything, records = _read(args, todo, policy, file, image_folder)
+        reports, unread = _run(args, todo, policy, records, image_folder, out)
+        _report(args, todo, policy, settings, (file, image_folder, records, len(everything)), reports, unread)
+        out.finish()
+    print(f"wrote {out.path / 'report.md'} and {out.path / 'report.json'}")
+
+
+def _read(
+    args: argparse.Namespace, todo: Plan, policy: Policy, file: Path, image_folder: Path
+) -> tuple[list[Record], list[Record]]:
+    """All records and those to be evaluated, with every image decoded and every prompt made."""
+    from psa_fast.data.records import load_records
+    from psa_fast.evaluation.check import check_prompts, longest_hint, require_labels
+    from psa_fast.models import PsaConfig
+    from psa_fast.safety.load import CONFIG, load_prompter, read_whole_addon
+
+    everything = load_records(file, image_folder)
+    if unlabelled := require_labels(file, everything):
+        print(
+            f"{len(unlabelled)} of {len(everything)} rows have no label and are in no metric; "
+            f"the first is {unlabelled[0].where}"
+        )
     records = spread(everything, args.limit)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in todo.addons.values():
+        read_whole_addon(folder)  # a missing or unreadable file is met now, not after the stages before
+    # the add-on with the longest images; prompts that it can take, the others can
+    tokens = {f: PsaConfig.from_json_file(Path(f) / CONFIG).num_safety_tokens for f in todo.addons.values()}
+    longest = max(tokens, key=lambda folder: tokens[folder], default=None)
+    prompter = load_prompter(todo.base, longest)
+    check_prompts(file, records, prompter, args.max_new_tokens, longest_hint(policy) if todo.addons else None)
+    return everything, records
+
+
+def _run(
+    args: argparse.Namespace,
+    todo: Plan,
+    policy: Policy,
+    records: list[Record],
+    image_folder: Path,
+    out: OutputFolder,
+) -> tuple[dict[str, StageReport], dict[str, dict[str, int]]]:
+    """Answer the records stage by stage: the stages' reports, and how many answers the refusal list could not read."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from psa_fast.evaluation.evaluate import Result, compute_metrics, per_type, run_stage
+    from psa_fast.evaluation.evaluate import unread as count_unread
+    from psa_fast.evaluation.report import StageReport
+    from psa_fast.safety.load import addon_hash, load_guard, load_plain
 
     reports: dict[str, StageReport] = {}
+    unread: dict[str, dict[str, int]] = {}
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         for stage in ("base", *todo.addons):
@@ -139,38 +193,68 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
             addon = todo.addons.get(stage)
             guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
             start = time.perf_counter()
-            results = run_stage(
-                guard,
-                records,
-                image_folder,
-                refusals,
-                args.refusal_mode,
-                args.max_new_tokens,
-                args.batch_size,
-                advance=lambda rows, task=task: progress.advance(task, rows),  # type: ignore[misc]
-            )
+            with out.answers(stage) as stream:
+
+                def keep(batch: list[Result], stream: TextIO = stream, task: TaskID = task) -> None:
+                    out.append(stream, [result.to_json() for result in batch])
+                    progress.advance(task, len(batch))
+
+                results = run_stage(
+                    guard,
+                    records,
+                    image_folder,
+                    get_list(args.refusal_list),
+                    args.refusal_mode,
+                    args.max_new_tokens,
+                    args.batch_size,
+                    keep,
+                )
             facts: dict[str, Any] = {
                 "path": addon or todo.base,
                 "sha256": None if addon is None else addon_hash(addon),
                 "seconds": round(time.perf_counter() - start, 1),
+                "neutral_question": guard.neutral_question,
             }
             reports[stage] = StageReport(compute_metrics(results, guard.has_head, args.seed), per_type(results), facts)
-            with (out / f"answers-{stage}.jsonl").open("w", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(result.to_json(), ensure_ascii=False) + "\n" for result in results)
+            unread[stage] = {
+                "guarded": count_unread(results),
+                "unguarded": count_unread(results, guarded=False),
+            }
             del guard  # one model at a time: two copies of a large base do not fit
             gc.collect()
+    return reports, unread
 
+
+def _report(
+    args: argparse.Namespace,
+    todo: Plan,
+    policy: Policy,
+    settings: dict[str, Any],
+    data: tuple[Path, Path, list[Record], int],
+    reports: dict[str, StageReport],
+    unread: dict[str, dict[str, int]],
+) -> None:
+    from psa_fast.evaluation.metrics import BOOTSTRAP_SAMPLES
+    from psa_fast.evaluation.report import data_provenance, environment, write_report
+    from psa_fast.safety.load import default_dtype
+    from psa_fast.safety.policy import DEFAULT_POLICY
+
+    refusals = get_list(args.refusal_list)
     provenance = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": settings,
         "base": todo.base,
         "split": args.split if Path(args.data).is_dir() else None,
-        "data": data_provenance(file, image_folder, records, len(everything)),
+        "data": data_provenance(*data),
         "policy": {"path": args.policy or f"shipped ({DEFAULT_POLICY.name})", "sha256": policy.hash},
         "refusal": {
             "list": refusals.name,
             "mode": args.refusal_mode,
+            "patterns": refusals.patterns,
             "refusals": list(refusals.refusals),
             "cautions": list(refusals.cautions),
+            "on_labelled_answers": error_rates(refusals, args.refusal_mode),
+            "unread": unread,
         },
         "decoding": {
             "method": "greedy",
@@ -181,5 +265,4 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
         "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": args.seed, "interval": 0.95},
         **environment(),
     }
-    write_report(out, reports, provenance)
-    print(f"wrote {out / 'report.md'} and {out / 'report.json'}")
+    write_report(Path(args.out), reports, provenance)

@@ -16,6 +16,7 @@ from psa_fast import __version__
 from psa_fast.data.images import resolve
 from psa_fast.data.records import Record
 from psa_fast.evaluation.metrics import Estimate
+from psa_fast.files import write_text
 
 # metric -> (what it measures, which way is better); the order of the table
 METRICS = {
@@ -40,6 +41,9 @@ METRICS = {
 }
 
 
+NO_GROUP = "not labelled"
+
+
 @dataclass(frozen=True)
 class StageReport:
     """The numbers of one stage and where they come from."""
@@ -56,7 +60,7 @@ def data_provenance(path: Path, image_folder: Path, records: Sequence[Record], t
         images.update(name.encode() + b"\0" + hashlib.sha256(resolve(image_folder, name).read_bytes()).digest())
     groups: dict[str, int] = {}
     for record in records:
-        groups[record.group] = groups.get(record.group, 0) + 1
+        groups[record.group or NO_GROUP] = groups.get(record.group or NO_GROUP, 0) + 1
     return {
         "path": str(path),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -103,9 +107,8 @@ def write_report(out: Path, stages: Mapping[str, StageReport], provenance: Mappi
             for stage, report in stages.items()
         },
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(render(stages, content["provenance"]), encoding="utf-8")
+    write_text(out / "report.md", render(stages, content["provenance"]))
+    write_text(out / "report.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def render(stages: Mapping[str, StageReport], provenance: Mapping[str, Any]) -> str:
@@ -117,6 +120,8 @@ def render(stages: Mapping[str, StageReport], provenance: Mapping[str, Any]) -> 
         f"{data['rows']} of {data['rows_in_file']} rows of `{data['path']}`; value [95% interval].",
         "",
     ]
+    if without := data["groups"].get(NO_GROUP):
+        lines += [f"**{without} of these rows have no label and are in no metric.**", ""]
     used = [name for name in METRICS if any(name in report.metrics for report in stages.values())]
     lines += _table(["metric", "better", "n", *stages], [_metric_row(name, stages) for name in used])
     reasons = {
@@ -135,8 +140,7 @@ def render(stages: Mapping[str, StageReport], provenance: Mapping[str, Any]) -> 
         for name in names:
             cells = [report.per_type.get(kind, {}).get(name) for report in stages.values()]
             if any(cells):
-                n = next(cell.n for cell in cells if cell)
-                rows.append([kind, name, str(n), *map(_cell, cells)])
+                rows.append([kind, name, _rows_of(cells), *map(_cell, cells)])
     lines += _table(["risk type", "metric", "n", *stages], rows)
     lines += ["", "## What the numbers mean", ""]
     lines += [f"- `{name}`: {METRICS[name][0]}." for name in used]
@@ -149,8 +153,7 @@ def render(stages: Mapping[str, StageReport], provenance: Mapping[str, Any]) -> 
         "",
         "## How they were obtained",
         "",
-        f"- refusals: list `{refusal['list']}`, mode `{refusal['mode']}`, whole words on lower-cased text. "
-        f"Refusal: {', '.join(refusal['refusals'])}. Caution: {', '.join(refusal['cautions']) or 'none'}.",
+        *_refusal_lines(refusal),
         f"- decoding: {decoding['method']}, at most {decoding['max_new_tokens']} new tokens, "
         f"batches of {decoding['batch_size']}, {decoding['dtype']}.",
         f"- data: sha256 `{data['sha256']}`, images `{data['images_sha256']}`, groups "
@@ -168,10 +171,41 @@ def render(stages: Mapping[str, StageReport], provenance: Mapping[str, Any]) -> 
     return "\n".join(lines)
 
 
+def _refusal_lines(refusal: Mapping[str, Any]) -> list[str]:
+    """How refusals were found, and how often that is wrong."""
+    matrix = refusal["on_labelled_answers"]
+    total = {kind: sum(row.values()) for kind, row in matrix.items()}
+    found = {kind: matrix[kind].get(kind, 0) for kind in matrix}
+    wrong = total["answer"] - found["answer"]
+    lines = [f"- refusals: list `{refusal['list']}`, mode `{refusal['mode']}`; English only."]
+    if refusal["patterns"]:
+        lines[0] += " Patterns of what the speaker says, quotations left out (psa_fast/evaluation/phrases.py)."
+    else:
+        lines[0] += " Whole words on lower-cased text."
+        lines[0] += f" Refusal: {', '.join(refusal['refusals'])}. Caution: {', '.join(refusal['cautions']) or 'none'}."
+    lines.append(
+        f"- on the {sum(total.values())} labelled answers that come with psa-fast this list finds "
+        f"{found['refusal']} of {total['refusal']} refusals and {found['caution']} of {total['caution']} cautions, and "
+        f"takes {wrong} of {total['answer']} plain answers for one of them."
+    )
+    for stage, counts in refusal["unread"].items():
+        if any(counts.values()):
+            lines.append(
+                f"- {stage}: {counts['guarded']} guarded and {counts['unguarded']} unguarded answers were not read: "
+                "they are mostly in a script that the list does not know, and in no share above."
+            )
+    return lines
+
+
 def _metric_row(name: str, stages: Mapping[str, StageReport]) -> list[str]:
     cells = [report.metrics.get(name) for report in stages.values()]
-    n = next(cell.n for cell in cells if cell is not None)
-    return [f"`{name}`", METRICS[name][1], str(n), *map(_cell, cells)]
+    return [f"`{name}`", METRICS[name][1], _rows_of(cells), *map(_cell, cells)]
+
+
+def _rows_of(cells: Sequence[Estimate | None]) -> str:
+    """The number of rows, one for each stage where answers that were not read make them differ."""
+    counts = [cell.n for cell in cells if cell is not None]
+    return str(counts[0]) if len(set(counts)) == 1 else " / ".join(map(str, counts))
 
 
 def _cell(estimate: Estimate | None) -> str:

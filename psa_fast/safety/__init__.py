@@ -6,15 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psa_fast.safety.guard import Answer, Guard, Request, Verdict
+    from psa_fast.safety.guard import Guard
     from psa_fast.safety.load import load_guard
     from psa_fast.safety.policy import Decision, Policy
+    from psa_fast.safety.request import Request
+    from psa_fast.safety.verdict import Answer, Verdict
 
 # looked up on use, so that the policy alone stays a light import
 _HOME = {
-    "guard": ("Answer", "Guard", "Request", "Verdict"),
+    "guard": ("Guard",),
     "load": ("load_guard",),
     "policy": ("Decision", "Policy"),
+    "request": ("Request",),
+    "verdict": ("Answer", "Verdict"),
 }
 
 __all__ = ["Answer", "Decision", "Guard", "Policy", "Request", "Verdict", "load_guard"]

@@ -1,13 +1,19 @@
-"""`psa-fast generate`: answer one request from the command line, guarded by default."""
+"""`psa-fast generate` answers one request, guarded by default; `psa-fast policy check` shows what a policy does."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from psa_fast.safety.policy import Policy
+    from psa_fast.safety.verdict import Verdict
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
-    """Add the command `generate`."""
+    """Add the commands `generate` and `policy`."""
     parser = subparsers.add_parser(
         "generate",
         help="answer a question about images, guarded by the policy",
@@ -30,31 +36,77 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", action="store_true", help="print answer and verdict as one JSON object")
     parser.set_defaults(func=generate)
 
+    commands = subparsers.add_parser("policy", help="check a policy file").add_subparsers(
+        dest="policy_command", required=True, metavar="{check}"
+    )
+    check = commands.add_parser("check", help="show what a policy does, or what is wrong with its file; loads no model")
+    check.add_argument("file", nargs="?", metavar="FILE", help="policy YAML (default: the shipped one)")
+    check.set_defaults(func=check_policy)
+
 
 def generate(args: argparse.Namespace) -> int:
     """Print the answer and its verdict. Raises ValueError, with a sentence, for input that cannot be used."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens is {args.max_new_tokens}; expected at least 1")
-    from psa_fast.data.images import load_image
     from psa_fast.safety.policy import Policy
 
     policy = Policy.load(args.policy)
-    images = tuple(load_image(path) for path in args.image)
 
     from psa_fast.safety.guard import Request
-    from psa_fast.safety.load import load_guard
 
-    request = Request(args.prompt, images)
-    request.turns  # noqa: B018 - a request that does not fit is refused before a model is loaded
-    guard = load_guard(args.model, args.base, policy)
-    (answer,) = guard.answer([request], guarded=not args.unguarded, max_new_tokens=args.max_new_tokens)
-    verdict = answer.verdict
+    request = Request(args.prompt, tuple(map(Path, args.image)))
+    turns, request = request.turns, Request(args.prompt, tuple(request.pictures()))
+
+    from psa_fast.safety.load import base_of, load_guard, load_prompter, read_whole_addon
+
+    # a request that cannot be asked is refused before a model is loaded
+    read_whole_addon(args.model)
+    base = args.base or base_of(args.model)
+    prompter = load_prompter(base, args.model)
+    prompter.prompt(turns, prompter.prepare(request), args.max_new_tokens)
+    guard = load_guard(args.model, base, policy)
+    (answer,) = guard.answer(
+        [request], guarded=not args.unguarded, max_new_tokens=args.max_new_tokens, on_error="raise"
+    )
     if args.json:
-        print(json.dumps({"answer": answer.text, "verdict": verdict.to_json()}, indent=2, ensure_ascii=False))
+        print(json.dumps({"answer": answer.text, "verdict": answer.verdict.to_json()}, indent=2, ensure_ascii=False))
         return 0
     print(answer.text)
-    note = "" if verdict.applied or not verdict.checked else ", not applied"
+    print(f"[{describe(answer.verdict)}]")
+    return 0
+
+
+def describe(verdict: Verdict) -> str:
+    """A verdict in one line: what was done and why, or that nothing was checked."""
+    if not verdict.checked:
+        return f"NOT CHECKED FOR RISKS: {verdict.rule.partition(': ')[2]}"
+    note = "" if verdict.applied else ", not applied"
     score = "" if verdict.unsafe_score is None else f", unsafe score {verdict.unsafe_score:.3f}"
     kind = "" if verdict.type is None else f", type {verdict.type}, level {verdict.level}"
-    print(f"[{verdict.action}{note}: {verdict.rule}{kind}{score}]")
+    query = ", by the neutral question" if verdict.query == "neutral" else ""
+    return f"{verdict.action}{note}: {verdict.rule}{kind}{score}{query}"
+
+
+def check_policy(args: argparse.Namespace) -> int:
+    """Print what a policy does. Raises ValueError, naming every fault, for a file that is none."""
+    from psa_fast.safety.policy import Policy
+
+    print("\n".join(policy_table(Policy.load(args.file), args.file or "shipped")))
     return 0
+
+
+def policy_table(policy: Policy, name: str) -> list[str]:
+    """The lines of a table: which risk types are on, and what each level of risk leads to."""
+    switches = {state: ", ".join(t for t, on in policy.types.items() if on == state) for state in (True, False)}
+    rows = [
+        ("version", str(policy.version), ""),
+        ("unsafe", f"from {policy.unsafe_threshold:g}", "max(1 - p(clean), 1 - p(none))"),
+        ("types on", switches[True] or "none", ""),
+        ("types off", switches[False] or "none", ""),
+    ]
+    texts = {"allow": "", "hint": "", "refuse": policy.responses.refuse, "block": policy.responses.block}
+    for level, rule in policy.levels.items():
+        rows.append((level, rule.action, json.dumps(rule.hint or texts[rule.action], ensure_ascii=False)))
+    rows.append(("unreadable", "block", json.dumps(policy.responses.unchecked, ensure_ascii=False)))
+    lines = [f"{first:<11} {second:<8} {third}".rstrip() for first, second, third in rows]
+    return [f"policy {name}: valid", *lines, f"{'sha256':<11} {policy.hash}"]

@@ -3,82 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from psa_fast.data.chat import Encoded, ImageInputs, encode, prepare_images, stop_token_ids
+from psa_fast.data.chat import Encoded, ImageInputs, encode, stop_token_ids
 from psa_fast.data.records import IMAGE_MARK, Turn
+from psa_fast.files import shorten
 from psa_fast.safety.plain import PlainVLM
-from psa_fast.safety.policy import Action, Decision, Policy
+from psa_fast.safety.policy import Decision, Policy
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Query, Reading, read_head, worst
+from psa_fast.safety.request import Prompter, Request, text_positions
+from psa_fast.safety.verdict import Answer, Verdict, read_verdict, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from psa_fast.models import PsaVLM
 
+__all__ = ["Answer", "Guard", "Request", "Verdict"]
+
+UNCHECKED = "I am sorry, but this request cannot be answered, because it could not be read."
+OnError = Literal["block", "raise"]
+
 
 @dataclass(frozen=True)
-class Request:
-    """A conversation that ends with the user's turn, and the images of its `<image>` marks.
+class _Asked:
+    """A request that can be asked: its place in the caller's list, its turns, images and prompt.
 
-    A plain string is one user turn; it may leave the marks out, the images then come first.
+    `neutral` is the neutral question about its images, None where none is asked.
     """
 
-    prompt: str | tuple[Turn, ...]
-    images: tuple[Image.Image, ...] = ()
+    number: int
+    turns: tuple[Turn, ...]
+    images: ImageInputs | None
+    prompt: Encoded
+    neutral: Encoded | None
 
     @property
-    def turns(self) -> tuple[Turn, ...]:
-        """The turns with one mark per image. Raises ValueError if they do not fit or nothing is asked."""
-        turns = self.prompt
-        if isinstance(turns, str):
-            marks = "" if IMAGE_MARK in turns else f"{IMAGE_MARK}\n" * len(self.images)
-            turns = (Turn("user", marks + turns),)
-        count = sum(turn.text.count(IMAGE_MARK) for turn in turns)
-        if count != len(self.images):
-            raise ValueError(f"the prompt has {count} {IMAGE_MARK} mark(s), but {len(self.images)} image(s) were given")
-        if not turns or turns[-1].role != "user" or not turns[-1].text.replace(IMAGE_MARK, "").strip():
-            raise ValueError("a request ends with a user's turn that holds text")
-        return turns
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the concept head read and what the policy did with it; names as in the taxonomy.
-
-    `checked` is False where there is nothing to read (no image, no concept head), `rule` then says so. `applied` is
-    False for unguarded generation: action and hint are what the policy would have done. Probabilities and score are
-    None if they were not read or are not finite.
-    """
-
-    checked: bool
-    applied: bool
-    unsafe: bool
-    action: Action
-    rule: str
-    type: str | None = None
-    level: str | None = None
-    unsafe_score: float | None = None
-    type_probs: dict[str, float] | None = None
-    level_probs: dict[str, float] | None = None
-    hint: str | None = None
-    policy_hash: str | None = None
-    model_hash: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The verdict as plain JSON values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer and the verdict it was given under."""
-
-    text: str
-    verdict: Verdict
+    def count(self) -> int:
+        return self.prompt.image_count
 
 
 class Guard:
@@ -89,144 +53,226 @@ class Guard:
         processor: the model's own, from `psa_fast.models.load_processor`.
         policy: None with a PlainVLM, else a Policy (default: the shipped one).
         model_hash: identifies the weights in every verdict, as `psa_fast.safety.load.addon_hash` gives it.
+        max_length: the most tokens of prompt and answer together; None: the positions of the base's language model.
+        neutral_question: asked of the concept head beside the request's own words (reading.py); None: not asked. A
+            model whose query is no text (query="first") is never asked it.
 
-    Raises ValueError for a model whose concepts are not those of the taxonomy, which the policy decides on.
+    Raises ValueError for a model whose concepts are not those of the taxonomy, which the policy decides on, and for a
+    `max_length` or question that the model cannot take.
     """
 
     def __init__(
-        self, model: PsaVLM | PlainVLM, processor: Any, policy: Policy | None = None, model_hash: str | None = None
+        self,
+        model: PsaVLM | PlainVLM,
+        processor: Any,
+        policy: Policy | None = None,
+        model_hash: str | None = None,
+        max_length: int | None = None,
+        neutral_question: str | None = NEUTRAL_QUESTION,
     ) -> None:
         self.has_head = not isinstance(model, PlainVLM)
         if not isinstance(model, PlainVLM):
             names = tuple(model.config.risk_types), tuple(model.config.risk_levels)
             if names != (RISK_TYPES, RISK_LEVELS):
-                raise ValueError(f"the model's risk types and levels are {names}; the policy knows only the taxonomy's")
+                raise ValueError(
+                    f"the model's risk types and levels are {shorten(names)}; the policy knows only the taxonomy's"
+                )
             policy = policy or Policy.load()
+            if model.config.query != "prompt":
+                neutral_question = None
         elif policy is not None:
             raise ValueError("a base without an add-on has no concept head, so no policy can be applied to it")
         self.model = model
         self.processor = processor
         self.policy = policy
+        self.neutral_question = neutral_question if self.has_head else None
+        self._prompter = Prompter(processor, _max_length(max_length, text_positions(model.vlm.config)))
         self.model_hash = model_hash
+        self._policy_hash = policy.hash if policy else None
         self._stop_ids = stop_token_ids(processor)
+        self._neutral_prompts: dict[tuple[str, ...], Encoded] = {}
+        if self.neutral_question is not None and not Request(self.neutral_question).turns[0].text.isprintable():
+            raise ValueError(f"neutral_question is {shorten(self.neutral_question)}; expected a line of text")
         model.eval()
 
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens of prompt and answer together; None: the model names no limit."""
+        return self._prompter.max_length
+
     def answer(
-        self, requests: Sequence[Request], guarded: bool = True, max_new_tokens: int = 64, batch_size: int = 16
+        self,
+        requests: Sequence[Request],
+        guarded: bool = True,
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        on_error: OnError = "block",
     ) -> list[Answer]:
         """Answer requests greedily, in their order.
 
+        A request that cannot be read (its images, its marks, its length) is answered with a block, and its verdict's
+        `error` says why; the others are answered. `on_error="raise"` raises a ValueError for the first such instead.
         `guarded=False` is plain generation with the safety tokens and weights; its verdicts are reported, not applied.
-        Raises ValueError for guarded generation without a concept head.
+
+        Raises ValueError for guarded generation without a concept head, and for numbers below 1.
         """
-        return [
-            answer
-            for start in range(0, len(requests), batch_size)
-            for (answer,) in self._answer(requests[start : start + batch_size], (guarded,), max_new_tokens, batch_size)
-        ]
+        return [answer for (answer,) in self._batches(requests, (guarded,), max_new_tokens, batch_size, on_error)]
 
     def answer_both(
-        self, requests: Sequence[Request], max_new_tokens: int = 64, batch_size: int = 16
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        on_error: OnError = "block",
     ) -> list[tuple[Answer, Answer]]:
-        """(guarded, unguarded) answers of each request from one vision pass; one generation where the policy allows."""
-        return [
-            (guarded, plain)
-            for start in range(0, len(requests), batch_size)
-            for guarded, plain in self._answer(
-                requests[start : start + batch_size], (True, False), max_new_tokens, batch_size
-            )
-        ]
+        """(guarded, unguarded) answers of each request from one vision pass; one generation where the policy allows.
+
+        Arguments and errors as for `answer`.
+        """
+        rows = self._batches(requests, (True, False), max_new_tokens, batch_size, on_error)
+        return [(guarded, plain) for guarded, plain in rows]
+
+    def _batches(
+        self,
+        requests: Sequence[Request],
+        modes: tuple[bool, ...],
+        max_new_tokens: int,
+        batch_size: int,
+        on_error: OnError,
+    ) -> list[tuple[Answer, ...]]:
+        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {shorten(value)}; expected a whole number, at least 1")
+        if on_error not in ("block", "raise"):
+            raise ValueError(f"on_error is {shorten(on_error)}; expected 'block' or 'raise'")
+        if isinstance(requests, Request):
+            raise ValueError("requests is a list, [request] for a single one")
+        if True in modes and not self.has_head:
+            raise ValueError("this model has no concept head: it can only answer unguarded")
+        requests = list(requests)
+        answers: list[tuple[Answer, ...]] = []
+        for start in range(0, len(requests), batch_size):
+            batch = dict(enumerate(requests[start : start + batch_size], start))
+            answers += self._answer(batch, modes, max_new_tokens, batch_size, on_error)
+        return answers
 
     @torch.inference_mode()
     def _answer(
-        self, requests: Sequence[Request], modes: tuple[bool, ...], max_new_tokens: int, batch_size: int
+        self,
+        requests: dict[int, Request],
+        modes: tuple[bool, ...],
+        max_new_tokens: int,
+        batch_size: int,
+        on_error: OnError,
     ) -> list[tuple[Answer, ...]]:
-        if True in modes and not self.has_head:
-            raise ValueError("this model has no concept head: it can only answer unguarded")
-        turns = [request.turns for request in requests]
-        counts = [len(request.images) for request in requests]
-        everything = [image for request in requests for image in request.images]
-        prepared = prepare_images(everything, self.processor) if everything else None
-        features = self._encode_images(prepared)
-        images = [_slice(prepared, sum(counts[:row]), count) for row, count in enumerate(counts)]
+        """Answer one batch; the requests come with their places in the caller's list."""
+        answers: dict[int, tuple[Answer, ...]] = {}
 
-        def prompt(row: int, hint: str | None = None) -> Encoded:
-            return encode(turns[row], self.processor, images=images[row], hint=hint, add_generation_prompt=True)
+        def refuse(number: int, error: ValueError) -> None:
+            if on_error == "raise":
+                raise ValueError(f"request {number}: {error}") from error
+            text = self.policy.responses.unchecked if self.policy else UNCHECKED
+            answers[number] = (Answer(text, self._signed(refusing_verdict(number, str(error)))),) * len(modes)
 
-        prompts = [prompt(row) for row in range(len(requests))]
-        readings = self._read(prompts, counts, features)
+        # one by one, so that a request that cannot be read takes no other with it
+        asked = []
+        for number, request in requests.items():
+            try:
+                asked.append(self._prepare(number, request, max_new_tokens))
+            except ValueError as error:
+                refuse(number, error)
+        features = self._encode_images(asked)
+        readings = self._read(asked, features)
 
         # what to generate: (row, hint), each once however many modes ask for it
-        jobs: dict[tuple[int, str | None], str] = {}
-        for row, (_, decision) in enumerate(readings):
-            for guarded in modes:
-                if not guarded or decision.response is None:
-                    jobs[row, decision.hint if guarded else None] = ""
-        keys = list(jobs)
+        jobs: dict[tuple[int, str | None], Encoded] = {}
+        for row, (one, (_, decision)) in enumerate(zip(asked, readings, strict=True)):
+            hints = {decision.hint if guarded else None for guarded in modes if not (guarded and decision.response)}
+            try:
+                for hint in hints:
+                    jobs[row, hint] = self._with_hint(one, hint, max_new_tokens)
+            except ValueError as error:
+                refuse(one.number, error)
+        keys = [key for key in jobs if asked[key[0]].number not in answers]
+        texts: dict[tuple[int, str | None], str] = {}
         for start in range(0, len(keys), batch_size):
             chunk = keys[start : start + batch_size]
-            encoded = [prompts[row] if hint is None else prompt(row, hint) for row, hint in chunk]
-            texts = self._generate(encoded, [row for row, _ in chunk], counts, features, max_new_tokens)
-            jobs.update(zip(chunk, texts, strict=True))
+            prompts, rows = [jobs[key] for key in chunk], [row for row, _ in chunk]
+            new = self._generate(prompts, rows, [one.count for one in asked], features, max_new_tokens)
+            texts.update(zip(chunk, new, strict=True))
 
-        answers = []
-        for row, (verdict, decision) in enumerate(readings):
-            both = []
-            for guarded in modes:
-                text = decision.response if guarded else None
-                if text is None:
-                    text = jobs[row, decision.hint if guarded else None]
-                both.append(Answer(text, replace(verdict, applied=guarded and verdict.checked)))
-            answers.append(tuple(both))
-        return answers
+        for row, (one, (verdict, decision)) in enumerate(zip(asked, readings, strict=True)):
+            if one.number not in answers:
+                answers[one.number] = tuple(
+                    Answer(
+                        (decision.response if guarded else None) or texts[row, decision.hint if guarded else None],
+                        replace(verdict, applied=guarded and verdict.checked),
+                    )
+                    for guarded in modes
+                )
+        return [answers[number] for number in requests]
 
-    def _encode_images(self, prepared: ImageInputs | None) -> Any:
+    def _prepare(self, number: int, request: Request, max_new_tokens: int) -> _Asked:
+        """Check and encode a request. Raises ValueError if it cannot be asked."""
+        if not isinstance(request, Request):
+            raise ValueError(f"it is a {type(request).__name__}; expected a Request")
+        turns = request.turns
+        images = self._prompter.prepare(request)
+        prompt = self._prompter.prompt(turns, images, max_new_tokens)
+        return _Asked(number, turns, images, prompt, self._neutral_prompt(images))
+
+    def _with_hint(self, request: _Asked, hint: str | None, max_new_tokens: int) -> Encoded:
+        if hint is None:
+            return request.prompt
+        return self._prompter.prompt(request.turns, request.images, max_new_tokens, hint)
+
+    def _encode_images(self, asked: Sequence[_Asked]) -> Any:
         """Features of all images, in order, from the one vision pass; None without images."""
-        if prepared is None:
+        pixels = [request.images.pixel_values for request in asked if request.images is not None]
+        if not pixels:
             return None
         weight = next(self.model.parameters())
-        return self.model.encode_images(prepared.pixel_values.to(weight.device, weight.dtype))
+        return self.model.encode_images(torch.cat(pixels).to(weight.device, weight.dtype))
 
-    def _read(self, prompts: Sequence[Encoded], counts: list[int], features: Any) -> list[tuple[Verdict, Decision]]:
-        """Per row its verdict and the policy's decision. The query is the prompt without a hint."""
-        rows = []
-        with_image = [row for row, count in enumerate(counts) if count]
-        probs: dict[int, tuple[list[float], list[float]]] = {}
+    def _neutral_prompt(self, images: ImageInputs | None) -> Encoded | None:
+        """The neutral question about the images, in the layout of training's records; None without images."""
+        if self.neutral_question is None or images is None:
+            return None
+        if images.placeholders not in self._neutral_prompts:
+            if len(self._neutral_prompts) > 1000:  # of images that differ in their tokens there is no end
+                self._neutral_prompts.clear()
+            turns = [Turn("user", f"{IMAGE_MARK}\n" * len(images.placeholders) + self.neutral_question)]
+            # the language model never sees it, so no length can be too much
+            encoded = encode(turns, self.processor, images=images, add_generation_prompt=True)
+            self._neutral_prompts[images.placeholders] = replace(encoded, pixel_values=None)
+        return self._neutral_prompts[images.placeholders]
+
+    def _signed(self, verdict: Verdict) -> Verdict:
+        return replace(verdict, policy_hash=self._policy_hash, model_hash=self.model_hash)
+
+    def _read(self, asked: Sequence[_Asked], features: Any) -> list[tuple[Verdict, Decision]]:
+        """Per request its verdict and the policy's decision, by the worst of the readings."""
+        with_image = [request for request in asked if request.count]
+        readings: dict[int, list[Reading]] = {request.number: [] for request in with_image}
         if with_image and not isinstance(self.model, PlainVLM):
-            # padded on the right, as in training: position 0 is the prompt's first token for query="first"
-            chosen = [prompts[row] for row in with_image]
-            ids = self._pad([p.input_ids for p in chosen], self._pad_id, "right")
-            mask = self._pad([p.query_mask for p in chosen], 0, "right").bool()
-            images = torch.tensor([counts[row] for row in with_image], device=ids.device)
-            logits = self.model.concept_logits(features, images, ids, mask).double()
-            types, levels = logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
-            both = zip(types.softmax(-1).tolist(), levels.softmax(-1).tolist(), strict=True)
-            probs = dict(zip(with_image, both, strict=True))
-        policy_hash = self.policy.hash if self.policy else None
-        for row, count in enumerate(counts):
-            if row not in probs or self.policy is None:
-                reason = (
-                    "the model has no concept head" if count else "the concept head reads images, and there is none"
-                )
-                decision = Decision("allow", None, None, f"unchecked: {reason}", None)
-                verdict = Verdict(False, False, False, "allow", decision.rule)
+            counts = [request.count for request in with_image]
+            queries: dict[Query, list[Encoded]] = {"prompt": [request.prompt for request in with_image]}
+            neutral = [request.neutral for request in with_image if request.neutral is not None]
+            if neutral:
+                queries["neutral"] = neutral
+            for query, prompts in queries.items():
+                found = read_head(self.model, query, prompts, counts, features, self._pad_right)
+                for request, reading in zip(with_image, found, strict=True):
+                    readings[request.number].append(reading)
+        rows = []
+        for request in asked:
+            if self.policy is None or not request.count:
+                verdict = unread_verdict("no_head" if request.count else "no_image")
+                decision = Decision("allow", None, None, verdict.rule, None, code=verdict.code)
             else:
-                decision = self.policy.decide(*probs[row])
-                finite = decision.unsafe_score is not None
-                verdict = Verdict(
-                    checked=True,
-                    applied=True,
-                    unsafe=decision.unsafe,
-                    action=decision.action,
-                    rule=decision.rule,
-                    type=None if decision.type is None else RISK_TYPES[decision.type],
-                    level=None if decision.level is None else RISK_LEVELS[decision.level],
-                    unsafe_score=decision.unsafe_score,
-                    type_probs=dict(zip(RISK_TYPES, probs[row][0], strict=True)) if finite else None,
-                    level_probs=dict(zip(RISK_LEVELS, probs[row][1], strict=True)) if finite else None,
-                    hint=decision.hint,
-                )
-            rows.append((replace(verdict, policy_hash=policy_hash, model_hash=self.model_hash), decision))
+                reading, decision = worst(self.policy, readings[request.number])
+                verdict = read_verdict(reading, decision)
+            rows.append((self._signed(verdict), decision))
         return rows
 
     def _generate(
@@ -255,6 +301,9 @@ class Guard:
         tokenizer = self.processor.tokenizer
         return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
+    def _pad_right(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+        return self._pad(rows, value, "right")
+
     def _pad(self, rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:  # -> [rows, longest] int64
         longest = max(map(len, rows))
         filled = [
@@ -264,10 +313,15 @@ class Guard:
         return torch.tensor(filled, dtype=torch.int64, device=next(self.model.parameters()).device)
 
 
-def _slice(prepared: ImageInputs | None, start: int, count: int) -> ImageInputs | None:
-    if prepared is None or not count:
-        return None
-    return ImageInputs(prepared.pixel_values[start : start + count], prepared.placeholders[start : start + count])
+def _max_length(wanted: int | None, positions: int | None) -> int | None:
+    """The limit of tokens, given what is asked for and what the base has. Raises ValueError for one beyond the base."""
+    if wanted is None:
+        return positions
+    if not isinstance(wanted, int) or wanted < 1:
+        raise ValueError(f"max_length is {shorten(wanted)}; expected a whole number, at least 1")
+    if positions is not None and wanted > positions:
+        raise ValueError(f"max_length is {wanted}, but the base's language model has {positions} positions")
+    return wanted
 
 
 def _take(features: Any, images: list[int]) -> Any:

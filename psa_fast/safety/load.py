@@ -3,44 +3,79 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from psa_fast.files import read_json, shorten
 from psa_fast.safety.guard import Guard
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Policy
+from psa_fast.safety.request import Prompter, text_positions
 
 CONFIG = "psa_config.json"
-ADDON_PARTS = (CONFIG, "psa.safetensors", "adapter", "llm")
+WEIGHTS = "psa.safetensors"
+ADAPTER_PARTS = ("adapter_config.json", "adapter_model.safetensors")
+ADDON_PARTS = (CONFIG, WEIGHTS, "adapter", "llm")
 
 
 def base_of(addon: str | Path) -> str:
-    """The base that an add-on was trained on, from its config. Raises ValueError if the folder is no add-on."""
+    """The base that an add-on was trained on, from its config.
+
+    Raises ValueError if the folder is no add-on, and for a base in a folder that is not there: only a name with a
+    commit on record is looked up on the hub, or a stranger's model of that name would take the base's place.
+    """
     file = Path(addon) / CONFIG
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except OSError as error:
-        raise ValueError(f"{addon} is not an add-on folder: {file.name} cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a JSON object: {error}") from error
-    if not base:
+    if not file.is_file():
+        raise ValueError(f"{addon} is not an add-on folder: it has no file {CONFIG}")
+    content = read_json(file, "add-on")
+    base, revision = content.get("base_model_name_or_path"), content.get("base_revision")
+    if not isinstance(base, str) or not base:
         raise ValueError(f"{file} names no base model; give it with --base")
-    return str(base)
+    if (is_folder_name(base) or not revision) and not Path(base).is_dir():
+        raise ValueError(f"{addon}: its base was at {shorten(base, 120)}, which is no folder here; give it with --base")
+    return base
+
+
+def is_folder_name(base: str) -> bool:
+    """Whether a base's name can only be a folder's; the hub's are NAME or OWNER/NAME."""
+    return base.startswith(("/", ".", "~")) or base.count("/") > 1 or base.endswith("/") or "\\" in base
 
 
 def addon_hash(addon: str | Path) -> str:
-    """SHA-256 over names and contents of the add-on's own files (checkpoints and logs beside them do not count)."""
+    """SHA-256 over names and contents of the add-on's own files (checkpoints and logs beside them do not count).
+
+    Raises ValueError, naming the file, for one that cannot be read.
+    """
     folder, digest = Path(addon), hashlib.sha256()
     parts = [folder / name for name in ADDON_PARTS]
     for file in sorted(f for part in parts for f in (part.rglob("*") if part.is_dir() else [part]) if f.is_file()):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        try:
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise ValueError(f"add-on file {file} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def read_whole_addon(addon: str | Path) -> str:
+    """The hash of an add-on all of whose files are there and can be read.
+
+    Loading opens them after the base, and through libraries whose errors do not name them.
+    Raises ValueError, naming the file.
+    """
+    folder = Path(addon)
+    needed = [folder / CONFIG, folder / WEIGHTS]
+    if (folder / "adapter").is_dir():
+        needed += [folder / "adapter" / name for name in ADAPTER_PARTS]
+    for file in needed:
+        if not file.is_file():
+            kind = "an add-on folder" if file.name == CONFIG else "a whole add-on"
+            raise ValueError(f"{addon} is not {kind}: it has no file {file.relative_to(folder)}")
+    return addon_hash(addon)
 
 
 def load_guard(addon: str | Path, base: str | None = None, policy: Policy | None = None, dtype: Any = None) -> Guard:
@@ -48,10 +83,11 @@ def load_guard(addon: str | Path, base: str | None = None, policy: Policy | None
     from psa_fast.models import PsaVLM, commit_of, load_processor
 
     base = base or base_of(addon)
+    model_hash = read_whole_addon(addon)
     with _named(base):
         model = PsaVLM.from_pretrained(base, addon, dtype=dtype or default_dtype())
         processor = load_processor(base, model.config, commit_of(model.vlm))
-    return Guard(_to_device(model), processor, policy, model_hash=addon_hash(addon))
+    return Guard(_to_device(model), processor, policy, model_hash=model_hash)
 
 
 def load_plain(base: str, dtype: Any = None) -> Guard:
@@ -64,6 +100,20 @@ def load_plain(base: str, dtype: Any = None) -> Guard:
     return Guard(_to_device(PlainVLM(vlm)), processor)
 
 
+def load_prompter(base: str, addon: str | Path | None = None) -> Prompter:
+    """What makes the prompts of `load_guard` (without an add-on: of `load_plain`); no weights are loaded."""
+    from transformers import AutoConfig
+
+    from psa_fast.models import PsaConfig, load_processor
+
+    config = None if addon is None else PsaConfig.from_json_file(Path(addon) / CONFIG)
+    with _named(base):
+        revision = config.revision_of(base) if config else None
+        processor = load_processor(base, config, revision)
+        options = {} if revision is None else {"revision": revision}
+        return Prompter(processor, text_positions(AutoConfig.from_pretrained(base, **options)))
+
+
 def default_dtype() -> Any:
     """bf16 on a GPU, fp32 on a CPU, as in training."""
     import torch
@@ -73,11 +123,17 @@ def default_dtype() -> Any:
 
 @contextmanager
 def _named(base: str) -> Iterator[None]:
-    """transformers raises OSError, pages long, for a base that is not there."""
+    """The errors about a base that cannot be loaded, which transformers raises pages long, as one sentence.
+
+    A name that can only be a folder's is not looked up on the hub.
+    """
+    if is_folder_name(base) and not Path(base).is_dir():
+        raise ValueError(f"base model {base[:200]} cannot be loaded: there is no such folder")
     try:
         yield
     except OSError as error:
-        raise ValueError(f"base model {base} cannot be loaded: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"base model {base} cannot be loaded: {reason[0][:200] if reason else error!r}") from error
 
 
 def _to_device(model: Any) -> Any:

@@ -30,7 +30,7 @@ class PlainVLM(nn.Module):
         """New token ids [B, t] for left-padded `input_ids` [B, T]; `features` are the pixel values of all images."""
         if (0 if features is None else len(features)) != int(image_counts.sum()):
             raise ValueError(f"{int(image_counts.sum())} images announced, but not as many given")
-        ids = self.vlm.generate(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=attention_mask, pixel_values=features, **kwargs
-        )
+        if features is not None:  # given as None, they would be looked for all the same
+            kwargs["pixel_values"] = features
+        ids = self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[operator]
         return ids[:, input_ids.shape[1] :]

@@ -5,26 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from psa_fast.files import read_yaml, shorten, unwritable_text
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES, level_id, type_id
 
 DEFAULT_POLICY = Path(__file__).with_name("policy.yaml")
 POLICY_VERSION = 1
+MAX_FAULTS = 10  # faults of a file that its message names
 Action = Literal["allow", "hint", "refuse", "block"]
+# the actions from the mildest to the strictest
+ACTIONS: tuple[Action, ...] = ("allow", "hint", "refuse", "block")
+# why an action was taken. Read by the head: clean, unsafe, type_off, not_finite (it gave no number). Not read:
+# no_image, no_head (a base without an add-on), not_checked (the request cannot be read, see `Verdict.error`)
+Code = Literal["clean", "unsafe", "type_off", "not_finite", "no_image", "no_head", "not_checked"]
 RISKY_TYPES = tuple(name for i, name in enumerate(RISK_TYPES) if i != CLEAN)
 RISKY_LEVELS = RISK_LEVELS[1:]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the policy does with one request, and why.
+    """What the policy does with one request, and why: `code` for programs, `rule` as a sentence.
 
     `type` and `level` are ids of the taxonomy (None: the probabilities could not be read). `hint` is set for the action
     "hint" only, `response` for "refuse" and "block" only. `unsafe_score` is before any switch (None: not a number).
@@ -37,11 +44,12 @@ class Decision:
     unsafe_score: float | None
     hint: str | None = None
     response: str | None = None
+    code: Code = field(kw_only=True)
 
     @property
     def unsafe(self) -> bool:
         """Whether the request was read as unsafe and not switched off; true for an unreadable one."""
-        return self.type != CLEAN and not self.rule.startswith("type_off")
+        return self.code in ("unsafe", "not_finite", "not_checked")
 
 
 class _Strict(BaseModel):
@@ -49,15 +57,26 @@ class _Strict(BaseModel):
 
 
 def _sentence(text: str, needs_type: bool) -> str:
+    """`text`, checked: `{type}` is its only field, written so and in no other way that `str.format` knows."""
     try:
-        filled = text.format(type="X")
-    except (KeyError, IndexError, ValueError):
-        raise ValueError(f"{text!r} may hold the placeholder {{type}} and no other") from None
-    if needs_type and filled == text:
-        raise ValueError(f"{text!r} does not name the risk: write {{type}} where its name belongs")
+        fields = [part[1:] for part in string.Formatter().parse(text) if part[1] is not None]
+    except ValueError:  # a brace without its partner
+        fields = [("{", "", None)]
+    if any(found != ("type", "", None) for found in fields):
+        raise ValueError(f"{shorten(text)} may hold the placeholder {{type}} and no other; {{{{ and }}}} are braces")
+    if needs_type and not fields:
+        raise ValueError(f"{shorten(text)} does not name the risk: write {{type}} where its name belongs")
     if not text.strip():
         raise ValueError("the text is empty")
+    if wrong := unwritable_text(text):
+        raise ValueError(f"{wrong}, which is no text")
     return text
+
+
+def _key(key: int | str) -> str:
+    """A key of the file as a message shows it."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= 30 else shorten(text, 30)
 
 
 class LevelRule(_Strict):
@@ -108,13 +127,14 @@ class Policy(_Strict):
     @classmethod
     def _known_version(cls, version: int) -> int:
         if version != POLICY_VERSION:
-            raise ValueError(f"policy version {version} is not known; this program reads version {POLICY_VERSION}")
+            raise ValueError(f"version {shorten(version)} is not known; this program reads version {POLICY_VERSION}")
         return version
 
     @model_validator(mode="after")
     def _complete(self) -> Policy:
         for key, names, wanted in (("types", self.types, RISKY_TYPES), ("levels", self.levels, RISKY_LEVELS)):
-            wrong = sorted(set(names) ^ set(wanted))
+            unknown = [shorten(name, 30) for name in sorted(set(names) - set(wanted))]
+            wrong = [*unknown[:MAX_FAULTS], *sorted(set(wanted) - set(names))]
             if wrong:
                 raise ValueError(f"{key}: unknown or missing {', '.join(wrong)}; expected exactly {', '.join(wanted)}")
         return self
@@ -124,21 +144,14 @@ class Policy(_Strict):
         """Read a policy file; None: the shipped default. Raises ValueError naming the file and every wrong key."""
         path = DEFAULT_POLICY if path is None else Path(path)
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"policy {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"policy {path} is not valid YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"policy {path} is not a mapping of keys")
-        try:
-            return cls.model_validate(content)
+            return cls.model_validate(read_yaml(path, "policy"))
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc'])) or 'file'}: {item['msg'].removeprefix('Value error, ')}"
-                for item in error.errors()
-            )
-            raise ValueError(f"policy {path}: {problems}") from error
+            faults = [
+                f"{'.'.join(_key(key) for key in item['loc']) or 'file'}: {item['msg'].removeprefix('Value error, ')}"
+                for item in error.errors(include_input=False, include_context=False)
+            ]
+        more = f"; and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
+        raise ValueError(f"policy {path}: {'; '.join(faults[:MAX_FAULTS])}{more}")
 
     @property
     def hash(self) -> str:
@@ -170,10 +183,10 @@ class Policy(_Strict):
         types, levels = [float(p) for p in type_probs], [float(p) for p in level_probs]
         if not all(map(math.isfinite, types + levels)):
             rule = "not_finite: the concept head gave no number"
-            return Decision("block", None, None, rule, None, response=self.responses.unchecked)
+            return Decision("block", None, None, rule, None, response=self.responses.unchecked, code="not_finite")
         for name, probs, count in (("type", types, len(RISK_TYPES)), ("level", levels, len(RISK_LEVELS))):
             if len(probs) != count or min(probs) < 0.0 or abs(sum(probs) - 1.0) > 1e-3:
-                raise ValueError(f"{name}_probs must be {count} probabilities that sum to 1, not {probs}")
+                raise ValueError(f"{name}_probs must be {count} probabilities that sum to 1, not {shorten(probs)}")
 
         risky_ids = [type_id(name) for name in RISKY_TYPES]
         enabled = [i for i in risky_ids if self.types[RISK_TYPES[i]]]
@@ -182,13 +195,13 @@ class Policy(_Strict):
         score = max(by_type, by_level)
         level = max(range(1, len(levels)), key=lambda i: (levels[i], i))
         if score < self.unsafe_threshold:
-            return Decision("allow", CLEAN, 0, "clean", score)
+            return Decision("allow", CLEAN, 0, "clean", score, code="clean")
 
         enabled_by_type = sum(types[i] for i in enabled)
         share = enabled_by_type / by_type if by_type > 0.0 else float(bool(enabled))
         if not enabled or max(enabled_by_type, by_level * share) < self.unsafe_threshold:
             off = max((i for i in risky_ids if i not in enabled), key=lambda i: types[i])
-            return Decision("allow", off, level, f"type_off: {RISK_TYPES[off]} is switched off", score)
+            return Decision("allow", off, level, f"type_off: {RISK_TYPES[off]} is switched off", score, code="type_off")
 
         kind = max(enabled, key=lambda i: types[i])
         unsafe_heads = [name for name, p in (("type", by_type), ("level", by_level)) if p >= self.unsafe_threshold]
@@ -198,4 +211,4 @@ class Policy(_Strict):
         response: str | None = None
         if action in ("refuse", "block"):
             response = getattr(self.responses, action).format(type=RISK_TYPES[kind])
-        return Decision(action, kind, level, rule, score, hint, response)
+        return Decision(action, kind, level, rule, score, hint, response, code="unsafe")

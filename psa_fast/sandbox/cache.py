@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from psa_fast.files import named
 from psa_fast.sandbox.draw import draw_world
 from psa_fast.sandbox.language import HintFor, all_texts
 
@@ -20,9 +21,15 @@ BASE_SOURCES = ("world.py", "language.py", "processor.py", "lessons.py", "optimi
 
 
 def default_cache() -> Path:
-    """$PSA_FAST_CACHE, or psa-fast below the user's cache folder."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PSA_FAST_CACHE") or Path(root) / "psa-fast")
+    """$PSA_FAST_CACHE, or psa-fast below the user's cache folder. Raises ValueError if the user has none."""
+    if own := os.environ.get("PSA_FAST_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "psa-fast"
+    try:
+        return Path.home() / ".cache" / "psa-fast"
+    except RuntimeError as error:
+        raise ValueError("there is no home folder for the sandbox's cache; set PSA_FAST_CACHE to a folder") from error
 
 
 def ensure(cache_dir: str | Path, seed: int, hint_for: HintFor, progress: bool = True) -> tuple[Path, Path]:
@@ -36,7 +43,8 @@ def ensure(cache_dir: str | Path, seed: int, hint_for: HintFor, progress: bool =
     from psa_fast.sandbox.base import train_base
 
     cache_dir = Path(cache_dir)
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    with named(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
     world_key = _digest(WORLD_SOURCES)
     base_key = _digest(BASE_SOURCES, *all_texts(hint_for))
     world = _once(cache_dir / f"world-{seed}-{world_key}", lambda out: draw_world(seed, out))
@@ -58,11 +66,13 @@ def _once(target: Path, make: Callable[[Path], object]) -> Path:
     with _Lock(target.with_name(f".{target.name}.lock"), f"{target.name} is being made by another process"):
         if not target.is_dir():
             temporary = target.with_name(f".{target.name}.part")
-            if temporary.exists():
-                shutil.rmtree(temporary)
+            with named(target):
+                if temporary.exists():
+                    shutil.rmtree(temporary)
             logger.info("making %s (once; kept in %s)", target.name, target.parent)
-            make(temporary)
-            os.replace(temporary, target)
+            with named(target):
+                make(temporary)
+                os.replace(temporary, target)
     return target
 
 
@@ -75,7 +85,8 @@ class _Lock:
     def __enter__(self) -> None:
         import fcntl
 
-        self.file = self.path.open("w")
+        with named(self.path):
+            self.file = self.path.open("w")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from psa_fast.files import named
+
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Add `sandbox` with its two commands; each sets `func`, which returns the exit code."""
@@ -23,7 +25,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def _data(args: argparse.Namespace) -> int:
     from psa_fast.sandbox.draw import draw_world
 
-    summary = draw_world(args.seed, args.out)
+    with named(args.out):
+        summary = draw_world(args.seed, args.out)
     counts = ", ".join(f"{name} {sum(rows.values())}" for name, rows in summary["rows"].items())
     print(f"{args.out}: world of seed {args.seed}; rows: {counts}")
     return 0
@@ -33,6 +36,9 @@ def _base(args: argparse.Namespace) -> int:
     from psa_fast.safety.policy import Policy
     from psa_fast.sandbox.base import train_base
 
-    losses = train_base(args.out, args.seed, Policy.load(args.policy).hint)
+    hint_for = Policy.load(args.policy).hint
+    with named(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
+        losses = train_base(args.out, args.seed, hint_for)
     print(f"{args.out}: base of seed {args.seed}; " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
     return 0

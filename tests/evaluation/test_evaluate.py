@@ -7,12 +7,14 @@ from argparse import ArgumentParser
 import pytest
 from tiny_llava import build_addon, build_base, picture
 
-from psa_fast.data.records import Record, Turn
+from psa_fast.cli import main
+from psa_fast.data.records import Record, Turn, read_records
 from psa_fast.evaluation.commands import find_data, plan, register, spread
-from psa_fast.evaluation.evaluate import Result, compute_metrics, per_type, run_stage
+from psa_fast.evaluation.evaluate import Result, compute_metrics, per_type, run_stage, unread
 from psa_fast.evaluation.refusal import get_list
 from psa_fast.evaluation.report import METRICS
-from psa_fast.safety.guard import Answer, Verdict
+from psa_fast.safety import Answer, Verdict
+from psa_fast.safety.reading import NEUTRAL_QUESTION
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
 REQUIRED = {
@@ -31,7 +33,20 @@ def result(group, kind=CLEAN, level=0, guarded="answer", unguarded="answer", rea
     score = (0.9 if kind != CLEAN else 0.1) if score is None else score
     read = (kind, level) if read is None else read
     base = Result(
-        "f:1", None, group, kind, level, "Red.", guarded, unguarded, guarded, unguarded, "allow", "", score > 0.5
+        "f:1",
+        None,
+        group,
+        kind,
+        level,
+        "Red.",
+        guarded,
+        unguarded,
+        guarded,
+        unguarded,
+        "allow",
+        "",
+        score > 0.5,
+        code="unsafe" if score > 0.5 else "clean",
     )
     return dataclasses.replace(base, unsafe_score=score, read_type=read[0], read_level=read[1], **fields)
 
@@ -73,11 +88,32 @@ def test_metrics_of_hand_made_results():
 
 
 def test_exact_match_ignores_case_and_punctuation():
-    rows = [result("clean", guarded=text, unguarded="blue") for text in ("red", " Red .", "red circle")]
+    rows = [result("clean", guarded=text, unguarded="blue") for text in ("red", " Red .", "red circle", "")]
     metrics = compute_metrics(rows, has_head=False)
-    assert metrics["general_accuracy"].value == pytest.approx(2 / 3)
+    assert metrics["general_accuracy"].value == pytest.approx(2 / 4)
     assert metrics["general_accuracy_unguarded"].value == 0
     assert not set(metrics) & REQUIRED_HEAD
+
+
+def test_rows_without_a_group_are_in_no_metric():
+    labelled = [result("risk", 1, 3), result("clean", guarded="refusal"), result("text_risk", 2, 2)]
+    others = [result("", None, None, "refusal", read=(1, 3), score=0.9), result("", None, None, "unread")]
+    assert compute_metrics(labelled + others, has_head=True) == compute_metrics(labelled, has_head=True)
+    assert per_type(labelled + others) == per_type(labelled)
+    assert unread(others) == 0
+
+
+def test_answers_that_were_not_read_are_in_no_share():
+    rows = [
+        result("risk", 1, 3, "unread", "answer"),
+        result("risk", 1, 3, "refusal"),
+        result("clean", guarded="unread"),
+    ]
+    metrics = compute_metrics(rows, has_head=False)
+    assert (metrics["attack_success"].value, metrics["attack_success"].n) == (0.0, 1)
+    assert (metrics["attack_success_unguarded"].value, metrics["attack_success_unguarded"].n) == (1.0, 2)
+    assert metrics["over_refusal_clean"].value is None
+    assert (unread(rows), unread(rows, guarded=False)) == (2, 0)
 
 
 def test_missing_groups_and_broken_readings_are_reported_not_raised():
@@ -85,7 +121,7 @@ def test_missing_groups_and_broken_readings_are_reported_not_raised():
     for name in ("attack_success", "over_refusal_twins", "level_qwk", "unsafe_auroc", "text_risk_recall"):
         assert metrics[name].value is None
         assert metrics[name].reason
-    broken = result("risk", 1, 3, "refusal", rule="not_finite: x", unsafe=True)
+    broken = result("risk", 1, 3, "refusal", code="not_finite", unsafe=True)
     broken = dataclasses.replace(broken, unsafe_score=None, read_type=None, read_level=None)
     metrics = compute_metrics([result("clean"), result("risk", 2, 2), broken], has_head=True)
     assert metrics["type_accuracy"].value is None
@@ -99,7 +135,7 @@ class FakeGuard:
     has_head = True
 
     def answer_both(self, requests, max_new_tokens, batch_size):
-        verdict = Verdict(True, True, True, "hint", "x", unsafe_score=0.7)
+        verdict = Verdict(True, True, True, "hint", "x", unsafe_score=0.7, query="neutral", code="unsafe")
         verdict = dataclasses.replace(verdict, type_probs=dict(zip(RISK_TYPES, [0.1] * 6 + [0.4], strict=True)))
         verdict = dataclasses.replace(verdict, level_probs=dict(zip(RISK_LEVELS, [0.1, 0.2, 0.6, 0.1], strict=True)))
         return [(Answer("Be careful: red", verdict), Answer(r.turns[-1].text, verdict)) for r in requests]
@@ -110,13 +146,15 @@ def test_run_stage_asks_the_question_without_its_answer(tmp_path):
         Record((), 1, 2, (Turn("user", f"question {i}"), Turn("assistant", "Red.")), group="risk", path="f", line=i)
         for i in range(5)
     ]
-    done = []
-    results = run_stage(FakeGuard(), records, tmp_path, get_list("psa"), batch_size=2, advance=done.append)
-    assert done == [2, 2, 1]
+    kept = []
+    results = run_stage(FakeGuard(), records, tmp_path, get_list("psa"), batch_size=2, keep=kept.append)
+    assert [len(batch) for batch in kept] == [2, 2, 1]
+    assert [result for batch in kept for result in batch] == results
     assert [r.unguarded for r in results] == [f"question {i}" for i in range(5)]
     assert [r.where for r in results] == [f"f:{i}" for i in range(5)]
     assert {(r.guarded_kind, r.unguarded_kind, r.target) for r in results} == {("caution", "answer", "Red.")}
     assert {(r.read_type, r.read_level, r.unsafe) for r in results} == {(CLEAN, 2, True)}
+    assert {(r.code, r.query) for r in results} == {("unsafe", "neutral")}
 
 
 def test_spread_keeps_every_group_of_a_sorted_file():
@@ -180,9 +218,13 @@ def test_command_writes_the_report(world, tmp_path):
     assert provenance["data"]["groups"] == dict.fromkeys(sorted(METRICS_GROUPS), 4)
     for key in ("refusal", "decoding", "policy", "versions", "hardware", "bootstrap", "date"):
         assert provenance[key]
-    assert provenance["refusal"]["list"] == "psa"
+    assert provenance["refusal"]["list"] == "psa2"
     text = (tmp_path / "report.md").read_text()
-    for word in (*REQUIRED, *REQUIRED_HEAD, "psa", "contains", provenance["data"]["sha256"], "| base | stage1 |"):
+    labelled = provenance["refusal"]["on_labelled_answers"]
+    right, total = labelled["refusal"]["refusal"], sum(labelled["refusal"].values())
+    assert f"this list finds {right} of {total} refusals" in text
+    assert provenance["stages"]["stage1"]["neutral_question"] == NEUTRAL_QUESTION
+    for word in (*REQUIRED, *REQUIRED_HEAD, "`psa2`", "contains", provenance["data"]["sha256"], "| base | stage1 |"):
         assert word in text
     rows = [json.loads(line) for line in (tmp_path / "answers-stage2.jsonl").read_text().splitlines()]
     assert len(rows) == 20
@@ -192,6 +234,111 @@ def test_command_writes_the_report(world, tmp_path):
     again = json.loads((tmp_path / "again" / "report.json").read_text())
     for name, estimate in again["stages"]["stage2"].items():
         assert estimate == pytest.approx(report["stages"]["stage2"][name], abs=1e-6), name
+
+
+def rows_of(world):
+    return [json.loads(line) for line in (world / "data" / "test.jsonl").read_text().splitlines()]
+
+
+def data_with(world, tmp_path, rows):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return "--data", file, "--image_folder", world / "data", "--max_new_tokens", 3
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    for name in ("load_guard", "load_plain"):
+        monkeypatch.setattr(f"psa_fast.safety.load.{name}", lambda *args: pytest.fail("a model was loaded"))
+
+
+def spoil(rows, line, change):
+    rows = json.loads(json.dumps(rows))
+    rows[line - 1] = {**rows[line - 1], **change}
+    return rows
+
+
+TURNS = [{"from": "user", "value": "<image>\nwhat is it ?"}, {"from": "assistant", "value": "red"}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conversations": [{**TURNS[0], "value": "<image>" + "circle " * 300}, TURNS[1]]}, r"7: the prompt has 3\d\d"),
+        # it fits, and would not with the longest hint before it
+        ({"conversations": [{**TURNS[0], "value": "<image>" + "circle " * 225}, TURNS[1]]}, r"7: the prompt has 25\d"),
+        ({"image": "images/absent.png"}, "7: .*absent"),
+        ({"image": "images/truncated.png"}, "7: .*truncated"),
+        ({"conversations": [{**TURNS[0], "value": "<image> \ud800"}, TURNS[1]]}, "7: .*ud800"),
+        ({"conversations": [TURNS[0], {**TURNS[1], "value": "\ud800"}]}, "7: .*ud800"),
+        ({"id": "\udfff"}, "7: .*udfff"),
+    ],
+)
+def test_a_bad_row_is_named_before_a_model_is_loaded(world, tmp_path, no_model, change, message):
+    whole = (world / "data" / "images" / "3.png").read_bytes()
+    (world / "data" / "images" / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    data = data_with(world, tmp_path, spoil(rows_of(world), 7, change))
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:{message}"):
+        run(*data, "--run", world / "run", "--out", tmp_path / "out")
+
+
+def test_every_bad_row_is_named(world, tmp_path, no_model):
+    long = {"conversations": [{**TURNS[0], "value": "<image>" + "circle " * 300}, TURNS[1]]}
+    data = data_with(world, tmp_path, spoil(spoil(rows_of(world), 2, long), 9, long))
+    with pytest.raises(ValueError, match=r"(?s)2 problem.*rows\.jsonl:2: .*rows\.jsonl:9: "):
+        run(*data, "--base", world / "base", "--out", tmp_path / "out")
+
+
+def test_a_file_without_labels_is_refused_and_rows_without_are_counted(world, tmp_path, capsys, no_model, monkeypatch):
+    def unlabel(row):
+        return {key: value for key, value in row.items() if key not in ("safe_type", "safe_level", "group")}
+
+    rows = rows_of(world)
+    with pytest.raises(ValueError, match=r"none of its 20 rows has a label"):
+        run(*data_with(world, tmp_path, map(unlabel, rows)), "--base", world / "base", "--out", tmp_path / "out")
+    monkeypatch.undo()
+    some = [unlabel(row) if i in (3, 5) else row for i, row in enumerate(rows)]
+    assert run(*data_with(world, tmp_path, some), "--base", world / "base", "--out", tmp_path / "out") == 0
+    output = capsys.readouterr().out
+    assert "2 of 20 rows have no label and are in no metric" in output
+    assert "rows.jsonl:4" in output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["provenance"]["data"]["groups"]["not labelled"] == 2
+    assert "**2 of these rows have no label" in (tmp_path / "out" / "report.md").read_text()
+    assert len((tmp_path / "out" / "answers-base.jsonl").read_text().splitlines()) == 20
+
+
+def test_an_image_alone_is_evaluated(world, tmp_path):
+    rows = [{**row, "conversations": [{**TURNS[0], "value": "<image>"}, TURNS[1]]} for row in rows_of(world)[:3]]
+    data = data_with(world, tmp_path, rows)
+    assert not read_records(data[1], data[3])[1]
+    assert run(*data, "--stage1", world / "run" / "stage1", "--out", tmp_path / "out") == 0
+    answers = [json.loads(line) for line in (tmp_path / "out" / "answers-stage1.jsonl").read_text().splitlines()]
+    assert all(answer["unsafe_score"] is not None for answer in answers)
+
+
+def test_a_report_is_not_overwritten_by_another(world, tmp_path):
+    data = data_with(world, tmp_path, rows_of(world)[:4])
+    ask = (*data, "--base", world / "base", "--out", tmp_path / "out")
+    assert run(*ask) == 0
+    before = (tmp_path / "out" / "report.json").read_bytes()
+    with pytest.raises(ValueError, match="is of other data or settings"):
+        run(*ask, "--limit", 2)
+    assert (tmp_path / "out" / "report.json").read_bytes() == before
+    assert run(*ask) == 0  # the same again
+    assert run(*ask, "--limit", 2, "--overwrite") == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["provenance"]["data"]["rows"] == 2
+    assert len((tmp_path / "out" / "answers-base.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_folder_is_tried_before_the_data_is_read(world, tmp_path):
+    with pytest.raises(OSError, match="/dev/null/x"):
+        run("--data", world / "data", "--base", world / "base", "--out", "/dev/null/x")
+    assert run_main("--data", tmp_path, "--base", world / "base", "--out", "/dev/null/x") == 2
+
+
+def run_main(*argv):
+    return main(["evaluate", *map(str, argv)])
 
 
 METRICS_GROUPS = ("clean", "benign_twin", "risk", "text_risk", "text_twin")

@@ -26,13 +26,6 @@ def risky_logits(kind, level):
     return logits
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tiny")
-    base = build_base(root / "base")
-    return base, build_addon(base, root / "addon")
-
-
 @pytest.fixture
 def guard(folders, monkeypatch):
     """A guard whose concept head says what `guard.says` holds (one row of logits per request with an image)."""

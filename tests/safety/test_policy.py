@@ -158,3 +158,94 @@ def test_hash_follows_the_content_only(tmp_path):
 def test_policy_needs_no_torch():
     code = "import sys, psa_fast.safety.policy as p; p.Policy.load(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{type.name}", "{type.__class__.__mro__}", "{type!r}", "{type!s}", "{type:>9}", "{type:>3000000000}",
+        "{type:{type}}", "{type[0]}", "{}", "{0}", "{ type }", "{Type}", "{type} {other}", "{", "}", "{type", "type}",
+        "{type}}", "{{type}",
+        '{"refusal": "{type}"}', "{type} \ud800",
+    ],
+)  # fmt: skip
+def test_texts_hold_the_bare_placeholder_and_no_other(tmp_path, text):
+    for changes in ({"levels": {"high": {"action": "hint", "hint": text}}}, {"responses": {"block": text}}):
+        with pytest.raises(
+            ValueError, match=r"may hold the placeholder \{type\} and no other|which is no text"
+        ) as caught:
+            Policy.load(write(tmp_path, **changes))
+        assert len(str(caught.value)) < 250 + len(str(tmp_path))
+    if "type" in text:
+        with pytest.raises(ValueError, match=r"no other|which is no text"):
+            Policy.load(write(tmp_path, responses={"unchecked": text}))
+
+
+def test_doubled_braces_are_braces(tmp_path):
+    text = 'Answer {{"refusal": "{type}"}} and {{type}}.'
+    policy = Policy.load(write(tmp_path, levels={"high": {"action": "hint", "hint": text}}))
+    assert policy.hint("privacy", "high") == 'Answer {"refusal": "privacy"} and {type}.'
+    with pytest.raises(ValueError, match="does not name the risk"):  # braces alone name nothing
+        Policy.load(write(tmp_path, responses={"block": "{{type}}"}))
+
+
+@pytest.mark.parametrize(
+    ("once", "again"),
+    [
+        ("version: 1", "version: 1"),
+        ("unsafe_threshold: 0.5", "unsafe_threshold: 1.0"),
+        ("  politics: on", "  politics: off"),
+        ("    action: hint", "    action: allow"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, once, again):
+    lines = DEFAULT_POLICY.read_text().splitlines()
+    first = lines.index(once)
+    lines.insert(first + 1, again)
+    path = tmp_path / "policy.yaml"
+    path.write_text("\n".join(lines))
+    key = once.split(":")[0].strip()
+    with pytest.raises(
+        ValueError, match=rf"policy\.yaml:{first + 2}: the key '{key}' stands in line {first + 1} already"
+    ):
+        Policy.load(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version: " + "9" * 5000,
+        "version: 1" + "0" * 400,
+        "version: 2020-99-99",
+        "version: !!bool maybe",
+        "version: !!timestamp x",
+        "version: !!int x",
+        "unsafe_threshold: 1" + "0" * 400,
+        "types: " + "[" * 20000,
+        "1: 2",
+        "? [a, b]\n: c",
+        "types: &t {politics: *t}",
+        "levels: {1: {action: hint}}",
+        'version: "\\ud800"',
+        "\0",
+        "",
+        "- version: 1",
+        "{" + ", ".join(f"k{i}: 1" for i in range(5000)) + "}",
+    ],
+)
+def test_hostile_files_are_one_sentence(tmp_path, text):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"p\.yaml") as caught:
+        Policy.load(tmp_path / "p.yaml")
+    assert len(str(caught.value)) < 1500
+    assert "Traceback" not in str(caught.value)
+
+
+def test_reasons_are_values():
+    policy = Policy.load()
+    assert policy.decide(probs(7, p6=0.99), probs(4, p0=0.99)).code == "clean"
+    assert policy.decide(probs(7, p4=0.99), probs(4, p3=0.99)).code == "unsafe"
+    assert policy.decide([float("nan")] * 7, probs(4, p3=0.99)).code == "not_finite"
+    off = policy.model_copy(update={"types": {**policy.types, "privacy": False}})
+    decision = off.decide(probs(7, p4=0.99), probs(4, p3=0.99))
+    assert (decision.code, decision.unsafe) == ("type_off", False)

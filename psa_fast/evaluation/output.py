@@ -1,0 +1,106 @@
+"""The folder of an evaluation: one run at a time, answers kept as they come, no older report lost by accident."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from psa_fast.files import named, read_json
+
+LOCK = ".evaluate.lock"
+REPORT = "report.json"
+
+
+class OutputFolder:
+    """The folder --out, claimed by this run for as long as `claim` lasts.
+
+    Answers are appended to `answers-STAGE.jsonl.part` batch by batch, so that a run which ends early leaves what it
+    had; `finish` gives all of them their names at once, when every stage is complete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stages: list[str] = []
+        self._old_stages: list[str] = []
+
+    @contextmanager
+    def claim(self) -> Iterator[OutputFolder]:
+        """Make the folder and keep other runs out of it.
+
+        Raises OSError if nothing can be written there, ValueError if another run is at it.
+        """
+        with named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / LOCK).open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the run ends
+            except BlockingIOError:
+                raise ValueError(
+                    f"another evaluation is under way in {self.path}; give this one an --out of its own"
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                print(f"{lock.name} cannot be locked ({error.strerror}): see to it that no other run writes here")
+            yield self
+
+    def check_older_report(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+        """Raise ValueError for a report that was asked for with other settings, or by an older version, unless told to.
+
+        With `finish` the answers of its stages go.
+        """
+        file = self.path / REPORT
+        if not file.exists():
+            return
+        try:
+            report = read_json(file, "report")
+        except ValueError:
+            report = {}
+        provenance, stages = report.get("provenance"), report.get("stages")
+        kept = provenance.get("settings") if isinstance(provenance, dict) else None
+        if not overwrite and kept != json.loads(json.dumps(settings)):
+            raise ValueError(f"{file} is of other data or settings; name another --out, or give --overwrite")
+        self._old_stages = [name for name in stages if Path(name).name == name] if isinstance(stages, dict) else []
+
+    @contextmanager
+    def answers(self, stage: str) -> Iterator[TextIO]:
+        """The open file of a stage's answers; write to it with `append`."""
+        part = self._part(stage)
+        with named(part):
+            stream = part.open("w", encoding="utf-8", newline="\n")
+        self._stages.append(stage)
+        try:
+            yield stream
+        except BaseException:
+            with suppress(OSError):  # closing tries once more to write what could not be written
+                stream.close()
+            raise
+        with named(part):
+            stream.close()
+
+    @staticmethod
+    def append(stream: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add rows to a stage's answers and hand them to the system."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        with named(stream.name):
+            stream.writelines(lines)
+            stream.flush()
+
+    def finish(self) -> None:
+        """Give the answers of every stage their names; those of the older report's other stages go."""
+        with named(self.path):
+            for stage in set(self._old_stages) - set(self._stages):
+                (self.path / self._name(stage)).unlink(missing_ok=True)
+            for stage in self._stages:
+                os.replace(self._part(stage), self.path / self._name(stage))
+
+    @staticmethod
+    def _name(stage: str) -> str:
+        return f"answers-{stage}.jsonl"
+
+    def _part(self, stage: str) -> Path:
+        return self.path / f"{self._name(stage)}.part"

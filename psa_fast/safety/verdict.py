@@ -1,0 +1,87 @@
+"""What the guard hands back: the answer, and the verdict it was given under."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from psa_fast.safety.policy import Action, Code, Decision
+from psa_fast.safety.reading import Query, Reading
+from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the concept head read and what the policy did with it; names as in the taxonomy.
+
+    `code` is the reason for programs, `rule` the same as a sentence. `checked` is False where nothing was read: no
+    image, no concept head, or a request that cannot be read at all, which is blocked and whose fault is `error`.
+    `applied` is False for unguarded generation: action and hint are what the policy would have done. `query` tells
+    which reading decided, probabilities and score are that reading's; they are None if not read or not finite.
+    """
+
+    checked: bool
+    applied: bool
+    unsafe: bool
+    action: Action
+    rule: str
+    type: str | None = None
+    level: str | None = None
+    unsafe_score: float | None = None
+    type_probs: dict[str, float] | None = None
+    level_probs: dict[str, float] | None = None
+    hint: str | None = None
+    policy_hash: str | None = None
+    model_hash: str | None = None
+    query: Query | None = None
+    error: str | None = None
+    code: Code = field(kw_only=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """The verdict as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer and the verdict it was given under."""
+
+    text: str
+    verdict: Verdict
+
+
+def read_verdict(reading: Reading, decision: Decision) -> Verdict:
+    """The verdict of a request whose images the concept head has read."""
+    finite = decision.unsafe_score is not None
+    return Verdict(
+        checked=True,
+        applied=True,
+        unsafe=decision.unsafe,
+        action=decision.action,
+        rule=decision.rule,
+        type=None if decision.type is None else RISK_TYPES[decision.type],
+        level=None if decision.level is None else RISK_LEVELS[decision.level],
+        unsafe_score=decision.unsafe_score,
+        type_probs=dict(zip(RISK_TYPES, reading.type_probs, strict=True)) if finite else None,
+        level_probs=dict(zip(RISK_LEVELS, reading.level_probs, strict=True)) if finite else None,
+        hint=decision.hint,
+        query=reading.query,
+        code=decision.code,
+    )
+
+
+_UNREAD: dict[Literal["no_image", "no_head"], str] = {
+    "no_image": "the concept head reads images, and there is none",
+    "no_head": "the model has no concept head",
+}
+
+
+def unread_verdict(code: Literal["no_image", "no_head"]) -> Verdict:
+    """The verdict of a request that offers the concept head nothing to read: it is answered as it is."""
+    return Verdict(False, False, False, "allow", f"unchecked: {_UNREAD[code]}", code=code)
+
+
+def refusing_verdict(number: int, error: str) -> Verdict:
+    """The verdict of a request that cannot be read; `number` is its place in the caller's list, from 0."""
+    rule = f"not_checked: request {number}: {error}"
+    return Verdict(False, True, True, "block", rule, error=error, code="not_checked")
