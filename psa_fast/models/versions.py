@@ -1,0 +1,54 @@
+"""One check that the installed packages can serve both stages, made before either begins."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+from psa_fast.files import shorten
+
+#: lowest versions that the tests passed with, as setup.py requires them
+LOWEST = {"torch": "2.11", "transformers": "5.23", "peft": "0.18", "deepspeed": "0.19.3"}
+#: a set of versions that is known to work
+TESTED = {"transformers": "5.23.0", "peft": "0.21.2"}
+
+
+def check_versions() -> None:
+    """Refuse packages that would fail in either stage, stage 2 included, whichever is about to begin.
+
+    Only PEFT's own interface is used, so transformers' wish for a newer PEFT in its wrapper does not count. What no
+    table of versions can foresee is tried: LoRA on one linear layer.
+
+    Raises:
+        ValueError: one sentence with the package, what is installed and the command that mends it.
+    """
+    for package, lowest in LOWEST.items():
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            raise ValueError(f"{package} is not installed: pip install '{package}>={lowest}'") from None
+        if Version(installed) < Version(lowest):
+            raise ValueError(
+                f"psa-fast needs {package} {lowest} or newer, {installed} is installed: "
+                f"pip install '{package}>={lowest}'"
+            )
+    _try_lora()
+
+
+def _try_lora() -> None:
+    try:
+        from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+        from torch import nn
+
+        model = inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+        found = sorted(get_peft_model_state_dict(model, save_embedding_layers=False))
+    except Exception as error:  # whatever two packages that do not fit together raise
+        problem = f" ({shorten(f'{type(error).__name__}: {error}')})"
+    else:
+        if found == ["0.lora_A.weight", "0.lora_B.weight"]:
+            return
+        problem = ""
+    pair = " and ".join(f"{package} {version(package)}" for package in TESTED)
+    remedy = " ".join(f"{package}=={tested}" for package, tested in TESTED.items())
+    raise ValueError(f"stage 2's LoRA does not work with {pair}{problem}: pip install {remedy}")
