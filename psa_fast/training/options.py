@@ -240,8 +240,8 @@ def _number(value: str | int) -> Any:
 def checked(name: str, value: Any) -> Any:
     """Return the value if the option can have it; a ValueError names the option and what is expected otherwise."""
     facts, kind = OPTIONS[name].metadata, kind_of(name)
-    right_type = {"int": int, "float": (int, float), "bool": bool, "str": str}[kind]
-    wrong = not isinstance(value, right_type) or (isinstance(value, bool) and kind != "bool")
+    types: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    wrong = not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool")
     if not wrong and "choices" in facts:
         wrong = value not in facts["choices"]
     elif not wrong and kind in ("int", "float"):

@@ -18,7 +18,7 @@ def alike() -> Iterator[None]:
     """Context of code that every rank runs on the same options and files, so that all fail alike if one does."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         setattr(error, _SHARED, True)
         raise
 
