@@ -73,6 +73,8 @@ def run(typed: dict[str, str], prog: str) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.quiet = os.environ.get("RANK", "0") != "0"
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
+    # DeepSpeed calls collectives by their older names
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     try:
         # options, policy and inputs are the same for every rank of a node
         everywhere = True

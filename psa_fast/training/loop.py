@@ -21,7 +21,7 @@ from psa_fast.models.packing import SDPA_BY_SAMPLE
 from . import checkpoint
 from .attention import choose_attention
 from .config import TrainConfig, check_warmup, warmup_is_too_long
-from .engine import build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
+from .engine import build_engine, check_deepspeed_config, compute_dtype, init_distributed, resolve_deepspeed_config
 from .features import cached_features
 from .flops import Meter, StageFlops, shared_matrix_rate
 from .language_model import check_liger, prepare_language_model
@@ -65,6 +65,7 @@ def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console
 def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> None:
     with alike():
         ds_config = resolve_deepspeed_config(config, world_size)
+        check_deepspeed_config(ds_config, config.deepspeed_config)
         attention = choose_attention(config) if config.runs_language_model else None
         check_liger(config)
         resume_from = checkpoint.find_resume(config)

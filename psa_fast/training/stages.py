@@ -85,8 +85,8 @@ def clip_groups(model: PsaVLM) -> list[list[torch.nn.Parameter]]:
 def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float, format_1: bool = False) -> list[dict]:
     """AdamW groups, one or two per part: weights that decay and others.
 
-    As is usual every matrix decays, embeddings included; biases and norms, which are vectors, do not, nor do learned
-    tokens and the concept query (`SafetyTokens`), which no other weight can scale up again.
+    As is usual every matrix decays, embeddings included; biases and norms, which are vectors, do not. Nor do learned
+    tokens and the concept query (`SafetyTokens`), which are inputs to layers and no layers.
 
     Args:
         model: with the stage's parts unfrozen.
