@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from psa_fast.data.chat import Encoded, encode, prepare_images, stop_token_ids
     from psa_fast.data.dataset import PsaDataset, collate, pack
-    from psa_fast.data.images import ImageError, load_image
+    from psa_fast.data.images import ImageError, load_image, to_rgb
+    from psa_fast.data.lengths import RowCheck, check_rows
     from psa_fast.data.records import DataError, Problem, Record, Turn, find_problems, load_records
     from psa_fast.data.sampler import GlobalBatchSampler, balance
 
 _HOME = {
     "chat": ("Encoded", "encode", "prepare_images", "stop_token_ids"),
     "dataset": ("PsaDataset", "collate", "pack"),
-    "images": ("ImageError", "load_image"),
+    "images": ("ImageError", "load_image", "to_rgb"),
+    "lengths": ("RowCheck", "check_rows"),
     "records": ("DataError", "Problem", "Record", "Turn", "find_problems", "load_records"),
     "sampler": ("GlobalBatchSampler", "balance"),
 }
@@ -31,8 +33,10 @@ __all__ = [
     "Problem",
     "PsaDataset",
     "Record",
+    "RowCheck",
     "Turn",
     "balance",
+    "check_rows",
     "collate",
     "encode",
     "find_problems",
@@ -41,6 +45,7 @@ __all__ = [
     "pack",
     "prepare_images",
     "stop_token_ids",
+    "to_rgb",
 ]
 
 

@@ -5,7 +5,8 @@ One function serves training and inference, so that the two can never drift apar
   (`<|im_end|>`, say); a template that puts none (LLaVA-1.5's) gets the EOS token there, or the model would never learn
   to stop. Earlier answers in a prompt are closed in the same way;
 - an image mark becomes what the processor makes of it: safety tokens plus image tokens;
-- special tokens typed into a text are broken up by a blank: a user cannot close a turn or smuggle in an image.
+- special tokens typed into a text are broken up by a blank: a user cannot close a turn or smuggle in an image. What
+  still becomes one (by the template's joining of texts, by the tokenizer's normalisation) is refused.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from __future__ import annotations
 import re
 import weakref
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,7 +34,9 @@ class Encoded:
 
     `input_ids`, `labels` (unshifted, -100 where nothing is supervised) and `query_mask` (prompt text, which the concept
     query is made of) have the same length. `pixel_values` is [image_count, 3, H, W], None if no images were given;
-    `vision_features` [image_count, S, Dv] where they stand in for the images.
+    `vision_features` [image_count, S, Dv] where they stand in for the images. Where `max_length` cuts the row,
+    `cut_answer` says that supervised tokens were lost, `cut_images` how many images; then `safe_type` and `safe_level`
+    are -100, since what they are about may be gone.
     """
 
     input_ids: list[int]
@@ -44,6 +48,8 @@ class Encoded:
     safe_level: int = IGNORE_INDEX
     where: str = ""
     vision_features: Tensor | None = None
+    cut_answer: bool = False
+    cut_images: int = 0
 
 
 class ImageInputs(NamedTuple):
@@ -78,10 +84,12 @@ def encode(
             possible if all images have the same number of tokens.
         hint: a line before the text of the last user's turn, no part of the concept query (it would tell the label).
         add_generation_prompt: the prompt for the next answer, nothing supervised; a last answer is left out.
-        max_length: cut the end of a longer conversation, never an image; images behind the cut are dropped.
+        max_length: cut the end of a longer conversation, never an image; images behind the cut are dropped, and with
+            them the record's labels.
 
     Raises ValueError, naming the record's file and line, if marks and images do not agree, if no supervised token is
-    left, if a prompt is longer than max_length, or for a chat template whose answers cannot be told from the rest.
+    left, if a prompt is longer than max_length, for a text that becomes a special token, or for a chat template whose
+    answers cannot be told from the rest.
     """
     where = record_or_turns.where if isinstance(record_or_turns, Record) else ""
     turns = list(record_or_turns.turns if isinstance(record_or_turns, Record) else record_or_turns)
@@ -93,9 +101,15 @@ def encode(
         raise ValueError(f"{where}: {error}") from error
     if not isinstance(record_or_turns, Record):
         return encoded
-    labels = {"safe_type": record_or_turns.safe_type, "safe_level": record_or_turns.safe_level}
-    known = {name: value for name, value in labels.items() if value is not None}
-    return Encoded(**{**encoded.__dict__, **known, "where": where})
+    kind, level = record_or_turns.safe_type, record_or_turns.safe_level
+    if encoded.cut_images:  # a label never outlives its picture
+        kind = level = None
+    return replace(
+        encoded,
+        safe_type=IGNORE_INDEX if kind is None else kind,
+        safe_level=IGNORE_INDEX if level is None else level,
+        where=where,
+    )
 
 
 def stop_token_ids(processor: Any) -> list[int]:
@@ -124,6 +138,7 @@ def _encode(
     template = _Template(processor)
     text, answers, silent = template.render(turns, hint, add_generation_prompt, placeholders)
     input_ids, offsets = template.tokenize(text)
+    template.refuse_forged(input_ids, turns, add_generation_prompt, placeholders)
     in_answer = _covered(offsets, answers)
     in_image = _covered(offsets, silent.images)
     in_hint = _covered(offsets, silent.hints)
@@ -152,14 +167,23 @@ def _encode(
     kept = sum(end <= offsets[length - 1][1] for _, end in silent.images)
     if pixel_values is not None:
         pixel_values = pixel_values[:kept] if kept else None
-    return Encoded(input_ids[:length], labels[:length], query[:length], pixel_values, kept)
+    lost = len(supervised) < sum(in_answer)
+    return Encoded(
+        input_ids[:length],
+        labels[:length],
+        query[:length],
+        pixel_values,
+        kept,
+        cut_answer=lost,
+        cut_images=marks - kept,
+    )
 
 
 def _image_inputs(
     images: Sequence[Image.Image] | ImageInputs | None, marks: int, processor: Any
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     if images is None:
-        return None, (_fixed_placeholder(processor),) * marks if marks else ()
+        return None, (fixed_placeholder(processor),) * marks if marks else ()
     prepared = images if isinstance(images, ImageInputs) else prepare_images(images, processor) if images else None
     count = len(prepared.placeholders) if prepared else 0
     if count != marks:
@@ -167,11 +191,14 @@ def _image_inputs(
     return (prepared.pixel_values, prepared.placeholders) if prepared else (None, ())
 
 
+# tokenizer -> (template, turns with harmless texts, ...) -> special ids that are the template's own
+_template_tokens: weakref.WeakKeyDictionary[Any, dict[Any, list[int]]] = weakref.WeakKeyDictionary()
+_KEPT_SHAPES = 4096
 _blank_images: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def _fixed_placeholder(processor: Any) -> str:
-    """The placeholder text of any image, for processors that give all images the same number of tokens."""
+def fixed_placeholder(processor: Any) -> str:
+    """Return the placeholder text of any image; ValueError for a processor whose images differ in their tokens."""
     from PIL import Image
 
     image_processor = processor.image_processor
@@ -208,7 +235,11 @@ class _Template:
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = {*tokenizer.all_special_tokens, *added, self.image_token}
         # a tokenizer may call a plain word or a newline special: texts keep those
-        self.special = re.compile(_alternatives(t for t in special if len(t) > 2 and not t.isalnum()))
+        marks = {token for token in special if len(token) > 2 and not token.isalnum()}
+        self.special = re.compile(_alternatives(marks))
+        # texts may hold unknown words; where one token serves as both, it is rather an end of the answer
+        unknown = {tokenizer.unk_token} - {tokenizer.eos_token, tokenizer.bos_token, self.image_token}
+        self.special_ids = {tokenizer.convert_tokens_to_ids(token): token for token in marks - unknown}
         opening = {self.image_token, tokenizer.unk_token, tokenizer.bos_token} - {tokenizer.eos_token}
         self.closing = re.compile(rf"\s*(?:{_alternatives(special - opening)})")
 
@@ -253,6 +284,35 @@ class _Template:
     def plain(self, text: str) -> str:
         """`text` with every special token broken by a blank: `</s>` becomes `< /s>`."""
         return self.special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def refuse_forged(
+        self,
+        input_ids: Sequence[int],
+        turns: Sequence[Turn],
+        add_generation_prompt: bool,
+        placeholders: tuple[str, ...],
+    ) -> None:
+        """Raise ValueError if the row has a special token that the same turns with harmless texts have not.
+
+        Looking at ids catches what no look at a text can: a template that joins `</` and `s>`, a tokenizer that
+        normalises a full-width `［ＩＮＳＴ］`.
+        """
+        harmless = tuple(
+            Turn(turn.role, IMAGE_MARK.join("a" if piece.strip() else "" for piece in turn.text.split(IMAGE_MARK)))
+            for turn in turns
+        )
+        known = _template_tokens.setdefault(self.tokenizer, {})
+        key = self.processor.chat_template, harmless, add_generation_prompt, placeholders
+        if key not in known:
+            if len(known) >= _KEPT_SHAPES:
+                known.clear()
+            text, _, _ = self.render(harmless, None, add_generation_prompt, placeholders)
+            known[key] = [token for token in self.tokenize(text)[0] if token in self.special_ids]
+        found = [token for token in input_ids if token in self.special_ids]
+        if found != known[key]:
+            forged = Counter(found) - Counter(known[key])
+            token = self.special_ids[next(iter(forged), found[0] if found else known[key][0])]
+            raise ValueError(f"a text of the conversation becomes the special token {token!r} in the chat template")
 
     def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and character offsets; the tokenizer's own prefix (BOS) is put on unless the template wrote it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -88,21 +89,40 @@ class PsaDataset(torch.utils.data.Dataset):
 
         Raises ValueError naming the record's file and line, and for images with different numbers of tokens.
         """
-        return self._length(index, self._hint(self.records[index], index, epoch))
+        hint = self._hint(self.records[index], index, epoch)
+        key = index, hint is not None
+        return self.lengths[key] if key in self.lengths else len(self.without_images(index, hint).input_ids)
 
     def measure(self, index: int) -> None:
         """Count a row's tokens for all epochs: its text differs between them by the hint only."""
-        if self.hint_rate < 1:
-            self._length(index, None)
-        if self.hint_rate > 0:
-            self._length(index, self._any_hint(self.records[index]))
+        for hint in self.hints(index):
+            if (index, hint is not None) not in self.lengths:
+                self.without_images(index, hint)
 
-    def _length(self, index: int, hint: str | None) -> int:
-        key = index, hint is not None
-        if key not in self.lengths:
-            row = encode(self.records[index], self.processor, hint=hint, max_length=self.max_length)
-            self.lengths[key] = len(row.input_ids)
-        return self.lengths[key]
+    def hints(self, index: int) -> list[str | None]:
+        """Every hint that the row's prompt gets in some epoch; None stands for the prompt without one."""
+        hint = self._any_hint(self.records[index]) if self.hint_rate > 0 else None
+        if hint is None:
+            return [None]
+        return [hint] if self.hint_rate == 1 else [None, hint]
+
+    def without_images(self, index: int, hint: str | None) -> Encoded:
+        """The row with the given hint, its images known by their number only; its length is kept in `lengths`."""
+        row = encode(self.records[index], self.processor, hint=hint, max_length=self.max_length)
+        self.lengths[index, hint is not None] = len(row.input_ids)
+        return row
+
+    def subset(self, indices: Sequence[int]) -> PsaDataset:
+        """A dataset of some of the rows, in the order given, with the lengths that are known of them."""
+        chosen = copy.copy(self)
+        chosen.records = [self.records[index] for index in indices]
+        chosen.lengths = {
+            (new, hinted): self.lengths[old, hinted]
+            for new, old in enumerate(indices)
+            for hinted in (False, True)
+            if (old, hinted) in self.lengths
+        }
+        return chosen
 
     def _any_hint(self, record: Record) -> str | None:
         if self.hint_for is None or record.safe_type is None or record.safe_level is None:

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from PIL import Image
@@ -156,6 +158,10 @@ def test_truncation_keeps_images_whole_and_answers_known(chat):
         assert cut.labels[-1] != -100
         assert cut.input_ids.count(processor.image_token_id) == cut.image_count * chat.per_image
         assert cut.pixel_values.shape[0] == cut.image_count == (1 if length <= second_image else 2)
+        assert cut.cut_images == 2 - cut.image_count
+        assert cut.cut_answer == (size < len(full.input_ids))  # the row ends with the closing token of its last answer
+        labelled = encode(Record(("a.png", "b.png"), 1, 3, turns), processor, max_length=size)
+        assert (labelled.safe_type, labelled.safe_level) == ((1, 3) if cut.image_count == 2 else (-100, -100))
         seen.add(cut.image_count)
     assert seen == {1, 2}
     record = Record(("a.png",), 1, 3, TALK, path="data.jsonl", line=7)
@@ -179,6 +185,74 @@ def test_special_tokens_in_a_text_are_only_text(chat):
     assert "< |im_end|>" in tokenizer.decode(forged)
     llava = chat.build()
     assert encode((SECOND, Turn("assistant", "a </s> b")), llava).labels.count(llava.tokenizer.eos_token_id) == 1
+
+
+JOINING = (  # images first, texts without a blank between them; turns closed by EOS
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["words", "bytes", "pieces"])
+def test_texts_that_join_to_a_special_token_are_refused(chat, kind):
+    processor = chat.build("llava", kind, eos="</s>")
+    processor.chat_template = JOINING
+    processor.tokenizer._tokenizer.post_processor = None
+    eos = processor.tokenizer.eos_token_id
+    fine = encode((Turn("user", "</ <image> s> what ?"), SHORT), processor)
+    assert fine.input_ids.count(eos) == 1
+    attacks = {
+        "</<image>s> what ?": "becomes the special token '</s>'",
+        "<|im_<image>end|>": "becomes the special token '<|im_end|>'",
+        "what <ima<image>ge>": "the chat template shows 2 of 1 image",
+    }
+    for text, message in attacks.items():
+        turns = (Turn("user", text), SHORT)
+        for options in ({}, {"add_generation_prompt": True}):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                encode(turns, processor, **options)
+        with pytest.raises(ValueError, match=rf"^d\.jsonl:3: .*{re.escape(message)}"):
+            encode(Record(("a.png",), 1, 3, turns, path="d.jsonl", line=3), processor)
+
+
+def test_texts_that_are_normalised_to_a_special_token_are_refused(chat):
+    from tokenizers import AddedToken, normalizers
+
+    processor = chat.build("chatml", "bytes")
+    tokenizer = processor.tokenizer
+    tokenizer._tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("[INST]", special=True, normalized=True)], special_tokens=True)
+    forged = tokenizer.convert_tokens_to_ids("[INST]")
+    wide = "\uff3b\uff29\uff2e\uff33\uff34\uff3d"
+    assert forged in tokenizer(f"what {wide} ?")["input_ids"], "the tokenizer does normalise"
+    plain = encode((Turn("user", "what [INST] \uff21 ?"), SHORT), processor)  # broken by a blank
+    assert forged not in plain.input_ids
+    for turns in ((Turn("user", f"what {wide} ?"), SHORT), (SECOND, Turn("assistant", f"blue {wide}"))):
+        with pytest.raises(ValueError, match=r"becomes the special token '\[INST\]'"):
+            encode(turns, processor)
+    with pytest.raises(ValueError, match=r"becomes the special token '\[INST\]'"):
+        encode((SECOND, SHORT), processor, hint=f"caution {wide}")
+
+
+def test_unknown_words_are_no_forged_tokens(chat):
+    processor = chat.build()  # of whole words: "zebra" is <unk>
+    row = encode((Turn("user", "zebra ?"), Turn("assistant", "zebra")), processor)
+    assert row.input_ids.count(processor.tokenizer.unk_token_id) == 2
+
+
+@pytest.mark.parametrize(("template", "kind"), STYLES)
+def test_a_turn_may_be_an_image_alone(chat, template, kind):
+    processor = chat.build(template, kind)
+    row = encode((Turn("user", "<image>"), ANSWER), processor, images=[RED])
+    prompt = encode((Turn("user", "<image>"),), processor, images=[RED], add_generation_prompt=True)
+    assert row.image_count == prompt.image_count == 1
+    assert row.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert any(prompt.query_mask), "the template's own words"
+    hinted = encode((Turn("user", "<image>"), ANSWER), processor, images=[RED], hint=HINT)
+    assert query_text(hinted, processor.tokenizer) == query_text(row, processor.tokenizer)
 
 
 def test_records_bring_their_labels(chat):
