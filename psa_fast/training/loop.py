@@ -28,6 +28,7 @@ from .features import cached_features
 from .flops import Meter, StageFlops, shared_matrix_rate
 from .language_model import check_liger, prepare_language_model
 from .metrics import MetricsLog
+from .optimizer_state import check_engine
 from .schedule import Schedule, measure_lengths, micro_batches, needs_lengths
 from .stages import optimizer_groups, prepare, print_table
 from .step import StepReport, train_step
@@ -64,12 +65,13 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     ds_config = resolve_deepspeed_config(config, world_size)
     attention = choose_attention(config) if config.runs_language_model else None
     check_liger(config)
-    resume_from = checkpoint.find_resume(config)
     if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
-        checkpoint.read_state(config.stage_dir, config, world_size)
+        checkpoint.check_finished(config, world_size)
         console.print(f"stage {config.stage} is already finished in {config.stage_dir}")
         return
-    state = checkpoint.read_state(resume_from, config, world_size) if resume_from else None
+    resume_from, state = checkpoint.resume(config, world_size, console.print) or (None, None)
+    if state is None and config.addon:
+        checkpoint.check_addon(config.addon)
     _refuse_used_output_dir(config)
     # before the model, so that a bad record costs seconds
     records = _shared_records(config, rank)
@@ -114,10 +116,11 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     keep_whole(model)
     engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)
     del keep_alive
+    check_engine(engine)
     start = 0
     if state is not None:
         assert resume_from is not None
-        checkpoint.restore(engine, resume_from)
+        checkpoint.restore(engine, resume_from, state)
         start = state["step"]
         console.print(f"resumed from {resume_from} at step {start}")
     else:
