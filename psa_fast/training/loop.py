@@ -26,6 +26,7 @@ from .features import cached_features
 from .flops import Meter, StageFlops, shared_matrix_rate
 from .language_model import check_liger, prepare_language_model
 from .metrics import MetricsLog
+from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
 from .preflight import check_positions, commit_for, naming_base, prepare_dataset, read_processor
 from .ranks import alike
@@ -68,12 +69,13 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         check_deepspeed_config(ds_config, config.deepspeed_config)
         attention = choose_attention(config) if config.runs_language_model else None
         check_liger(config)
-        resume_from = checkpoint.find_resume(config)
         if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
-            checkpoint.read_state(config.stage_dir, config, world_size)
+            checkpoint.check_finished(config, world_size)
             console.print(f"stage {config.stage} is already finished in {config.stage_dir}")
             return
-        state = checkpoint.read_state(resume_from, config, world_size) if resume_from else None
+        resume_from, state = checkpoint.resume(config, world_size, console.print) or (None, None)
+        if state is None and config.addon:
+            checkpoint.check_addon(config.addon)
         refuse_used(config)
         addon = str(resume_from) if resume_from else config.addon
         commit = commit_for(config, addon)
@@ -118,10 +120,11 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     groups = optimizer_groups(model, parts, config.weight_decay, format_1)
     engine = build_engine(model, groups, config, ds_config, total_steps)
     del keep_alive
+    check_engine(engine)
     start = 0
     if state is not None:
         assert resume_from is not None
-        checkpoint.restore(engine, resume_from)
+        checkpoint.restore(engine, resume_from, state)
         start = state["step"]
         console.print(f"resumed from {resume_from} at step {start}")
     else:

@@ -22,7 +22,7 @@ from .ranks import alike, from_rank_0
 _WRITTEN = {CONFIG, WEIGHTS, ADAPTER, CHANGED.split("/")[0], STATE, METRICS, BOARD}
 # what earlier versions left beside them: DeepSpeed's scripts
 _WRITTEN |= {"zero_to_fp32.py", "zero_to_torch.py"}
-_CHECKPOINT = re.compile(r"checkpoint-[0-9]+|\.checkpoint-[0-9]+\.tmp")
+_CHECKPOINT = re.compile(r"checkpoint-[0-9]+|\.checkpoint-[0-9]+\.(tmp|old)")
 
 
 def of_a_run(folder: Path) -> list[Path]:

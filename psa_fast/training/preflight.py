@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from rich.console import Console
 from safetensors import SafetensorError
 
-from psa_fast.data import PsaDataset, Record, balance, load_records
+from psa_fast.data import DataError, Problem, PsaDataset, Record, balance, load_records
 from psa_fast.data.dataset import HintFor
+from psa_fast.data.lengths import RowCheck, check_rows
 from psa_fast.data.records import MAX_LISTED
-from psa_fast.files import shorten
 from psa_fast.models import load_processor
 from psa_fast.models.addon import read_config
 from psa_fast.models.base_model import resolve_commit
@@ -23,8 +23,6 @@ from psa_fast.models.base_model import resolve_commit
 from .config import TrainConfig
 from .ranks import alike, from_rank_0, gathered
 from .supervision import check_supervision
-
-logger = logging.getLogger(__name__)
 
 
 def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | None, console: Console) -> PsaDataset:
@@ -48,14 +46,16 @@ def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | Non
     }
     whole = PsaDataset(records, config.image_folder, processor, **options)
     began = time.perf_counter()
-    faults = _measure(whole)
+    found = _check(whole)
     console.print(f"{len(records)} rows encoded in {time.perf_counter() - began:.1f} s")
     with alike():
-        if faults:
-            _report(faults, config, console)
-        kept = [index for index in range(len(records)) if index not in faults]
+        if found.problems:
+            _report(list(found.problems.values()), config, console)
+        kept = [index for index in range(len(records)) if index not in found.problems]
         if not kept:
             raise ValueError(f"--data_path {config.data_path}: no row is left")
+    if cut := found.cut_sentence(config.max_length):
+        console.print(f"warning: {cut}")
     chosen = kept
     if config.clean_samples is not None:
         places = {id(records[index]): index for index in kept}
@@ -68,8 +68,13 @@ def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | Non
         for hinted in (False, True):
             if (old, hinted) in whole.lengths:
                 dataset.lengths[index, hinted] = whole.lengths[old, hinted]
+    # a picture that is cut takes its row's labels with it
+    taught = [
+        replace(records[old], safe_type=None, safe_level=None) if old in found.cut_images else records[old]
+        for old in chosen
+    ]
     with alike():
-        for warning in check_supervision(dataset.records, config):
+        for warning in check_supervision(taught, config):
             console.print(f"warning: {warning}", soft_wrap=True)
     return dataset
 
@@ -129,28 +134,25 @@ def _read(config: TrainConfig, console: Console) -> list[Record]:
     return load_records(str(config.data_path), config.image_folder, on_bad_sample=mode)
 
 
-def _measure(dataset: PsaDataset) -> dict[int, str]:
-    """Encode every row once without its pictures, each rank a share; index -> what is wrong. A collective."""
+def _check(dataset: PsaDataset) -> RowCheck:
+    """Encode every row once without its pictures, each rank a share; the lengths are then known. A collective."""
     import torch.distributed as dist
 
-    faults = []
-    for index in range(dist.get_rank(), len(dataset), dist.get_world_size()):
-        try:
-            dataset.measure(index)
-        except ValueError as error:
-            faults.append((index, str(error)))
+    share = check_rows(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
+    found = RowCheck()
+    for other in gathered([share]):
+        found.update(other)
     dataset.lengths.update(gathered(list(dataset.lengths.items())))
-    return dict(sorted(gathered(faults)))
+    found.problems = dict(sorted(found.problems.items()))
+    return found
 
 
-def _report(faults: dict[int, str], config: TrainConfig, console: Console) -> None:
+def _report(problems: list[Problem], config: TrainConfig, console: Console) -> None:
     """Name the rows that cannot be encoded: they end the run, or are dropped where the run may skip them."""
-    listed = [f"  {fault}" for fault in list(faults.values())[:MAX_LISTED]]
-    if len(faults) > MAX_LISTED:
-        listed.append(f"  ... and {len(faults) - MAX_LISTED} more")
     if config.on_bad_sample == "error":
-        head = f"{len(faults)} row(s) of {shorten(str(config.data_path))} cannot be encoded:"
-        raise ValueError("\n".join([head, *listed]))
-    console.print(
-        "\n".join([f"skipped {len(faults)} row(s) that cannot be encoded:", *listed]), soft_wrap=True, markup=False
-    )
+        raise DataError(str(config.data_path), problems)
+    listed = [f"  {problem}" for problem in problems[:MAX_LISTED]]
+    if len(problems) > MAX_LISTED:
+        listed.append(f"  ... and {len(problems) - MAX_LISTED} more")
+    head = f"skipped {len(problems)} row(s) that cannot be encoded:"
+    console.print("\n".join([head, *listed]), soft_wrap=True, markup=False)
