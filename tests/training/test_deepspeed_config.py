@@ -41,7 +41,10 @@ def test_a_shipped_configuration_is_found_by_name_from_anywhere(tmp_path, monkey
         ('{"zero_optimization": {"stage": true}}', "zero_optimization.stage is True; expected"),
         ('{"zero_optimization": {"stage": [3]}}', r"zero_optimization.stage is \[3\]; expected"),
         ('{"zero_optimization": {"offload_param": "cpu"}}', "offload_param is 'cpu'; expected an object"),
-        ('{"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}', "device is 'gpu'; expected one of none, cpu"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}',
+            "device is 'gpu'; expected one of none, cpu",
+        ),
         ('{"zero_optimization": {"offload_optimizer": {"buffer_count": 0}}}', "buffer_count is 0; expected a count"),
         ('{"zero_optimization": {"sub_group_size": "auto"}}', "sub_group_size is 'auto'; expected a number"),
         ('{"zero_optimisation": {"stage": 3}}', "'zero_optimisation' is not read; is zero_optimization meant"),
