@@ -20,7 +20,7 @@ def test_a_shipped_configuration_is_found_by_name_from_anywhere(tmp_path, monkey
         monkeypatch.setattr(deepspeed_config, "FOLDERS", (tmp_path / "ds_configs", package))
     monkeypatch.chdir(tmp_path)
     assert read_deepspeed_config(name) == shipped
-    with pytest.raises(ValueError, match="--deepspeed_config zero9: no such file; shipped are .*zero2"):
+    with pytest.raises(ValueError, match=r"--deepspeed_config zero9: no such file; shipped are .*zero2"):
         read_deepspeed_config("zero9")
     # a path of one's own is never looked for elsewhere
     with pytest.raises(ValueError, match="no such file"):

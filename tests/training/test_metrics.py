@@ -25,11 +25,13 @@ def test_a_loss_without_rows_is_null_in_the_file_and_a_dash_on_the_console(tmp_p
     assert "step 1/1 loss - loss_lm 0.0000 loss_type - loss_level 1.2500 lr" in console.export_text()
 
 
-@pytest.mark.parametrize("row_of", [lambda: row(1)])
-def test_a_full_disk_is_named_with_the_file(tmp_path, row_of):
+def test_a_full_disk_is_named_with_the_file(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to(FULL)
+    log = MetricsLog(tmp_path, 1, 0, Console(quiet=True), "stage 1")
     with pytest.raises(OSError, match="No space left on device") as error:
-        MetricsLog(tmp_path, 1, 0, Console(quiet=True), "stage 1").write(row_of())
+        log.write(row(1))
+    log._board.close()
+    threading.excepthook = log._hook
     assert str(tmp_path / "metrics.jsonl") in str(error.value)
 
 
@@ -47,10 +49,14 @@ def test_a_full_disk_under_tensorboard_ends_in_one_error_without_a_thread_s_trac
         raise OSError(28, "No space left on device")
 
     writer._writer.write = full
-    with pytest.raises(OSError, match="No space left on device") as error:
+
+    def go_on():
         for step in range(1, 100):
             log.write(row(step))
             writer._worker.join(0.2)
+
+    with pytest.raises(OSError, match="No space left on device") as error:
+        go_on()
     assert str(tmp_path / "tensorboard") in str(error.value)
     assert "Traceback" not in capsys.readouterr().err
     log._file.close()

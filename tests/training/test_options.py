@@ -76,12 +76,12 @@ def test_defaults_are_within_their_own_ranges():
 def test_a_configuration_made_in_code_is_checked_too():
     config = parse_args([])
     config.adam_beta2 = 1.0
-    with pytest.raises(ValueError, match="--adam_beta2 is 1.0; expected a number of at least 0 and less than 1"):
+    with pytest.raises(ValueError, match=r"--adam_beta2 is 1\.0; expected a number of at least 0 and less than 1"):
         check(config)
 
 
 @pytest.mark.parametrize("text", ["", "a" * 5000, "a\0b", "\udcff"])
 def test_a_text_that_is_no_name_is_refused_before_it_is_used(text):
-    with pytest.raises(ValueError, match="--model_name_or_path is .*; expected text of 1 to 4096 characters") as error:
+    with pytest.raises(ValueError, match=r"--model_name_or_path is .*; expected text of 1 to 4096 characters") as error:
         from_text("model_name_or_path", text)
     str(error.value).encode()

@@ -48,7 +48,7 @@ def test_an_earlier_run_is_refused_a_folder_with_notes_is_not(tmp_path, group_of
 def test_two_runs_do_not_write_into_one_folder(tmp_path, group_of_one):
     config = TrainConfig(output_dir=str(tmp_path))
     held = claim(config, Console(quiet=True))
-    with pytest.raises(ValueError, match="another run is under way in .*stage1"):
+    with pytest.raises(ValueError, match=r"another run is under way in .*stage1"):
         claim(config, Console(quiet=True))
     for file in held:
         file.close()

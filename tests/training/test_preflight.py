@@ -160,7 +160,7 @@ def test_a_base_that_is_damaged_is_a_sentence(rows, start, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="--model_name_or_path .*broken"):
+    with pytest.raises(ValueError, match=r"--model_name_or_path .*broken"):
         start(rows(), "--model_name_or_path", broken)
 
 
