@@ -38,7 +38,7 @@ class ConvNormAct(nn.Module):
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, groups: int = 1, act: bool = True):
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
-        self.norm = LayerNorm2d(outputs, eps=1e-6)
+        self.norm = LayerNorm2d(outputs, eps=1e-5)
         self.act = nn.SiLU() if act else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,8 +233,11 @@ def add_lora(vlm: Any, size: Size, dropout: float, on_head: bool) -> None:
     """PEFT's LoRA on every linear of the language model, and on its head if asked."""
     from peft import LoraConfig
 
+    from psa_fast.models.lora import inject
+
     pattern = r"model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
     pattern = rf"({pattern}|lm_head)" if on_head else pattern
-    vlm.add_adapter(
-        LoraConfig(r=size.lora_r, lora_alpha=LORA_ALPHA, lora_dropout=dropout, bias="none", target_modules=pattern)
+    inject(
+        vlm,
+        LoraConfig(r=size.lora_r, lora_alpha=LORA_ALPHA, lora_dropout=dropout, bias="none", target_modules=pattern),
     )

@@ -1,54 +1,77 @@
 """Files of an add-on: everything a PsaVLM has beyond its base, which stays untouched on disk.
 
-psa_config.json            PsaConfig
+psa_config.json            PsaConfig, and checksums of what the other files held when they were saved
 psa.safetensors            safety projector, tokens, attention, heads
 adapter/                   a PEFT adapter, loadable on the stock base too (after stage 2 with LoRA)
 llm/model.safetensors      base weights that were trained in full, under the base's own names (after stage 2 in full)
+
+An add-on may come from anybody, so it is data and nothing else: names, shapes and types are compared before memory is
+taken, and every number is checked. What does not fit is a ValueError that names the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from psa_fast.models.base_model import commit_of, load_base
+from psa_fast.files import shorten
+from psa_fast.models import adapter
+from psa_fast.models.base_model import commit_of, load_base, weight_files
+from psa_fast.models.bottleneck import ConceptBottleneck
 from psa_fast.models.config import PsaConfig
+from psa_fast.models.lora import has_adapter
+from psa_fast.models.tensors import Shapes, checksum_of, read_shapes, read_tensors, require_shapes, write_tensors
+from psa_fast.models.tokens import SafetyTokens
 
 if TYPE_CHECKING:
     from psa_fast.models.psa import PsaVLM
 
 CONFIG, WEIGHTS, ADAPTER, CHANGED = "psa_config.json", "psa.safetensors", "adapter", "llm/model.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PEFT_PREFIX = "base_model.model."
 _SAMPLE = 1 << 16
 
 
 def base_identity(vlm: PreTrainedModel) -> dict[str, str | None]:
-    """Name, hub revision and content fingerprint of a base, as PsaConfig keeps them.
+    """Absolute folder or hub name, hub revision and content fingerprint of a base, as PsaConfig keeps them.
 
     A base from the hub is known if `load_base` loaded it: transformers does not say which commit it took.
     """
     name = getattr(vlm.config, "_name_or_path", "") or None
     commit = commit_of(vlm)
-    folder: Path | None = Path(name) if name and Path(name).is_dir() else None
+    folder: Path | None = Path(name).absolute() if name and Path(name).is_dir() else None
+    # the words typed mean another folder, or a name on the hub, to whoever stands elsewhere
+    stored = str(folder) if folder else name
     if folder is None and name and commit:
         cached = try_to_load_from_cache(name, "config.json", revision=commit)
         folder = Path(cached).parent if isinstance(cached, str) else None
     return {
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": stored,
         "base_revision": commit,
         "base_fingerprint": fingerprint(folder) if folder else None,
     }
+
+
+def base_of(addon: str | Path, config: PsaConfig) -> str:
+    """The base to load where none is given: the folder that the add-on names, or its hub name if it has a commit.
+
+    Raises:
+        ValueError: it names none, or a folder that is not here.
+    """
+    name = config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{Path(addon) / CONFIG} names no base model; give it with --base")
+    if config.base_revision is None and not Path(name).is_dir():
+        raise ValueError(
+            f"{Path(addon) / CONFIG}: the base was at {shorten(name)}, no folder here; give it with --base"
+        )
+    return name
 
 
 def _check_base(addon: str | Path, config: PsaConfig, vlm: PreTrainedModel) -> None:
@@ -74,7 +97,7 @@ def fingerprint(folder: str | Path) -> str | None:
     None for an older .bin checkpoint, which has a name and a revision only.
     """
     digest = hashlib.sha256()
-    files = _weight_files(Path(folder))
+    files = weight_files(folder)
     if not files:
         return None
     for file in files:
@@ -90,17 +113,6 @@ def fingerprint(folder: str | Path) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """What transformers reads; a repository may hold variants and other layouts beside it, the hub's cache does not."""
-    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if whole.is_file():
-        return [whole]
-    if not index.is_file():
-        return []
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(shards))]
-
-
 def read_config(addon: str | Path) -> PsaConfig:
     """An add-on's configuration. Raises ValueError if the folder is none."""
     for name in (CONFIG, WEIGHTS):
@@ -109,31 +121,109 @@ def read_config(addon: str | Path) -> PsaConfig:
     return PsaConfig.from_json_file(Path(addon) / CONFIG)
 
 
+def check_files(addon: str | Path) -> PsaConfig:
+    """Check all of an add-on that can be known without its base, reading no tensor, and return its configuration.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    folder, config = Path(addon), read_config(addon)
+    require_shapes(folder / WEIGHTS, _expected_shapes(config, folder))
+    if _has(folder, ADAPTER):
+        adapter.check_adapter_files(folder / ADAPTER)
+    if _has(folder, CHANGED):
+        read_shapes(folder / CHANGED)
+    if config.checksums is not None:
+        if config.checksums.get(CONFIG) != config.digest():
+            raise ValueError(
+                f"{folder / CONFIG} was changed after it was saved; without its checksums it is read as is"
+            )
+        for name in (ADAPTER, CHANGED):
+            if (name in config.checksums) != _has(folder, name):
+                problem = "is missing" if name in config.checksums else "does not belong to it"
+                raise ValueError(f"{addon} is not the add-on that was saved: {folder / name} {problem}")
+        if WEIGHTS not in config.checksums:
+            raise ValueError(f"{folder / CONFIG}: checksums lacks {WEIGHTS}")
+    return config
+
+
+def _has(folder: Path, name: str) -> bool:
+    """Whether there is anything under this name, be it a link to nowhere: it is read or refused, never passed over."""
+    first = folder / Path(name).parts[0]
+    return first.exists() or first.is_symlink()
+
+
+def _expected_shapes(config: PsaConfig, folder: Path) -> Shapes:
+    """Names and shapes of the safety modules, from modules without memory, two blocks deep at most."""
+    count = len(read_shapes(folder / WEIGHTS))
+    if config.projector_depth > count:
+        raise ValueError(
+            f"{folder / CONFIG}: projector_depth {config.projector_depth} does not fit {WEIGHTS}, "
+            f"which holds {count} tensors"
+        )
+    small = replace(config, projector_depth=min(config.projector_depth, 2))
+    with torch.device("meta"):
+        modules = nn.ModuleDict(
+            {
+                "bottleneck": ConceptBottleneck(small),
+                "safety_tokens": SafetyTokens(config.num_safety_tokens, config.hidden_size),
+            }
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in modules.state_dict().items()}
+    for stage in ("bottleneck.projector.stage1.", "bottleneck.projector.stage2."):
+        repeated = {n.removeprefix(stage + "1."): s for n, s in shapes.items() if n.startswith(stage + "1.")}
+        for block in range(2, config.projector_depth):
+            shapes.update({f"{stage}{block}.{n}": s for n, s in repeated.items()})
+    return shapes
+
+
 def save(psa: PsaVLM, directory: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the add-on. `state_dict`: gathered tensors named as in `psa.named_parameters()`; None: the model's own."""
+    """Write the add-on. `state_dict`: gathered tensors named as in `psa.named_parameters()`; None: the model's own.
+
+    Raises:
+        ValueError: `state_dict` lacks tensors.
+        OSError: naming the file that cannot be written.
+    """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     state = dict(psa.state_dict()) if state_dict is None else state_dict
     names = list(psa.psa_state_dict())
     changed = _changed_base_weights(psa)
     _require(state, [*names, *changed.values()], "state_dict")
-    psa.config.to_json_file(folder / CONFIG)
-    _write({name: state[name] for name in names}, folder / WEIGHTS)
-    if getattr(psa.vlm, "peft_config", None):
-        _save_adapter(psa.vlm, folder / ADAPTER, state)
+    parts = {WEIGHTS: {name: state[name] for name in names}}
     if changed:
-        (folder / CHANGED).parent.mkdir(exist_ok=True)
-        _write({name: state[own] for name, own in changed.items()}, folder / CHANGED)
+        parts[CHANGED] = {name: state[own] for name, own in changed.items()}
+    checksums = {}
+    for file, tensors in parts.items():
+        write_tensors(folder / file, tensors)
+        checksums[file] = checksum_of(tensors)
+    if has_adapter(psa.vlm):
+        checksums[ADAPTER] = adapter.save_adapter(psa.vlm, folder / ADAPTER, state)
+    _remove_stale(folder, checksums)
+    # last: what it says of the other files is true by now
+    saved = replace(psa.config, checksums={**checksums, CONFIG: psa.config.digest()})
+    saved.to_json_file(folder / CONFIG)
+
+
+def _remove_stale(folder: Path, kept: dict[str, str]) -> None:
+    """Files of an add-on that stood here before and had parts that this one has not: they would be loaded with it."""
+    for name, files in ((CHANGED, [CHANGED]), (ADAPTER, [f"{ADAPTER}/{n}" for n in (adapter.CONFIG, adapter.WEIGHTS)])):
+        if name in kept or not _has(folder, name):
+            continue
+        for file in files:
+            (folder / file).unlink(missing_ok=True)
+        top = folder / Path(name).parts[0]
+        if top.is_dir() and not any(top.iterdir()):
+            top.rmdir()
 
 
 def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: str | Path | None, dtype: Any) -> PsaVLM:
     """See PsaVLM.from_pretrained."""
     config = None
     if addon is not None:
-        config = read_config(addon)
-        base = base if base is not None else config.base_model_name_or_path
+        config = check_files(addon)
+        base = base if base is not None else base_of(addon, config)
     if base is None:
-        raise ValueError("no base model is given" + ("" if addon is None else f" and {addon}/{CONFIG} names none"))
+        raise ValueError("no base model is given")
     if isinstance(base, PreTrainedModel):
         vlm: Any = base
     else:
@@ -141,19 +231,38 @@ def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: st
     if addon is None or config is None:
         return cls.build(vlm)
 
+    folder, checksums = Path(addon), config.checksums or {}
     _check_base(addon, config, vlm)
-    psa = cls.build(vlm, config)
-    file = Path(addon) / WEIGHTS
-    _copy_into(dict(psa.named_parameters()), load_file(file), list(psa.psa_state_dict()), file)
-    if (Path(addon) / ADAPTER).is_dir():
-        _load_adapter(vlm, Path(addon) / ADAPTER)
-    if (Path(addon) / CHANGED).is_file():
-        file = Path(addon) / CHANGED
-        tensors = load_file(file)
-        parameters = _base_parameters(vlm)
-        _copy_into(parameters, tensors, [n for n in tensors if n in parameters], file)
-        psa.changed_base_weights = set(tensors)
+    # read whole before a module is built: they are small
+    tensors = dict(read_tensors(folder / WEIGHTS, checksums.get(WEIGHTS)))
+    psa = cls.build(vlm, replace(config, checksums=None))
+    own = dict(psa.named_parameters())
+    for name, tensor in tensors.items():
+        _copy_into(own[name], tensor, name, folder / WEIGHTS)
+    if _has(folder, CHANGED):
+        psa.changed_base_weights = _load_changed(psa, folder / CHANGED, checksums.get(CHANGED))
+    if _has(folder, ADAPTER):
+        _load_adapter(psa, folder / ADAPTER, checksums.get(ADAPTER))
     return psa
+
+
+def _load_changed(psa: PsaVLM, file: Path, checksum: str | None) -> set[str]:
+    """Put in base weights that were trained in full, and return their names."""
+    parameters = _base_parameters(psa.vlm)
+    found = read_shapes(file)
+    # any of the base's may be there, nothing else
+    require_shapes(file, {n: _shape(p) for n, p in parameters.items() if n in found})
+    for name, tensor in read_tensors(file, checksum):
+        _copy_into(parameters[name], tensor, name, file)
+    return set(found)
+
+
+def _load_adapter(psa: PsaVLM, folder: Path, checksum: str | None) -> None:
+    text = adapter.text_of(adapter.read_adapter_config(folder))
+    parameters = adapter.inject_adapter(psa, folder)
+    file = folder / adapter.WEIGHTS
+    for name, tensor in read_tensors(file, checksum, text):
+        _copy_into(parameters[name], tensor, name, file)
 
 
 def _stock_name(name: str) -> str:
@@ -171,49 +280,18 @@ def _changed_base_weights(psa: PsaVLM) -> dict[str, str]:
     return {stock: "vlm." + n for stock, (n, p) in own.items() if p.requires_grad or stock in psa.changed_base_weights}
 
 
-def _save_adapter(vlm: Any, folder: Path, state: dict[str, Tensor]) -> None:
-    from peft import get_peft_model_state_dict
-
-    folder.mkdir(exist_ok=True)
-    names = vlm.active_adapters()
-    if len(names) != 1:
-        raise ValueError(f"exactly one adapter must be active to be saved, got {names}")
-    own = {name.removeprefix("vlm."): t for name, t in state.items() if name.startswith("vlm.")}
-    tensors = get_peft_model_state_dict(vlm, state_dict=own, adapter_name=names[0], save_embedding_layers=False)
-    if not tensors:
-        raise ValueError("state_dict holds no adapter weights")
-    config = vlm.peft_config[names[0]]
-    mode, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(str(folder))
-    config.inference_mode = mode
-    _write({_PEFT_PREFIX + name: t for name, t in tensors.items()}, folder / ADAPTER_WEIGHTS)
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    # under ZeRO-3 the local tensor is an empty shard and ds_shape holds the true shape
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _load_adapter(vlm: Any, folder: Path) -> None:
-    """Through add_adapter, not load_adapter, which only logs missing and unexpected keys."""
-    from peft import PeftConfig
-
-    config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False
-    vlm.add_adapter(config)
-    adapter = vlm.active_adapters()[0]
-    parameters = {_PEFT_PREFIX + n.replace(f".{adapter}.", "."): p for n, p in vlm.named_parameters() if ".lora_" in n}
-    file = folder / ADAPTER_WEIGHTS
-    _copy_into(parameters, load_file(file), list(parameters), file)
-
-
-def _copy_into(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor], wanted: list[str], file: Path) -> None:
-    missing, unexpected = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    if missing or unexpected:
-        raise ValueError(f"{file} does not fit: missing keys {missing or 'none'}, unexpected {unexpected or 'none'}")
-    for name in wanted:
-        parameter = parameters[name]
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{file}: {name} has shape {tuple(tensors[name].shape)}, the model {shape}")
-        with torch.no_grad(), _gathered(parameter):
-            if parameter.numel() or not tensors[name].numel():
-                parameter.copy_(tensors[name])
+def _copy_into(parameter: nn.Parameter, tensor: Tensor, name: str, file: Path) -> None:
+    cast = tensor.to(parameter.dtype)
+    if cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
+        raise ValueError(f"{file}: {name} holds numbers beyond the range of {parameter.dtype}")
+    with torch.no_grad(), _gathered(parameter):
+        if parameter.numel() or not tensor.numel():
+            parameter.copy_(cast)
 
 
 def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
@@ -229,10 +307,3 @@ def _require(state: dict[str, Tensor], names: list[str], what: str) -> None:
     missing = sorted(set(names) - set(state))
     if missing:
         raise ValueError(f"{what} lacks {missing}")
-
-
-def _write(tensors: dict[str, Tensor], file: Path) -> None:
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0 and tensor.shape[:1] != (0,):
-            raise ValueError(f"{name} is empty: a ZeRO-3 shard must be gathered before it is saved")
-    save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, file, metadata={"format": "pt"})

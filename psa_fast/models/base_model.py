@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
-from transformers.utils import cached_file, logging, resolve_revision
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging, resolve_revision
 from transformers.utils.hub import extract_commit_hash
 
+from psa_fast.files import read_json, shorten
 from psa_fast.models.families import get_family
 
 
@@ -33,8 +34,11 @@ def load_base(
 
     Raises:
         OSError: there is no such base.
-        ValueError: weights are missing, which transformers would fill with random numbers.
+        ValueError: weights are missing, which transformers would fill with random numbers, or a folder's list of weight
+            files leads out of it.
     """
+    if Path(name).is_dir():
+        weight_files(name)
     commit = resolve_commit(str(name), revision)
     options: dict[str, Any] = {} if Path(name).is_dir() else {"revision": commit or revision}
     verbosity = logging.get_verbosity()
@@ -73,3 +77,32 @@ def resolve_commit(name: str, revision: str | None) -> str | None:
     if commit is None:
         warnings.warn(f"{name}: its commit is not known, so an add-on on it will not know its base", stacklevel=3)
     return commit
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files that transformers reads from a base's folder; none for an older .bin checkpoint.
+
+    A repository may hold variants and other layouts beside them, the hub's cache does not.
+
+    Raises:
+        ValueError: naming the index of the files, if it lists what is no file of this folder.
+    """
+    folder = Path(folder)
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    shards = read_json(index, "base").get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"base {index}: weight_map is {shorten(shards)}; expected file names by weights")
+    files = []
+    for name in shards.values():
+        path = PurePosixPath(name) if isinstance(name, str) else None
+        if path is None or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+            raise ValueError(f"base {index} lists {shorten(name)}, which is no file of that folder")
+        files.append(str(path))
+    for name in sorted(set(files)):
+        if not (folder / name).is_file():
+            raise ValueError(f"base {index} lists {shorten(name)}, which is not there")
+    return [folder / name for name in sorted(set(files))]

@@ -53,7 +53,11 @@ class ConceptBottleneck(nn.Module):
         width = config.projector_hidden_size
         assert width is not None  # PsaConfig filled it in
         self.projector = SafetyProjector(
-            config.vision_hidden_size, config.hidden_size, width=width, depth=config.projector_depth
+            config.vision_hidden_size,
+            config.hidden_size,
+            width=width,
+            depth=config.projector_depth,
+            eps=config.layer_norm_eps,
         )
         self.head_tokens = SafetyTokens(config.num_head_tokens, config.hidden_size)
         self.query = SafetyTokens(1, config.hidden_size) if config.query == "prompt" else None
@@ -101,7 +105,8 @@ def prompt_query(embeds: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
     Word embeddings of real language models are tiny (Llama: 0.02 per entry, their mean smaller still): without the
     scale the query would start as good as constant and its projection would need a hundredfold learning rate.
-    A row without any True gets zeros. Computed in fp32 at least.
+    A row without any True, a request of images only, gets zeros: the learned query alone then asks. Computed in fp32
+    at least.
     """
     wide = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
     weights = mask.to(wide.dtype)
@@ -113,9 +118,12 @@ def prompt_query(embeds: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 def first_query(embeds: Tensor, mask: Tensor) -> Tensor:
     """Embedding of the prompt's first token (BOS), as in the paper's code, never padding: [B, T, E] -> [B, E].
 
-    Embeddings [1, T, E] serve all rows of the mask [B, T], as in a packed row.
+    Embeddings [1, T, E] serve all rows of the mask [B, T], as in a packed row. A row without any True gets zeros, not
+    whatever token stands first.
     """
     first = mask.to(torch.int64).argmax(dim=1)
     if embeds.shape[0] == 1:
-        return embeds[0, first]
-    return embeds[torch.arange(embeds.shape[0], device=embeds.device), first]
+        picked = embeds[0, first]
+    else:
+        picked = embeds[torch.arange(embeds.shape[0], device=embeds.device), first]
+    return picked * mask.any(dim=1, keepdim=True).to(picked.dtype)

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import re
 from dataclasses import asdict, dataclass, field, fields
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
+from psa_fast.files import read_json, shorten, write_text
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
-VERSION = 1
+VERSION = 2
 QUERIES = ("prompt", "first")
+# inclusive ranges; the upper ends are far beyond any model, and keep products of two within 64 bits
+_RANGES = {
+    "vision_hidden_size": (1, 1 << 20),
+    "hidden_size": (1, 1 << 20),
+    "image_tokens": (1, 1 << 20),
+    "num_safety_tokens": (0, 1 << 20),
+    "num_head_tokens": (0, 1 << 20),
+    "num_attention_heads": (1, 1 << 20),
+    "projector_hidden_size": (1, 1 << 20),
+    "projector_depth": (1, 10_000),
+}
+_REQUIRED = ("vision_hidden_size", "hidden_size", "image_tokens")
+# version 1 had no field for eps: all of its add-ons were trained with this one
+_VERSION_1 = {"version": VERSION, "layer_norm_eps": 1e-6}
 
 
 @dataclass
@@ -31,8 +49,12 @@ class PsaConfig:
             token (BOS), as in the paper's code (the text then never reaches the concept head).
         risk_types, risk_levels: names of the classes, in the order of the heads' rows.
         compat: "paper" reproduces the paper's choices where the model has one (query="first"); None: ours.
-        base_model_name_or_path, base_revision, base_fingerprint: the base model the add-on was trained on.
+        base_model_name_or_path, base_revision, base_fingerprint: the base model the add-on was trained on: an absolute
+            folder, or a name on the hub, which has a revision (a commit).
+        layer_norm_eps: of the safety projector's norms; 1e-5 as in the official network. A file of version 1 has no
+            such field and means 1e-6.
         version: format of this file.
+        checksums: SHA-256 of what the add-on's files held when they were saved, see addon.py; None: not on record.
     """
 
     vision_hidden_size: int
@@ -50,30 +72,43 @@ class PsaConfig:
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
     base_fingerprint: str | None = None
+    layer_norm_eps: float = 1e-5
     version: int = VERSION
+    checksums: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise ValueError(f"psa_config version is {self.version}; this psa-fast reads version {VERSION}")
-        if self.compat not in (None, "paper"):
-            raise ValueError(f"compat is {self.compat!r}; expected None or 'paper'")
+        if type(self.version) is not int or self.version != VERSION:
+            raise ValueError(f"version is {shorten(self.version)}; this psa-fast reads versions 1 and {VERSION}")
+        _one_of("compat", self.compat, (None, "paper"))
         if self.compat == "paper":
             self.query = "first"
-        if self.query not in QUERIES:
-            raise ValueError(f"query is {self.query!r}; expected one of {', '.join(QUERIES)}")
+        _one_of("query", self.query, QUERIES)
+        _check_integer("vision_hidden_size", self.vision_hidden_size)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.vision_hidden_size + 64
+        for name in _RANGES:
+            _check_integer(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
             )
         if isqrt(self.image_tokens) ** 2 != self.image_tokens:
             raise ValueError(f"image_tokens is {self.image_tokens}; the safety projector needs a square grid")
-        for name in ("num_safety_tokens", "num_head_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is negative")
-        if self.projector_depth < 1:
-            raise ValueError("projector_depth must be at least 1")
+        eps = self.layer_norm_eps
+        if type(eps) not in (int, float) or not (math.isfinite(eps) and 1e-12 <= eps <= 0.1):
+            raise ValueError(f"layer_norm_eps is {shorten(eps)}; expected a number from 1e-12 to 0.1")
+        for name in ("risk_types", "risk_levels"):
+            _check_names(name, getattr(self, name))
+        _check_text(
+            "base_model_name_or_path", self.base_model_name_or_path, r"[^\x00-\x1f]{1,4096}", "a folder or name"
+        )
+        _check_text("base_revision", self.base_revision, r"[0-9a-f]{40}", "a commit of 40 hexadecimal digits")
+        _check_text("base_fingerprint", self.base_fingerprint, r"[0-9a-f]{32}", "32 hexadecimal digits")
+        if self.checksums is not None:
+            if not isinstance(self.checksums, dict):
+                raise ValueError(f"checksums is {shorten(self.checksums)}; expected an object")
+            for name, value in self.checksums.items():
+                _check_text(f"checksums.{shorten(name)}", value or "", r"[0-9a-f]{64}", "64 hexadecimal digits")
 
     @property
     def head_sizes(self) -> tuple[int, int]:
@@ -83,30 +118,69 @@ class PsaConfig:
     def revision_of(self, base: str | Path) -> str | None:
         """The commit to load `base` at: the recorded one of the add-on's own base, wherever the hub's main is by now.
 
-        None for any other base.
+        None for any other base, and for every folder.
         """
         return self.base_revision if str(base) == self.base_model_name_or_path else None
 
+    def digest(self) -> str:
+        """SHA-256 over every field that decides what the model computes; where its base lies does not."""
+        left_out = ("base_model_name_or_path", "base_revision", "base_fingerprint", "checksums")
+        kept = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
     def to_json_file(self, path: str | Path) -> None:
-        """Write the configuration as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """Write the configuration as JSON, whole or not at all."""
+        values = asdict(self)
+        if values["checksums"] is None:
+            del values["checksums"]
+        write_text(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> PsaConfig:
-        """Read a configuration; ValueError for anything that is not exactly one."""
-        try:
-            raw: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} must hold one JSON object")
-        unknown = sorted(set(raw) - {f.name for f in fields(cls)})
+        """Read a configuration; ValueError that names the file for anything that is not exactly one."""
+        raw = read_json(path, "add-on")
+        version, known = raw.get("version", 1), {f.name for f in fields(cls)}
+        if type(version) is int and version == 1:
+            known -= {"layer_norm_eps", "checksums"}
+        unknown = sorted(set(raw) - known)
         if unknown:
-            raise ValueError(f"{path} has unknown keys: {', '.join(unknown)}")
-        missing = [name for name in ("vision_hidden_size", "hidden_size", "image_tokens") if name not in raw]
+            raise ValueError(f"{path} has unknown keys: {shorten(', '.join(unknown))}")
+        missing = [name for name in _REQUIRED if name not in raw]
         if missing:
             raise ValueError(f"{path} lacks: {', '.join(missing)}")
+        if type(version) is int and version == 1:
+            raw.update(_VERSION_1)
+        elif "layer_norm_eps" not in raw:
+            raise ValueError(f"{path} lacks: layer_norm_eps")
         try:
-            return cls(**raw)
-        except (TypeError, ValueError) as error:
+            config = cls(**raw)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        for name, ours in (("risk_types", RISK_TYPES), ("risk_levels", RISK_LEVELS)):
+            if getattr(config, name) != list(ours):
+                raise ValueError(f"{path}: {name} is {shorten(raw[name])}; this psa-fast knows {', '.join(ours)}")
+        return config
+
+
+def _check_integer(name: str, value: Any) -> None:
+    low, high = _RANGES[name]
+    # a bool is an int to isinstance
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} is {shorten(value)}; expected an integer from {low} to {high}")
+
+
+def _one_of(name: str, value: Any, choices: tuple[str | None, ...]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{name} is {shorten(value)}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_names(name: str, value: Any) -> None:
+    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name} is {shorten(value)}; expected a list of names")
+    if len(set(value)) < len(value):
+        raise ValueError(f"{name} is {shorten(value)}; a name stands twice")
+
+
+def _check_text(name: str, value: Any, pattern: str, expected: str) -> None:
+    if value is not None and not (isinstance(value, str) and re.fullmatch(pattern, value)):
+        raise ValueError(f"{name} is {shorten(value)}; expected {expected}")

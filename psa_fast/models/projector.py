@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_EPS = 1e-6  # timm's LayerNorm2d
+# the official network's: timm's ConvNormAct makes LayerNormAct2d of the LayerNorm2d it is given, which has this default
+LAYER_NORM_EPS = 1e-5
 
 
 class SqueezeExcite(nn.Module):
@@ -45,19 +46,19 @@ class DepthwiseConv3x3(nn.Conv2d):
 class RegBlock(nn.Module):
     """1x1, depthwise 3x3, squeeze-excite, 1x1; norm after every convolution, SiLU after all but the last; residual."""
 
-    def __init__(self, in_channels: int, channels: int):
+    def __init__(self, in_channels: int, channels: int, eps: float = LAYER_NORM_EPS):
         super().__init__()
         self.conv1 = nn.Linear(in_channels, channels, bias=False)
-        self.norm1 = nn.LayerNorm(channels, eps=_EPS)
+        self.norm1 = nn.LayerNorm(channels, eps=eps)
         self.conv2 = DepthwiseConv3x3(channels)
-        self.norm2 = nn.LayerNorm(channels, eps=_EPS)
+        self.norm2 = nn.LayerNorm(channels, eps=eps)
         self.se = SqueezeExcite(channels, max(1, round(in_channels * 0.25)))
         self.conv3 = nn.Linear(channels, channels, bias=False)
-        self.norm3 = nn.LayerNorm(channels, eps=_EPS)
+        self.norm3 = nn.LayerNorm(channels, eps=eps)
         self.downsample: nn.Module = nn.Identity()
         if in_channels != channels:
             self.downsample = nn.Sequential(
-                nn.Linear(in_channels, channels, bias=False), nn.LayerNorm(channels, eps=_EPS)
+                nn.Linear(in_channels, channels, bias=False), nn.LayerNorm(channels, eps=eps)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,12 +76,15 @@ class SafetyProjector(nn.Module):
         hidden_size: E.
         width: channels inside the stages.
         depth: blocks in each of the two stages.
+        eps: of every norm.
     """
 
-    def __init__(self, vision_hidden_size: int, hidden_size: int, width: int, depth: int = 3):
+    def __init__(
+        self, vision_hidden_size: int, hidden_size: int, width: int, depth: int = 3, eps: float = LAYER_NORM_EPS
+    ):
         super().__init__()
-        self.stage1 = _stage(vision_hidden_size, width, depth)
-        self.stage2 = _stage(width, width, depth)
+        self.stage1 = _stage(vision_hidden_size, width, depth, eps)
+        self.stage2 = _stage(width, width, depth, eps)
         self.expand = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -93,5 +97,5 @@ class SafetyProjector(nn.Module):
         return self.expand(x.reshape(n, s, x.shape[-1]))
 
 
-def _stage(in_channels: int, channels: int, depth: int) -> nn.Sequential:
-    return nn.Sequential(*(RegBlock(in_channels if i == 0 else channels, channels) for i in range(depth)))
+def _stage(in_channels: int, channels: int, depth: int, eps: float) -> nn.Sequential:
+    return nn.Sequential(*(RegBlock(in_channels if i == 0 else channels, channels, eps) for i in range(depth)))

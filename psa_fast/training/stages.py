@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from psa_fast.models import PsaVLM, add_lora
+from psa_fast.models.lora import has_adapter
 from psa_fast.models.tokens import SafetyTokens
 
 from .config import TrainConfig
@@ -55,7 +56,7 @@ def prepare(model: PsaVLM, config: TrainConfig, resuming: bool = False) -> list[
     model.requires_grad_(False)
     lora = config.stage == 2 and config.tune_type_llm == "lora"
     if lora and not resuming:
-        if getattr(model.vlm, "peft_config", None):
+        if has_adapter(model.vlm):
             raise ValueError(
                 f"--addon {config.addon} already holds a LoRA adapter; stage 2 starts from a stage-1 add-on"
             )

@@ -82,7 +82,7 @@ class ChannelsFirstBlock(nn.Module):
 
     @staticmethod
     def norm(x, layer):
-        return F.layer_norm(x.permute(0, 2, 3, 1), layer.weight.shape, layer.weight, layer.bias, 1e-6).permute(
+        return F.layer_norm(x.permute(0, 2, 3, 1), layer.weight.shape, layer.weight, layer.bias, 1e-5).permute(
             0, 3, 1, 2
         )
 
