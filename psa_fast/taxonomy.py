@@ -34,4 +34,4 @@ def _lookup(value: int | str, names: tuple[str, ...], field: str) -> int:
     elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
         return value
     choices = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-    raise ValueError(f"{field} is {value!r}; expected one of: {choices}")
+    raise ValueError(f"{field} is {value!r:.80}; expected one of: {choices}")

@@ -4,41 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from psa_fast.data.fields import (
+    GROUPS,
+    IMAGE_MARK,
+    SPLIT_MARK,
+    Turn,
+    count_marks,
+    default_group,
+    json_name,
+    read_group,
+    read_images,
+    read_level,
+    read_text,
+    read_turns,
+)
 from psa_fast.data.images import ImageError, check_image, resolve
+from psa_fast.data.keys import FIELDS, foreign_layout, meant_field
+from psa_fast.data.progress import progress
 from psa_fast.data.rows import read_rows
-from psa_fast.taxonomy import CLEAN, level_id, type_id
+from psa_fast.files import shorten
+from psa_fast.taxonomy import CLEAN, type_id
+
+__all__ = [
+    "FIELDS",
+    "GROUPS",
+    "IMAGE_MARK",
+    "NO_IMAGE_FOLDER",
+    "SPLIT_MARK",
+    "DataError",
+    "Problem",
+    "Reading",
+    "Record",
+    "Turn",
+    "find_problems",
+    "fingerprint",
+    "list_problems",
+    "load_records",
+    "parse_row",
+    "read_records",
+]
 
 logger = logging.getLogger(__name__)
 
-IMAGE_MARK = "<image>"
-SPLIT_MARK = "<split>"  # the official format's separator of two images in one path
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-GROUPS = ("clean", "benign_twin", "risk", "text_risk", "text_twin")
-BENIGN_GROUPS = ("clean", "benign_twin", "text_twin")
-FIELDS = ("image", "safe_type", "safe_level", "conversations", "id", "source", "source_label", "split", "group")
 MAX_LISTED = 100
+MAX_OF_A_KIND = 3  # what is wrong with one row in this way is wrong with most
 NO_IMAGE_FOLDER = "needs an image folder (--image_folder)"
 
 
-class Turn(NamedTuple):
-    """One message; `text` holds an `<image>` mark where an image stands."""
-
-    role: Literal["user", "assistant"]
-    text: str
-
-
 class Problem(NamedTuple):
-    """What is wrong with one row."""
+    """What is wrong with one row. `kind` is the part of the message that other rows of the file are likely to share."""
 
     path: str
     line: int
     message: str
+    kind: str = ""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.message}"
@@ -50,8 +76,8 @@ class Record:
 
     `images` are paths relative to the image folder, in the order of the `<image>` marks in `turns`.
     `safe_type` and `safe_level` are ids, or None where the row has no label (plain instruction data).
-    `group` is the evaluation group (GROUPS), by default "clean" for type clean or no type, else "risk".
-    Keys that we do not know are kept in `extra`.
+    `group` is the evaluation group (GROUPS), by default "clean" for type clean, "risk" for the others and "" without a
+    type: such a row takes part in no safety metric. Keys that we do not know are kept in `extra`.
     """
 
     images: tuple[str, ...]
@@ -69,7 +95,7 @@ class Record:
 
     def __post_init__(self) -> None:
         if not self.group:
-            object.__setattr__(self, "group", _default_group(self.safe_type))
+            object.__setattr__(self, "group", default_group(self.safe_type))
 
     @property
     def where(self) -> str:
@@ -79,11 +105,19 @@ class Record:
     def to_row(self) -> dict[str, Any]:
         """The record as a JSON row in our own spelling (ids as numbers, roles user and assistant)."""
         optional = {name: getattr(self, name) for name in FIELDS if name not in ("image", "conversations")}
-        row = {name: value for name, value in optional.items() if value is not None}
+        row = {name: value for name, value in optional.items() if value is not None and (name, value) != ("group", "")}
         if self.images:
             row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
         row["conversations"] = [{"from": turn.role, "value": turn.text} for turn in self.turns]
         return row | dict(self.extra)
+
+
+class Reading(NamedTuple):
+    """What a data file holds: good records, the problems of the other rows, and how many rows have keys not read."""
+
+    records: list[Record]
+    problems: list[Problem]
+    unread_keys: Counter[str]
 
 
 class DataError(ValueError):
@@ -91,11 +125,32 @@ class DataError(ValueError):
 
     def __init__(self, path: str | Path, problems: Sequence[Problem]):
         self.problems = list(problems)
-        listed = [f"  {problem}" for problem in problems[:MAX_LISTED]]
-        lines = [f"{len(problems)} problem(s) in {str(path)!r}:", *listed]
-        if len(problems) > MAX_LISTED:
-            lines.append(f"  ... and {len(problems) - MAX_LISTED} more; `psa-fast data check` lists all of them")
-        super().__init__("\n".join(lines))
+        listed = list_problems(problems, MAX_LISTED)
+        super().__init__(
+            "\n".join([f"{len(problems)} problem(s) in {str(path)!r}:", *(f"  {line}" for line in listed)])
+        )
+
+
+def list_problems(problems: Sequence[Problem], limit: int | None = None) -> list[str]:
+    """Return lines that show the problems in their order: MAX_OF_A_KIND of each kind, `limit` in all, and the rest
+    as numbers."""
+    lines: list[str] = []
+    of_kind: Counter[str] = Counter()
+    left_out = 0
+    for problem in problems:
+        of_kind[problem.kind] += 1
+        if problem.kind and of_kind[problem.kind] > MAX_OF_A_KIND:
+            continue
+        if limit is not None and len(lines) >= limit:
+            left_out += 1
+            continue
+        lines.append(str(problem))
+    for kind, count in of_kind.items():
+        if kind and count > MAX_OF_A_KIND:
+            lines.append(f"... and {count - MAX_OF_A_KIND} more in {problems[0].path}: {kind}")
+    if left_out:
+        lines.append(f"... and {left_out} more; `psa-fast data check` lists all of them")
+    return lines
 
 
 def load_records(
@@ -103,6 +158,7 @@ def load_records(
     image_folder: str | Path | None,
     on_bad_sample: Literal["error", "skip"] = "error",
     decode: bool = True,
+    keep_keys: Collection[str] = (),
 ) -> list[Record]:
     """Records of a .jsonl or .json file, in file order.
 
@@ -111,83 +167,109 @@ def load_records(
         image_folder: folder that image paths are relative to; None only for data without images.
         on_bad_sample: "error" raises DataError naming every bad row, "skip" drops them and logs how many and why.
         decode: decode every image now; False reads headers only, and a truncated file is met when it is used.
+        keep_keys: keys that look like ours (`label`, say) and are to be kept in `extra` unread; others of that kind
+            make a row bad.
     """
     if on_bad_sample not in ("error", "skip"):
         raise ValueError(f"on_bad_sample is {on_bad_sample!r}; expected 'error' or 'skip'")
-    records, problems = read_records(path, image_folder, decode=decode)
+    records, problems, unread = read_records(path, image_folder, decode, keep_keys)
     if problems and on_bad_sample == "error":
         raise DataError(path, problems)
     if problems:
-        for problem in problems[:MAX_LISTED]:
-            logger.warning("skipped %s", problem)
+        for line in list_problems(problems, MAX_LISTED):
+            logger.warning("skipped %s", line)
         logger.warning("%s: skipped the bad rows (%d problems), kept %d", path, len(problems), len(records))
+    if unread:
+        logger.info("%s: not read: %s", path, unread_sentence(unread))
     if not records:
         raise ValueError(f"{str(path)!r} holds no usable record")
     return records
 
 
-def find_problems(path: str | Path, image_folder: str | Path | None) -> list[Problem]:
+def unread_sentence(unread: Counter[str], limit: int = 20) -> str:
+    """Return the keys that are not read, the most frequent first, with their numbers of rows."""
+    shown = [f"{shorten(key)[1:-1]} ({count} rows)" for key, count in unread.most_common(limit)]
+    more = len(unread) - len(shown)
+    return ", ".join(shown) + (f" and {more} more keys" if more > 0 else "")
+
+
+def find_problems(path: str | Path, image_folder: str | Path | None, keep_keys: Collection[str] = ()) -> list[Problem]:
     """Every problem of every row, in file order; images are decoded in full. What `psa-fast data check` prints."""
-    records, problems = read_records(path, image_folder)
+    records, problems, _ = read_records(path, image_folder, keep_keys=keep_keys)
     if not records and not problems:
         return [Problem(str(path), 1, "the file holds no records")]
     return problems
 
 
 def read_records(
-    path: str | Path, image_folder: str | Path | None, decode: bool = True
-) -> tuple[list[Record], list[Problem]]:
+    path: str | Path, image_folder: str | Path | None, decode: bool = True, keep_keys: Collection[str] = ()
+) -> Reading:
     """The good records and the problems of the bad rows. Raises ValueError if file or folder do not exist."""
     if image_folder is not None and not Path(image_folder).is_dir():
         raise ValueError(f"image folder {str(image_folder)!r} does not exist or is not a folder")
+    name, keep = str(path), frozenset(keep_keys)
     parsed: list[tuple[int, Record]] = []  # with the row's number: a compact .json list has all rows on one line
     problems: list[tuple[int, Problem]] = []
     lines_of_ids: dict[str, int] = {}
-    for number, row in enumerate(read_rows(path)):
-        try:
-            messages, record = ([row.error], None) if row.error else parse_row(row.value, str(path), row.line)
-        except RecursionError:
-            messages, record = ["the row is nested too deeply"], None
-        if record is not None and record.id is not None:
-            if record.id in lines_of_ids:
-                messages = [*messages, f"id {record.id!r} was used in line {lines_of_ids[record.id]} already"]
-            lines_of_ids.setdefault(record.id, row.line)
-        problems += [(number, Problem(str(path), row.line, message)) for message in messages]
-        if record is not None:
-            parsed.append((number, record))
-    faults = _image_faults({name for _, record in parsed for name in record.images}, image_folder, decode)
+    unread: Counter[str] = Counter()
+    with progress(f"reading {name}") as advance:
+        for number, row in enumerate(read_rows(path)):
+            advance(1)
+            if row.error:
+                problems.append((number, Problem(name, row.line, row.error)))
+                continue
+            found, record = parse_row(row.value, name, row.line, keep)
+            if record is not None:
+                unread.update(record.extra.keys())  # a mapping's values would be taken for counts
+                if record.id is not None:
+                    if record.id in lines_of_ids:
+                        message = f"id {shorten(record.id)} was used in line {lines_of_ids[record.id]} already"
+                        found.append(Problem(name, row.line, message))
+                    lines_of_ids.setdefault(record.id, row.line)
+                parsed.append((number, record))
+            problems += [(number, problem) for problem in found]
+    faults = _image_faults({image for _, record in parsed for image in record.images}, image_folder, decode)
     for number, record in parsed:
-        wrong = [Problem(str(path), record.line, faults[name]) for name in record.images if name in faults]
-        problems += [(number, problem) for problem in wrong]
+        for image in record.images:
+            if image in faults:
+                message, kind = faults[image]
+                problems.append((number, Problem(name, record.line, message, kind)))
     problems.sort(key=lambda entry: entry[0])
     bad = {number for number, _ in problems}
-    return [record for number, record in parsed if number not in bad], [problem for _, problem in problems]
+    records = [record for number, record in parsed if number not in bad]
+    return Reading(records, [problem for _, problem in problems], unread)
 
 
-def _image_faults(names: set[str], image_folder: str | Path | None, decode: bool) -> dict[str, str]:
-    """Reason for each image that cannot be used. Threads help: Pillow decodes outside the interpreter lock."""
+def _image_faults(names: set[str], image_folder: str | Path | None, decode: bool) -> dict[str, tuple[str, str]]:
+    """Message and kind for each image that cannot be used. Threads help: Pillow decodes outside Python's lock."""
 
-    def fault(name: str) -> str | None:
+    def fault(name: str) -> tuple[str, str] | None:
         if image_folder is None:
-            return f"field image: {name!r} {NO_IMAGE_FOLDER}"
+            return f"field image: {shorten(name)} {NO_IMAGE_FOLDER}", NO_IMAGE_FOLDER
         try:
             check_image(resolve(image_folder, name), decode=decode)
         except ImageError as error:
-            return f"field image: {error}"
+            return f"field image: {error}", ""
         return None
 
-    ordered = sorted(names)
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return {name: reason for name, reason in zip(ordered, pool.map(fault, ordered), strict=True) if reason}
+    ordered, found = sorted(names), {}
+    with ThreadPoolExecutor(max_workers=8) as pool, progress("checking images", len(ordered)) as advance:
+        for name, reason in zip(ordered, pool.map(fault, ordered), strict=True):
+            if reason:
+                found[name] = reason
+            advance(1)
+    return found
 
 
-def parse_row(row: Any, path: str, line: int) -> tuple[list[str], Record | None]:
+def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -> tuple[list[Problem], Record | None]:
     """Validate one decoded JSON row: the problems, and the record if its fields could be read at all.
 
     A record comes back beside problems too, so that its images are checked in the same pass.
     """
     if not isinstance(row, dict):
-        return [f"the row is a JSON {_json_name(row)}; expected an object"], None
+        return [Problem(path, line, f"the row is a JSON {json_name(row)}; expected an object")], None
+    if layout := foreign_layout(row, keep_keys):
+        return [Problem(path, line, layout, layout)], None
     messages: list[str] = []
 
     def read(reader: Any, *args: Any) -> Any:
@@ -197,26 +279,29 @@ def parse_row(row: Any, path: str, line: int) -> tuple[list[str], Record | None]
             messages.append(str(error))
             return None
 
-    images, glued = read(_images, row.get("image")) or ((), False)
+    images = read(read_images, row.get("image"))
+    names, glued = images or ((), False)
     safe_type = None if row.get("safe_type") is None else read(type_id, row["safe_type"])
-    safe_level = None if row.get("safe_level") is None else read(level_id, row["safe_level"])
+    safe_level = read(read_level, row.get("safe_level"), row.get("safe_type"))
     if safe_type == CLEAN and safe_level:
         messages.append(f"safe_level is {safe_level}, but safe_type is {CLEAN} (clean), whose only level is 0")
-    turns, faults = _turns(row.get("conversations"))
+    turns, faults = read_turns(row.get("conversations"))
     messages += faults
-    group = read(_group, row.get("group"), safe_type)
-    texts = {name: read(_text, name, row.get(name)) for name in ("id", "source", "split")}
-    if turns is None:
-        return messages, None
-    if glued and _marks(turns) == 1:  # the official code glues both images side by side at the one mark
-        turns = tuple(Turn(t.role, t.text.replace(IMAGE_MARK, f"{IMAGE_MARK}\n{IMAGE_MARK}")) for t in turns)
-    if not any(message.startswith("field image") for message in messages) and _marks(turns) != len(images):
-        messages.append(
-            f"field image names {len(images)} image(s), but the conversation has {_marks(turns)} {IMAGE_MARK} mark(s)"
-        )
+    group = read(read_group, row.get("group"), safe_type)
+    texts = {name: read(read_text, name, row.get(name)) for name in ("id", "source", "split")}
     extra = {name: value for name, value in row.items() if name not in FIELDS}
+    problems = [Problem(path, line, message) for message in messages]
+    problems += _misnamed(extra, path, line, keep_keys)
+    if turns is None:
+        return problems, None
+    if glued and count_marks(turns) == 1:  # the official code glues both images side by side at the one mark
+        turns = tuple(Turn(t.role, t.text.replace(IMAGE_MARK, f"{IMAGE_MARK}\n{IMAGE_MARK}")) for t in turns)
+    if images is not None and count_marks(turns) != len(names):
+        marks = f"{count_marks(turns)} {IMAGE_MARK} mark(s)"
+        message = f"field image names {len(names)} image(s), but the conversation has {marks}"
+        problems.append(Problem(path, line, message))
     record = Record(
-        images=images,
+        images=names,
         safe_type=safe_type,
         safe_level=safe_level,
         turns=turns,
@@ -227,89 +312,17 @@ def parse_row(row: Any, path: str, line: int) -> tuple[list[str], Record | None]
         extra=extra,
         **texts,
     )
-    return messages, record
+    return problems, record
 
 
-def _marks(turns: Sequence[Turn]) -> int:
-    return sum(turn.text.count(IMAGE_MARK) for turn in turns)
-
-
-def _images(value: Any) -> tuple[tuple[str, ...], bool]:
-    """Image paths, and whether they came as an official `a<split>b` pair."""
-    if value is None or value == []:
-        return (), False
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"field image is {value!r}; expected a path or a list of paths")
-    if isinstance(value, str) and SPLIT_MARK in value:
-        names = [name.strip() for name in value.split(SPLIT_MARK)]
-        if len(names) != 2 or not all(names):
-            raise ValueError(f"field image is {value!r}; expected two paths around one {SPLIT_MARK}")
-        return tuple(names), True
-    return tuple(names), False
-
-
-def _turns(value: Any) -> tuple[tuple[Turn, ...] | None, list[str]]:
-    """Turns of the field conversations, and what is wrong with them (None if they cannot be read)."""
-    if not isinstance(value, list) or not value:
-        found = "missing" if value is None else "empty" if value == [] else f"a JSON {_json_name(value)}"
-        return None, [f"field conversations is {found}; expected a list of user and assistant turns"]
-    turns: list[Turn] = []
-    faults: list[str] = []
-    for index, item in enumerate(value):
-        name = f"conversations[{index}]"
-        if not isinstance(item, dict):
-            faults.append(f"{name} is a JSON {_json_name(item)}; expected an object with from and value")
-            continue
-        sender, text = item.get("from"), item.get("value")
-        role = ROLES.get(sender.strip().lower()) if isinstance(sender, str) else None
-        if role is None:
-            faults.append(f"{name}.from is {sender!r}; expected user (human) or assistant (gpt)")
-        if not isinstance(text, str):
-            found = "missing" if text is None else f"a JSON {_json_name(text)}"
-            faults.append(f"{name}.value is {found}; expected text")
-        if role is None or not isinstance(text, str):
-            continue
-        expected = "assistant" if index % 2 else "user"
-        if role != expected:
-            faults.append(f"{name}.from is {sender!r}, but turns must alternate from the user on: expected {expected}")
-        if not text.strip():
-            faults.append(f"{name}.value is empty; {'an answer' if role == 'assistant' else 'a question'} needs text")
-        if role == "assistant" and IMAGE_MARK in text:
-            faults.append(f"{name}.value holds an {IMAGE_MARK} mark, which only a user's turn may")
-        turns.append(Turn(role, text))  # type: ignore[arg-type]
-    if len(turns) == len(value) and turns[-1].role == "user":
-        faults.append("conversations ends with a user's turn; expected an answer at the end")
-    return (tuple(turns) if len(turns) == len(value) else None), faults
-
-
-def _default_group(safe_type: int | None) -> str:
-    return "clean" if safe_type in (CLEAN, None) else "risk"
-
-
-def _group(value: Any, safe_type: int | None) -> str:
-    if value is None:
-        return _default_group(safe_type)
-    if value not in GROUPS:
-        raise ValueError(f"group is {value!r}; expected one of: {', '.join(GROUPS)}")
-    if value in BENIGN_GROUPS and safe_type not in (CLEAN, None):
-        raise ValueError(f"group is {value!r}, but safe_type is {safe_type}, which is not clean")
-    if value == "risk" and safe_type == CLEAN:
-        raise ValueError(f"group is 'risk', but safe_type is {CLEAN} (clean)")
-    return str(value)
-
-
-def _text(name: str, value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if name == "id" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError(f"field {name} is {value!r}; expected text")
-
-
-def _json_name(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+def _misnamed(keys: Iterable[str], path: str, line: int, keep_keys: Collection[str]) -> list[Problem]:
+    """A problem for each key that is not ours, but easily taken for one of ours."""
+    found = []
+    for key in keys:
+        if key not in keep_keys and (field := meant_field(key)):
+            message = f"key {shorten(key)} is not read; did you mean {field}? (keep_keys leaves it unread)"
+            found.append(Problem(path, line, message, message))
+    return found
 
 
 def fingerprint(records: Sequence[Record]) -> str:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from psa_fast.files import foreign_format, unique_keys, unwritable_text
+
+MAX_DIGITS = 1000  # of an integer: Python itself stops at 4300
+MAX_DEPTH = 100  # lists and objects within each other: what reads deeper rows later would run out of stack
+_PAIR = re.compile(r"\\u[dD](?:[89abAB]..(?:\\u[dD][c-fC-F]..)?|[c-fC-F]..)")  # or half of one, which is shorter
+
 
 class Row(NamedTuple):
-    """One JSON value and its line (from 1), or the reason why the text there is not JSON."""
+    """One JSON value and its line (from 1), or the reason why the text there is not one that we take."""
 
     line: int
     value: Any = None
@@ -19,31 +26,114 @@ class Row(NamedTuple):
 def read_rows(path: str | Path) -> Iterator[Row]:
     """Yield the rows of `path`, which may start with a BOM; blank lines are skipped.
 
-    The content decides the format, not the file's name: published lists come as .jsonl and the other way round.
+    The content decides the format, not the file's name: published lists come as .jsonl and the other way round. NaN is
+    accepted, since pandas writes it for what is missing; a repeated key, a number of more than MAX_DIGITS digits,
+    nesting deeper than MAX_DEPTH and text that UTF-8 cannot express are not.
+
     Raises ValueError if the file does not exist.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data file {str(path)!r} does not exist or is not a file")
     with path.open("rb") as file:
+        head = file.read(64)
+        if found := foreign_format(head) or ("UTF-16 or binary" if b"\0" in head else None):
+            todo = "save it as UTF-8" if found.startswith("UTF") else "unpack or convert it first"
+            return iter([Row(1, error=f"the file is {found}; {todo}")])
+        file.seek(0)
         first = b""
         while not first and (line := file.readline()):
             first = line.removeprefix(b"\xef\xbb\xbf").strip()
+    if first == b"{":
+        return iter([Row(1, error="an object stands on several lines; expected one a line, or one list of them")])
     return _list_rows(path) if first.startswith(b"[") else _line_rows(path)
+
+
+_UNESCAPED = json.JSONEncoder(ensure_ascii=False)
+
+
+class _LongInteger(ValueError):
+    """An integer of more than MAX_DIGITS digits; the decoder does not tell where it stands."""
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise _LongInteger(f"an integer has {len(text)} digits")
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_int=_integer)
+# takes any value, to tell where it ends and which number is the long one
+_LENIENT = json.JSONDecoder(parse_int=lambda text: _LongInteger(text) if len(text) > MAX_DIGITS else 0)
+
+
+def _reason(error: ValueError, value: Any) -> str:
+    """The decoder's reason, with the place if it is a long integer's; `value` as the lenient decoder gives it."""
+    if isinstance(error, _LongInteger):
+        pending = [("", value)]
+        while pending:
+            place, item = pending.pop()
+            if isinstance(item, _LongInteger):
+                return f"{place[1:81]}: {error}"
+            if isinstance(item, dict):
+                pending += [(f"{place}.{ascii(key)[1:-1]}", part) for key, part in item.items()]
+            elif isinstance(item, list):
+                pending += [(f"{place}[{index}]", part) for index, part in enumerate(item)]
+    return str(error)
+
+
+def _value_error(value: Any, text: str) -> str | None:
+    """What is wrong with a decoded value of this text. Most texts need no look at the value."""
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        return "the row is nested too deeply"
+    if "\\ud" in text or "\\uD" in text:  # emoji mostly; where backslashes are escaped too, only the value tells
+        if "\\\\" not in text and all(len(pair) == 12 for pair in _PAIR.findall(text)):
+            return None
+        try:
+            _UNESCAPED.encode(value).encode()
+        except UnicodeEncodeError:
+            return f"{(unwritable_text(value) or 'the row')[:200]}, which is no text"
+    return None
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        level = [part for item in level if isinstance(item, dict | list) for part in _parts(item)]
+        depth += 1
+    return depth
+
+
+def _parts(item: dict | list) -> Any:
+    return item.values() if isinstance(item, dict) else item
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if not text.strip():
+            if not raw.strip():
                 continue
             try:
-                yield Row(number, json.loads(text.decode("utf-8")))
+                text = raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8") if number == 1 else raw.decode("utf-8")
+                if number == 1 and not text.strip():
+                    continue
+                value = _DECODER.decode(text)
             except UnicodeDecodeError as error:
                 yield Row(number, error=f"the line is not UTF-8 ({error.reason} at byte {error.start})")
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield Row(number, error=f"the line is not a JSON object ({error})")
+            except json.JSONDecodeError as error:
+                hint = "; does a carriage return alone end its lines?" if "\r" in text.rstrip() else ""
+                yield Row(number, error=f"the line is not a JSON object ({error.msg} at column {error.colno}{hint})")
+            except ValueError as error:
+                try:
+                    reason = _reason(error, _LENIENT.decode(text))
+                except (ValueError, RecursionError):  # a second fault further on
+                    reason = str(error)
+                yield Row(number, error=reason)
+            except RecursionError:
+                yield Row(number, error="the row is nested too deeply")
+            else:
+                wrong = _value_error(value, text)
+                yield Row(number, error=wrong) if wrong else Row(number, value)
 
 
 def _list_rows(path: Path) -> Iterator[Row]:
@@ -53,7 +143,6 @@ def _list_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         yield Row(1, error=f"the file is not UTF-8 ({error.reason} at byte {error.start})")
         return
-    decoder = json.JSONDecoder()
     position, line, counted = _skip(text, text.index("[") + 1), 1, 0
     first = True
     while True:
@@ -61,11 +150,22 @@ def _list_rows(path: Path) -> Iterator[Row]:
         if text[position : position + 1] == "]" and first:
             break
         try:
-            value, end = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+            value, end = _DECODER.raw_decode(text, position)
+            wrong = _value_error(value, text[position:end])
+        except json.JSONDecodeError as error:
             yield Row(line, error=f"the list is not JSON from here on ({error})")
             return
-        yield Row(line, value)
+        except ValueError as error:
+            try:
+                value, end = _LENIENT.raw_decode(text, position)
+            except (ValueError, RecursionError):
+                yield Row(line, error=f"{error}; the list cannot be read from here on")
+                return
+            wrong = _reason(error, value)
+        except RecursionError:
+            yield Row(line, error="the row is nested too deeply; the list cannot be read from here on")
+            return
+        yield Row(line, error=wrong) if wrong else Row(line, value)
         first = False
         position = _skip(text, end)
         mark = text[position : position + 1]
