@@ -10,11 +10,13 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 import warnings
 from typing import Any
 
 # before torch is imported: threads that spin while they wait starve each other where ranks or jobs share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+_SPEAKER_FIRST = 30.0  # seconds that a silent rank waits for the launcher to end it
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -123,13 +125,16 @@ def _fail(error: Exception, prog: str, everywhere: bool) -> int:
     """Print the sentence, once a node where every rank has the same, and return the exit code."""
     from psa_fast.training.ranks import is_shared
 
-    if not (everywhere or is_shared(error)) or os.environ.get("LOCAL_RANK", "0") == "0":
-        rank = os.environ.get("RANK", "0")
-        prefix = f"{prog}: error:" if rank == "0" else f"{prog}: error: [rank {rank}]"
-        # a data-loading worker hands its error over with its traceback; the sentence is the last line
-        text = str(error)
-        text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
-        print(f"{prefix} {text}", file=sys.stderr)
+    if (everywhere or is_shared(error)) and os.environ.get("LOCAL_RANK", "0") != "0":
+        # the launcher kills all ranks as soon as one has ended: the one that speaks must be the first
+        time.sleep(_SPEAKER_FIRST)
+        return 2
+    rank = os.environ.get("RANK", "0")
+    prefix = f"{prog}: error:" if rank == "0" else f"{prog}: error: [rank {rank}]"
+    # a data-loading worker hands its error over with its traceback; the sentence is the last line
+    text = str(error)
+    text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
+    print(f"{prefix} {text}", file=sys.stderr, flush=True)
     return 2
 
 

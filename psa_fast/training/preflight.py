@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from psa_fast.data import DataError, Problem, PsaDataset, Record, balance, load_records
 from psa_fast.data.dataset import HintFor
 from psa_fast.data.lengths import RowCheck, check_rows
+from psa_fast.data.progress import progress
 from psa_fast.data.records import MAX_LISTED
 from psa_fast.models import load_processor
 from psa_fast.models.addon import read_config
@@ -138,7 +139,11 @@ def _check(dataset: PsaDataset) -> RowCheck:
     """Encode every row once without its pictures, each rank a share; the lengths are then known. A collective."""
     import torch.distributed as dist
 
-    share = check_rows(dataset, range(dist.get_rank(), len(dataset), dist.get_world_size()))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = range(rank, len(dataset), world_size)
+    with progress("encoding rows", len(dataset)) as advance:
+        # rank 0 alone speaks, for all ranks
+        share = check_rows(dataset, own, lambda rows: advance(rows * world_size) if rank == 0 else None)
     found = RowCheck()
     for other in gathered([share]):
         found.update(other)

@@ -11,6 +11,14 @@ from psa_fast.training import loop
 from psa_fast.training.ranks import alike, from_rank_0
 
 
+@pytest.fixture(autouse=True)
+def waited(monkeypatch):
+    """Seconds that a silent rank has waited for the one that speaks."""
+    found = []
+    monkeypatch.setattr(train.time, "sleep", found.append)
+    return found
+
+
 def as_rank(rank, local_rank=None):
     """Context of a launched rank's environment."""
     return mock.patch.dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank if local_rank is None else local_rank))
@@ -32,15 +40,17 @@ def fails(base, world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [["--no_such_option"], ["--seed", "many"], ["--recipe", "nope"], ["--max_steps=0"]])
-def test_options_that_no_rank_can_use_are_refused_once(capsys, argv):
+def test_options_that_no_rank_can_use_are_refused_once(capsys, argv, waited):
     with as_rank(0):
         assert train.main(argv) == 2
+    assert not waited
     said = capsys.readouterr()
     assert said.err.startswith("train.py: error: ")
     assert said.err.count("\n") == 1
     with as_rank(1):
         assert train.main(argv) == 2
     assert capsys.readouterr().err == ""
+    assert waited  # or the launcher might end rank 0 before it has spoken
     # another node may have another folder, so it speaks for itself
     with as_rank(8, local_rank=0):
         assert train.main(argv) == 2
