@@ -20,7 +20,8 @@ ALLOWED = {
     "safety": {"taxonomy", "files", "models", "data"},
     "evaluation": {"taxonomy", "files", "models", "data", "safety"},
     "sandbox": {"taxonomy", "files", "data", "safety"},
-    "cli": {"files", "data", "evaluation", "safety", "sandbox", "training"},
+    "train": {"files", "models", "safety", "sandbox", "training"},
+    "cli": {"files", "data", "evaluation", "safety", "sandbox", "train", "training"},
 }
 
 
@@ -63,6 +64,8 @@ def test_every_room_has_a_rule():
         ("psa_fast.safety.policy", ["torch", "transformers"]),
         ("psa_fast.data.records", ["torch", "transformers"]),
         ("psa_fast.cli", ["torch", "transformers", "deepspeed"]),
+        ("psa_fast.train", ["torch", "transformers", "deepspeed"]),
+        ("psa_fast.training.config", ["torch", "transformers", "deepspeed"]),
     ],
 )
 def test_light_imports_stay_light(module, heavy):

@@ -39,7 +39,7 @@ def load_base(
     """
     if Path(name).is_dir():
         weight_files(name)
-    commit = _resolve_commit(str(name), revision)
+    commit = resolve_commit(str(name), revision)
     options: dict[str, Any] = {} if Path(name).is_dir() else {"revision": commit or revision}
     verbosity = logging.get_verbosity()
     if not language_layers:
@@ -66,7 +66,7 @@ def commit_of(vlm: PreTrainedModel) -> str | None:
     return getattr(vlm.config, "_commit_hash", None)
 
 
-def _resolve_commit(name: str, revision: str | None) -> str | None:
+def resolve_commit(name: str, revision: str | None) -> str | None:
     """One commit for all files of a base on the hub; None for a folder."""
     if Path(name).is_dir():
         return None

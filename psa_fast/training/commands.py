@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .config import TrainConfig
+from .arguments import OneLine, add_group
+from .config import TrainConfig, resolve
 
 if TYPE_CHECKING:
     from .plan import Estimate, Machine, Remedy, Sizes
@@ -28,6 +28,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="estimate a training run's memory before a model is loaded; exit code 1 if it does not fit",
         description="Memory of a training run per GPU and host, from the model's configuration alone. What does not "
         "fit is named, with the settings that would. Exit code 1 if the run does not fit as asked.",
+        usage="%(prog)s --recipe NAME --gpus N --gpu_gb G [--nodes K] [--host_gb G] [--OPTION VALUE ...]",
+        formatter_class=OneLine,
         allow_abbrev=False,
     )
     machine = parser.add_argument_group("machine")
@@ -38,17 +40,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     load = parser.add_argument_group("load")
     load.add_argument("--images_per_row", type=int, default=1, metavar="N", help="images of a row (default: 1)")
     options = parser.add_argument_group("train.py's options that matter here; defaults come from the recipe")
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    for name in OPTIONS:
-        # as text: train.py's own parser reads them; the forms are the ones it takes
-        field, hyphens = fields[name], name.replace("_", "-")
-        shared: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
-        bare: dict[str, Any] = {"nargs": "?", "const": "True"} if isinstance(field.default, bool) else {}
-        forms = dict.fromkeys((f"--{name}", f"--{hyphens}"))
-        options.add_argument(*forms, metavar="X", help=field.metadata["help"], **shared, **bare)
-        if field.default is True:
-            no = {"action": "store_const", "const": "False", "help": f"the same as --{name} False"}
-            options.add_argument(f"--no_{name}", f"--no-{hyphens}", **shared, **no)
+    add_group(options, OPTIONS)
     parser.set_defaults(func=plan)
 
 
@@ -73,16 +65,11 @@ def plan(args: argparse.Namespace) -> int:
 
 def read_options(args: argparse.Namespace) -> TrainConfig:
     """The training options as train.py would resolve them."""
-    from .config import parse_args
-
-    given = [text for name in OPTIONS if hasattr(args, name) for text in (f"--{name}", getattr(args, name))]
     if not hasattr(args, "recipe"):
         raise ValueError("--recipe is needed, such as llava-1.5-7b")
+    given = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
     # no record is read, but train.py asks where they are
-    try:
-        config = parse_args([*given, "--data_path", "-", "--image_folder", "-"])
-    except SystemExit:  # argparse has said on stderr what is wrong with a value
-        raise ValueError("see above") from None
+    config = resolve(given | {"data_path": "-", "image_folder": "-"})
     if config.model_name_or_path == "sandbox":
         raise ValueError(
             "a plan needs a folder for the sandbox's base: --model_name_or_path, see psa-fast sandbox base"

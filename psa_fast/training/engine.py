@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 import torch
+
+from psa_fast.files import shorten
 
 from .config import TrainConfig, read_deepspeed_config
 
@@ -53,7 +56,8 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
     for key, value in values.items():
         if ds.get(key, "auto") not in ("auto", value):
             raise ValueError(
-                f'{config.deepspeed_config}: {key} is {ds[key]}, but the training options say {value}; use "auto"'
+                f"{config.deepspeed_config}: {key} is {shorten(ds[key])}, but the training options say {value}; "
+                f'use "auto"'
             )
         ds[key] = value
     if config.clips_each_part:  # DeepSpeed has one norm for all, see clipping.py
@@ -70,7 +74,8 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
             raise ValueError(f"{config.deepspeed_config}: remove {key!r}; train.py builds it from its own options")
     # DeepSpeed's own timer would wait for the device twice in every micro-batch
     ds.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
-    zero = ds.setdefault("zero_optimization", {"stage": 0})
+    zero = ds.setdefault("zero_optimization", {})
+    zero.setdefault("stage", 0)
     # without streams (CPU) there is nothing to overlap
     if zero.get("overlap_comm", "auto") == "auto":
         zero["overlap_comm"] = on_gpu
@@ -78,6 +83,26 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
         if zero.get(section, {}).get("pin_memory") == "auto":
             zero[section]["pin_memory"] = on_gpu
     return ds
+
+
+def check_deepspeed_config(ds_config: dict[str, Any], name: str) -> None:
+    """Let DeepSpeed read a resolved configuration before a model is loaded; it needs the process group.
+
+    Raises:
+        ValueError: naming the file and the key that DeepSpeed refuses, if it tells.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds_config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"--deepspeed_config {name}: {where}: {first['msg']} ({shorten(first['input'])})") from None
+    except Exception as error:  # its reader takes types for granted and raises nearly anything
+        reason = shorten(str(error).splitlines()[0] if str(error) else "", 160)
+        raise ValueError(f"--deepspeed_config {name}: DeepSpeed cannot read it ({reason})") from None
 
 
 def build_optimizer(groups: list[dict], config: TrainConfig, ds_config: dict[str, Any]) -> torch.optim.Optimizer:

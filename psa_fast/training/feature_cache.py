@@ -3,10 +3,15 @@
 FOLDER/<digest of fingerprint and shape>/
     fingerprint.json     what the digest stands for
     rank-00000.bin       entries of [S, Dv] bf16, one after another, written by rank 0 alone
-    rank-00000.jsonl     {"image": sha256, "row": n}, one line an entry, written after the entry's bytes are on the disk
+    rank-00000.jsonl     {"image": sha256, "row": n, "crc": ..., "check": ...}, one line an entry, written after the
+                         entry's bytes are on the disk; `crc` is CRC-32 of image and bytes, `check` that of the line
 
 An entry exists once its line ends in a newline. A process killed at any moment leaves at most bytes without a line,
-which the rank's next writer cuts off. Another tower, processor or shape is another digest and so another folder.
+which the rank's next writer cuts off. Another tower, processor, shape or format is another digest, another folder.
+
+A line that does not match its `check`, or names bytes that are not there, does not count, and `problems` says so. The
+bytes of an entry are compared when they are first used: by `check`, after which a damaged entry does not count either,
+or by `get`, which raises. What does not count can be put again; the new entry is used from then on.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,7 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-VERSION = 1
+from psa_fast.files import named, parse_json
+
+VERSION = 2  # 1: without checksums
 
 
 def hash_image(data: bytes) -> str:
@@ -55,7 +64,8 @@ class FeatureCache:
         rank: names the file that `put` appends to.
         flush_every: entries after which `put` flushes by itself.
 
-    Raises ValueError for a damaged index.
+    Attributes:
+        problems: what was found damaged or left unused, a sentence each; for the caller to show.
     """
 
     def __init__(
@@ -67,16 +77,21 @@ class FeatureCache:
             raise ValueError("rank must be at least 0 and flush_every at least 1")
         self.shape, self.rank, self.flush_every = (int(shape[0]), int(shape[1])), rank, flush_every
         self.entry_bytes = 2 * self.shape[0] * self.shape[1]
-        content = json.dumps(
-            {"version": VERSION, "shape": self.shape, "dtype": "bfloat16", "fingerprint": fingerprint}, sort_keys=True
-        )
-        self.folder = Path(folder) / hashlib.sha256(content.encode()).hexdigest()[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_once(self.folder / "fingerprint.json", content + "\n")
-        self._places: dict[str, tuple[int, int]] = {}  # image -> (rank, row)
+        what = {"shape": self.shape, "dtype": "bfloat16", "fingerprint": fingerprint}
+        content, old = (json.dumps({"version": v, **what}, sort_keys=True) for v in (VERSION, VERSION - 1))
+        self.folder, unused = (Path(folder) / hashlib.sha256(c.encode()).hexdigest()[:32] for c in (content, old))
+        self.problems: list[str] = []
+        if unused.is_dir():
+            self.problems.append(f"{unused} is of a version without checksums and not used; it may be deleted")
+        with named(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_once(self.folder / "fingerprint.json", content + "\n")
+        # image -> (rank, row, crc), the newest last: more than one where a damaged entry was put again
+        self._places: dict[str, list[tuple[int, int, int]]] = {}
+        self._whole: set[str] = set()  # whose bytes have been compared; or put, by this process
         self._read: dict[int, int] = {}  # rank -> bytes of its index that have been read
         self._maps: dict[int, np.memmap] = {}
-        self._pending: list[str] = []
+        self._pending: list[tuple[str, int]] = []  # image, crc
         self._data: int | None = None
         self._index: int | None = None
         self._rows = 0  # of this rank's file, pending ones included
@@ -91,24 +106,67 @@ class FeatureCache:
         return image_hash in self._places
 
     def get(self, image_hash: str) -> Tensor | None:
-        """bf16 [S, Dv] in the mapped file's own memory (writing to it changes nothing on the disk), or None."""
+        """bf16 [S, Dv] in the mapped file's own memory (writing to it changes nothing on the disk), or None.
+
+        Raises ValueError, naming the file, for an entry that is not as it was put; from then on it does not count.
+        """
         if image_hash not in self:
             return None
-        rank, row = self._places[image_hash]
+        if not self._compare(image_hash):
+            raise ValueError(f"--feature_cache: {self.problems[-1]}; it is computed anew when the run is started again")
+        rank, row, _ = self._places[image_hash][-1]
+        return torch.from_numpy(self._entry(rank, row)).view(torch.bfloat16)
+
+    def check(self, images: Iterable[str]) -> list[str]:
+        """Compare entries with what was put, in the files' order; returns the damaged ones, which count no more."""
+        known = sorted((image for image in images if image in self._places), key=lambda i: self._places[i][-1][:2])
+        return [image for image in known if not self._compare(image)]
+
+    def drop(self, images: Iterable[str]) -> None:
+        """Forget entries that `check` found damaged in another process."""
+        for image in images:
+            self._places.pop(image, None)
+            self._whole.discard(image)
+
+    def _compare(self, image: str) -> bool:
+        """Whether one of the image's entries is as it was put, which is then the only one; otherwise none counts."""
+        if image in self._whole:
+            return True
+        places = self._places[image]
+        while places:
+            rank, row, crc = places[-1]
+            entry = self._entry(rank, row)
+            if entry is not None and _crc(image, entry) == crc:
+                self._whole.add(image)
+                return True
+            places.pop()
+        del self._places[image]
+        self.problems.append(f"{self._path(rank, 'bin')}: entry {row}, image {image[:12]}..., is damaged")
+        return False
+
+    def _entry(self, rank: int, row: int) -> np.ndarray | None:
+        """The entry's mapped bytes as int16 [S, Dv]; None if the file ends before it."""
         mapped = self._maps.get(rank)
         if mapped is None or row >= mapped.shape[0]:
             path = self._path(rank, "bin")
-            rows = path.stat().st_size // self.entry_bytes
+            rows = self._rows_on_disk(rank)
+            if row >= rows:
+                return None
             # copy-on-write: torch wants writable memory, the file must never change
             mapped = np.memmap(path, dtype=np.int16, mode="c", shape=(rows, *self.shape))
             self._maps[rank] = mapped
-        return torch.from_numpy(mapped[row]).view(torch.bfloat16)
+        return mapped[row]
+
+    def _rows_on_disk(self, rank: int) -> int:
+        path = self._path(rank, "bin")
+        return path.stat().st_size // self.entry_bytes if path.is_file() else 0
 
     def put(self, image_hash: str, features: Tensor) -> None:
         """Append an entry, unless the image has one. `features` [S, Dv] of any float dtype and device.
 
         Raises:
             ValueError: another shape, values that are not finite, or another process that writes as this rank.
+            OSError: naming the file, if it cannot be written; entries flushed before count all the same.
         """
         if image_hash in self._places:
             return
@@ -117,11 +175,15 @@ class FeatureCache:
         entry = features.detach().to("cpu", torch.bfloat16).contiguous()
         if not torch.isfinite(entry).all():
             raise ValueError(f"the features of image {image_hash} are not finite")
-        data = self._open() if self._data is None else self._data
-        _write_all(data, entry.view(torch.int16).numpy().tobytes(), self._rows * self.entry_bytes)
-        self._places[image_hash] = (self.rank, self._rows)
+        values = entry.view(torch.int16).numpy()
+        crc = _crc(image_hash, values)
+        with named(self._path(self.rank, "bin")):
+            data = self._open() if self._data is None else self._data
+            _write_all(data, values.tobytes(), self._rows * self.entry_bytes)
+        self._places[image_hash] = [(self.rank, self._rows, crc)]
+        self._whole.add(image_hash)
         self._rows += 1
-        self._pending.append(image_hash)
+        self._pending.append((image_hash, crc))
         if len(self._pending) >= self.flush_every:
             self.flush()
 
@@ -131,12 +193,13 @@ class FeatureCache:
             return
         assert self._data is not None
         assert self._index is not None
-        os.fsync(self._data)
         first = self._rows - len(self._pending)
-        lines = "".join(json.dumps({"image": h, "row": first + i}) + "\n" for i, h in enumerate(self._pending))
-        _write_all(self._index, lines.encode(), self._read.get(self.rank, 0))
-        os.fsync(self._index)
-        self._read[self.rank] = self._read.get(self.rank, 0) + len(lines.encode())
+        lines = "".join(_line(image, first + i, crc) for i, (image, crc) in enumerate(self._pending)).encode()
+        with named(self._path(self.rank, "jsonl")):
+            os.fsync(self._data)
+            _write_all(self._index, lines, self._read.get(self.rank, 0))
+            os.fsync(self._index)
+        self._read[self.rank] = self._read.get(self.rank, 0) + len(lines)
         self._pending = []
 
     def close(self) -> None:
@@ -150,7 +213,9 @@ class FeatureCache:
     def __enter__(self) -> FeatureCache:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: Any, *exc: object) -> None:
+        if kind is not None and issubclass(kind, OSError):
+            self._pending = []  # a disk that took no more would not take their lines: that failure comes first
         self.close()
 
     def _path(self, rank: int, kind: str) -> Path:
@@ -159,7 +224,10 @@ class FeatureCache:
     def _scan(self) -> None:
         """Read what has been added to any rank's index, complete lines only."""
         for path in sorted(self.folder.glob("rank-*.jsonl")):
-            rank = int(path.stem.split("-")[1])
+            match = re.fullmatch(r"rank-(\d{5})\.jsonl", path.name)
+            if match is None:
+                continue  # none of ours
+            rank = int(match.group(1))
             if rank == self.rank and self._data is not None:
                 continue  # nobody else writes there
             known = self._read.get(rank, 0)
@@ -169,19 +237,26 @@ class FeatureCache:
                 file.seek(known)
                 added = file.read()
             added = added[: added.rfind(b"\n") + 1]
-            rows = self._path(rank, "bin").stat().st_size // self.entry_bytes
-            for line in added.splitlines():
-                try:
-                    entry = json.loads(line)
-                    image, row = str(entry["image"]), int(entry["row"])
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{path} is damaged ({line[:80]!r}); delete {self.folder} to build anew") from None
+            rows = self._rows_on_disk(rank)
+            damaged = absent = 0
+            for line in added.split(b"\n")[:-1]:
+                entry = _parse(line)
+                if entry is None:
+                    damaged += 1
+                    continue
+                image, row, crc = entry
                 if row >= rows:
-                    raise ValueError(f"{path} names row {row}, its data has {rows}; delete {self.folder} to build anew")
-                self._places.setdefault(image, (rank, row))
+                    absent += 1
+                    continue
+                self._places.setdefault(image, []).append((rank, row, crc))
                 if rank == self.rank:
-                    self._rows = row + 1
+                    self._rows = max(self._rows, row + 1)
             self._read[rank] = known + len(added)
+            if damaged:
+                self.problems.append(f"{path} is damaged: {damaged} of its lines are not as they were written")
+            if absent:
+                state = "damaged" if rows else "missing or cut"
+                self.problems.append(f"{self._path(rank, 'bin')} is {state}: it lacks {absent} of its entries")
 
     def _open(self) -> int:
         """Become this rank's only writer and cut off what an interrupted one left without a line."""
@@ -199,12 +274,36 @@ class FeatureCache:
         return data
 
 
+def _crc(image: str, entry: np.ndarray) -> int:
+    """CRC-32 over the key too, so that bytes of another entry are not taken for it."""
+    return zlib.crc32(entry.data.cast("B"), zlib.crc32(image.encode()))
+
+
+def _check(image: str, row: int, crc: int) -> int:
+    return zlib.crc32(f"{image} {row} {crc}".encode())
+
+
+def _line(image: str, row: int, crc: int) -> str:
+    return json.dumps({"image": image, "row": row, "crc": crc, "check": _check(image, row, crc)}) + "\n"
+
+
+def _parse(line: bytes) -> tuple[str, int, int] | None:
+    """Image, row and CRC of an index line; None if it is not as it was written."""
+    try:
+        entry = parse_json(line.decode())
+        image, row, crc = entry["image"], entry["row"], entry["crc"]
+        whole = type(row) is int and row >= 0 and len(entry) == 4 and entry["check"] == _check(image, row, crc)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (image, row, crc) if whole else None
+
+
 def _write_once(path: Path, text: str) -> None:
-    """Write a file that all ranks agree on; a half-written one is never seen."""
-    if path.exists():
+    """Write a file that all ranks agree on, anew if it was changed; a half-written one is never seen."""
+    if path.is_file() and path.read_bytes() == text.encode():
         return
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -67,6 +67,7 @@ def cached_features(
         shape = (model.config.image_tokens, model.config.vision_hidden_size)
         cache = FeatureCache(config.feature_cache, fingerprint, shape, rank)
         first_names = {digest: name for name, digest in reversed(hashes.items())}
+        _check_entries(cache, sorted(first_names), rank, world_size, console)
         missing = [(digest, name) for digest, name in sorted(first_names.items()) if digest not in cache]
         console.print(f"feature cache {cache.folder}: {len(first_names)} images, {len(missing)} to compute")
         # no rank may add an entry before every rank has seen the same ones missing
@@ -84,6 +85,20 @@ def cached_features(
     if absent:
         raise ValueError(f"--feature_cache {config.feature_cache} must be one folder that every node shares")
     return CachedFeatures(cache, hashes)
+
+
+def _check_entries(cache: FeatureCache, images: list[str], rank: int, world_size: int, console: Console) -> None:
+    """Compare the entries of the images with what was put, each on one rank, so that damaged ones are computed anew."""
+    unused = list(cache.problems)  # known to every rank alike
+    cache.problems.clear()
+    damaged = cache.check(image for image in images[rank::world_size] if image in cache)
+    shares: list[Any] = [None] * world_size
+    dist.all_gather_object(shares, (damaged, cache.problems))
+    for found, problems in shares:
+        cache.drop(found)
+        unused += problems
+    for problem in unused:
+        console.print(f"warning: feature cache: {problem}", soft_wrap=True)
 
 
 def _hash_images(config: TrainConfig, records: Sequence[Record], rank: int, world_size: int) -> dict[str, str]:

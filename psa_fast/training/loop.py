@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import fcntl
-import shutil
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from psa_fast.data import GlobalBatchSampler, PsaDataset, Record, balance, load_records
+from psa_fast.data import GlobalBatchSampler
 from psa_fast.data.records import fingerprint
-from psa_fast.models import PsaVLM, commit_of, load_base, load_processor
+from psa_fast.models import PsaVLM, load_base
 from psa_fast.models.addon import ADAPTER, CHANGED, check_files
+from psa_fast.models.packing import SDPA_BY_SAMPLE
 
 from . import checkpoint
 from .attention import choose_attention
-from .config import TrainConfig
-from .engine import build_engine, compute_dtype, init_distributed, resolve_deepspeed_config
+from .config import TrainConfig, check_warmup, warmup_is_too_long
+from .engine import build_engine, check_deepspeed_config, compute_dtype, init_distributed, resolve_deepspeed_config
 from .features import cached_features
 from .flops import Meter, StageFlops, shared_matrix_rate
 from .language_model import check_liger, prepare_language_model
 from .metrics import MetricsLog
-from .schedule import Schedule, measure_lengths, micro_batches, needs_lengths
+from .optimizer_state import check_engine
+from .output_folder import claim, refuse_used
+from .preflight import check_positions, commit_for, naming_base, prepare_dataset, read_processor
+from .ranks import alike
+from .schedule import Schedule, micro_batches, needs_lengths
 from .stages import optimizer_groups, prepare, print_table
 from .step import StepReport, train_step
 from .vision_tower import keep_whole
@@ -36,6 +38,7 @@ from .vision_tower import keep_whole
 HintFor = Callable[[int, int], str | None]
 # seconds that a failing run waits for the step before: DeepSpeed has waited for most of it already
 _LAST_WAIT = 10.0
+ATTENTION_IN_WORDS = {SDPA_BY_SAMPLE: "SDPA, one call per row"}
 
 
 def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console | None = None) -> None:
@@ -61,80 +64,75 @@ def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console
 
 
 def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> None:
-    ds_config = resolve_deepspeed_config(config, world_size)
-    attention = choose_attention(config) if config.runs_language_model else None
-    check_liger(config)
-    resume_from = checkpoint.find_resume(config)
-    if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
-        checkpoint.read_state(config.stage_dir, config, world_size)
-        console.print(f"stage {config.stage} is already finished in {config.stage_dir}")
-        return
-    state = checkpoint.read_state(resume_from, config, world_size) if resume_from else None
-    _refuse_used_output_dir(config)
+    with alike():
+        ds_config = resolve_deepspeed_config(config, world_size)
+        check_deepspeed_config(ds_config, config.deepspeed_config)
+        attention = choose_attention(config) if config.runs_language_model else None
+        check_liger(config)
+        if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
+            checkpoint.check_finished(config, world_size)
+            console.print(f"stage {config.stage} is already finished in {config.stage_dir}")
+            return
+        resume_from, state = checkpoint.resume(config, world_size, console.print) or (None, None)
+        if state is None and config.addon:
+            checkpoint.check_addon(config.addon)
+        refuse_used(config)
+        addon = str(resume_from) if resume_from else config.addon
+        commit = commit_for(config, addon)
+        check_positions(config, commit)
+        processor = read_processor(config, commit)
     # before the model, so that a bad record costs seconds
-    records = _shared_records(config, rank)
-    digest = fingerprint(records)
-    if state is not None:
-        assert resume_from is not None
-        checkpoint.check_records(resume_from, state, config, digest)
-    _lock = _claim_output_dir(config, rank, console)  # held as long as this function runs
+    dataset = prepare_dataset(config, processor, hint_for, console)
+    digest = fingerprint(dataset.records)
+    sampler = GlobalBatchSampler(len(dataset), config.global_batch_size, seed=config.seed)
+    total_steps = config.max_steps or sampler.steps(config.num_train_epochs)
+    with alike():
+        if state is not None:
+            assert resume_from is not None
+            checkpoint.check_records(resume_from, state, config, digest)
+        _check_length_of_run(config, total_steps, console)
+    _lock = claim(config, console)  # held as long as this function runs
     rate = shared_matrix_rate(compute_dtype(config))
-    model, keep_alive = build_model(config, ds_config, str(resume_from) if resume_from else config.addon, attention)
+    with alike():
+        model, keep_alive = build_model(config, ds_config, addon, attention, commit)
     parts = prepare(model, config, resuming=state is not None)
     meter = Meter(StageFlops.of(model, config), rate)
     prepare_language_model(model, config)
-    processor = load_processor(str(config.model_name_or_path), model.config, commit_of(model.vlm))
-    features_of = None
     if config.feature_cache is not None:
-        features_of = cached_features(config, model, processor, records, console)
-    dataset = PsaDataset(
-        records,
-        config.image_folder,
-        processor,
-        hint_for=hint_for,
-        hint_rate=config.hint_rate,
-        seed=config.seed,
-        max_length=config.max_length,
-        features_of=features_of,
-    )
-    sampler = GlobalBatchSampler(len(dataset), config.global_batch_size, seed=config.seed)
-    total_steps = config.max_steps or sampler.steps(config.num_train_epochs)
+        dataset.features_of = cached_features(config, model, processor, dataset.records, console)
     print_table(model, parts, config.weight_decay, console)
     zero = ds_config["zero_optimization"]["stage"]
     console.print(
         f"stage {config.stage}: {len(dataset)} records, {total_steps} steps of {config.global_batch_size} rows, "
         f"{world_size} rank(s), ZeRO-{zero}, {str(compute_dtype(config)).removeprefix('torch.')}, "
-        f"{f'attention {attention}' if attention else 'no language model'}, "
+        f"{f'attention {ATTENTION_IN_WORDS.get(attention, attention)}' if attention else 'no language model'}, "
         f"{'packed rows' if config.packing else 'padded rows'}"
     )
     console.print(
-        f"matrix rate measured on rank 0: {rate / 1e9:,.0f} GFLOP/s; MFU is a step's share of that on each rank"
+        f"matrix rate measured on rank 0: {rate / 1e9:,.0f} GFLOP/s, what this device reaches when it does nothing but "
+        f"multiply; MFU is the share of it that a step's work makes use of",
+        soft_wrap=True,
     )
+    console.print(f"curves of the run: tensorboard --logdir {config.stage_dir}", soft_wrap=True)
 
     keep_whole(model)
-    engine = build_engine(model, optimizer_groups(model, parts, config.weight_decay), config, ds_config, total_steps)
+    format_1 = state is not None and "format" not in state
+    groups = optimizer_groups(model, parts, config.weight_decay, format_1)
+    engine = build_engine(model, groups, config, ds_config, total_steps)
     del keep_alive
+    check_engine(engine)
     start = 0
     if state is not None:
         assert resume_from is not None
-        checkpoint.restore(engine, resume_from)
+        checkpoint.restore(engine, resume_from, state)
         start = state["step"]
         console.print(f"resumed from {resume_from} at step {start}")
     else:
         # every rank draws its own dropout from here on; a checkpoint keeps each rank's state
         torch.manual_seed(config.seed + rank)
 
-    length = None
-    if needs_lengths(config):
-        began = time.perf_counter()
-        measure_lengths(dataset, sampler, start, total_steps, rank, world_size)
-        length = dataset.length
-        console.print(f"{len(dataset.lengths)} row lengths counted in {time.perf_counter() - began:.1f} s")
-    log = None
-    if rank == 0:
-        absent = [] if config.runs_language_model else ["loss_lm"]
-        absent += [] if config.runs_bottleneck else ["loss_type", "loss_level"]
-        log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}", absent)
+    length = dataset.length if needs_lengths(config) else None
+    log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}") if rank == 0 else None
     stop = _StopFlag()
     schedule = Schedule(sampler, config, rank, world_size, start, total_steps, length)
     batches = micro_batches(dataset, schedule, config, processor)
@@ -192,14 +190,17 @@ def _log_unread(log: MetricsLog, launched: Iterable[StepReport], console: Consol
             if row is None:
                 return
             log.write(row)
-    except Exception as error:  # said, not raised: it must not take the place of the failure
+    except Exception as error:  # printed only: raised, it would take the place of the failure
         console.print(f"the last step's figures are lost: {error}")
 
 
 def build_model(
-    config: TrainConfig, ds_config: dict, addon: str | None, attention: str | None = None
+    config: TrainConfig, ds_config: dict, addon: str | None, attention: str | None = None, commit: str | None = None
 ) -> tuple[PsaVLM, Any]:
-    """The PSA model on its base, from an add-on or new. The second value must live until the engine is built."""
+    """The PSA model on its base, from an add-on or new. The second value must live until the engine is built.
+
+    `commit` is that of a base on the hub; None: the add-on's, else the main branch's.
+    """
     from transformers.integrations import HfDeepSpeedConfig
 
     assert config.model_name_or_path is not None  # parse_args saw to it
@@ -218,11 +219,11 @@ def build_model(
                 f"{addon}, which changes them ({', '.join(changes)})"
             )
     base = config.model_name_or_path
-    revision = check_files(addon).revision_of(base) if addon else None
-    try:
+    # the add-on's files are judged before the base is read
+    recorded = check_files(addon).revision_of(base) if addon else None
+    revision = commit or recorded
+    with naming_base(config):  # neither a folder here nor a name that the hub can be asked for, or a damaged file
         vlm = load_base(base, compute_dtype(config), attention, config.runs_language_model, revision)
-    except OSError as error:  # neither a folder here nor a name that the hub can be asked for
-        raise ValueError(f"--model_name_or_path {base}: {str(error).splitlines()[0]}") from error
     # whatever the base drew while it was loaded: every objective starts from the same safety modules
     torch.manual_seed(config.seed)
     model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **overrides)
@@ -235,65 +236,16 @@ def build_model(
     return model, keep_alive
 
 
-def _shared_records(config: TrainConfig, rank: int) -> list[Record]:
-    """Rank 0's records on every rank: it alone looks at every pixel, so it alone knows what `skip` drops."""
-    message: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            records = load_records(
-                str(config.data_path),
-                config.image_folder,
-                on_bad_sample="skip" if config.on_bad_sample == "skip" else "error",
-            )
-            if config.clean_samples is not None:
-                records = balance(records, clean_samples=config.clean_samples, seed=config.seed)
-            message[0] = records
-        except ValueError as error:
-            message[1] = str(error)
-    dist.broadcast_object_list(message)
-    if message[1] is not None:
-        raise ValueError(message[1])
-    return message[0]
-
-
-def _refuse_used_output_dir(config: TrainConfig) -> None:
-    """Refuse to mix two runs in one folder."""
-    used = config.stage_dir.exists() and any(config.stage_dir.iterdir())
-    dist.barrier()
-    if used and config.resume == "none" and not config.overwrite_output_dir:
-        raise ValueError(
-            f"{config.stage_dir} holds an earlier run; --resume auto continues it, --overwrite_output_dir deletes it, "
-            f"another --output_dir leaves it alone"
+def _check_length_of_run(config: TrainConfig, total_steps: int, console: Console) -> None:
+    """Refuse a warm-up that outlasts the run; where the command line cut the run short, say so and go on."""
+    if config.max_steps is None:
+        check_warmup(config, total_steps)
+    elif warmup_is_too_long(config, total_steps):
+        console.print(
+            f"warning: {config.warmup_steps} warm-up steps outlast the run of {total_steps}: the learning rates are "
+            f"not reached; --warmup_steps changes that",
+            soft_wrap=True,
         )
-
-
-def _claim_output_dir(config: TrainConfig, rank: int, console: Console) -> TextIO | None:
-    """Make the folder and keep other runs out of it for as long as the returned file, rank 0's, stays open.
-
-    An earlier run that may be overwritten goes only now, after records and options were read.
-    """
-    lock: TextIO | None = None
-    message: list[str | None] = [None]
-    if rank == 0:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        lock = (Path(config.output_dir) / f".stage{config.stage}.lock").open("w")
-        try:
-            # the kernel lets go of it however the run ends
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            message[0] = f"another run is under way in {config.stage_dir}; give this one an --output_dir of its own"
-        except OSError as error:  # some network file systems have no locks
-            console.print(f"{lock.name} cannot be locked ({error.strerror}): see to it that no other run writes here")
-        if message[0] is None:
-            if config.overwrite_output_dir and config.stage_dir.exists():
-                shutil.rmtree(config.stage_dir)
-            config.stage_dir.mkdir(parents=True, exist_ok=True)
-    dist.broadcast_object_list(message)
-    if message[0] is not None:
-        raise ValueError(message[0])
-    if not config.stage_dir.is_dir():
-        raise ValueError(f"--output_dir {config.output_dir} must be one folder that every node shares")
-    return lock
 
 
 class _StopFlag:

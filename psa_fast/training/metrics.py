@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from psa_fast.files import named
+
+METRICS, BOARD = "metrics.jsonl", "tensorboard"
+Row = Mapping[str, "float | None"]
+LOSSES = ("loss", "loss_lm", "loss_type", "loss_level")
 FIELDS = (
     "step",
     "loss",
@@ -39,7 +46,9 @@ class MetricsLog:
         start_step: the step it resumes from, or 0.
         console: for log lines and progress.
         title: of the progress bar.
-        absent: fields that this run does not compute; null in the file, and nowhere else.
+
+    Raises:
+        OSError: naming the file, when it cannot be written.
     """
 
     def __init__(
@@ -49,12 +58,10 @@ class MetricsLog:
         start_step: int,
         console: Console,
         title: str,
-        absent: Collection[str] = (),
     ):
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        self._path, self._board_path = path, board = folder / METRICS, folder / BOARD
         kept = []
         if path.exists() and start_step:
             # a killed run may have left half a line; whatever lies beyond the checkpoint is run again
@@ -66,46 +73,72 @@ class MetricsLog:
                     continue
                 if row["step"] <= start_step:
                     kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        with named(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(line + "\n" for line in kept))
+            self._file = path.open("a")
+        self._hook = threading.excepthook
+        threading.excepthook = self._leave_to_the_next_write
+        with named(board):
+            self._board = SummaryWriter(str(board), purge_step=start_step + 1)
         self._progress = Progress(
             TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"),
             TimeRemainingColumn(), TextColumn("{task.fields[line]}"), console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._progress.add_task("steps", total=total_steps, completed=start_step, line="")
         self._console = console
-        self._absent = set(absent)
         self._total = total_steps
         self._every = max(1, total_steps // 20)
         self._progress.start()
 
-    def write(self, row: dict[str, float]) -> None:
-        """Record one optimizer step; `row` has exactly the keys of `FIELDS`."""
-        shown = {name: None if name in self._absent else row[name] for name in FIELDS}
-        self._file.write(json.dumps(shown) + "\n")
-        self._file.flush()
-        for name, value in shown.items():
-            if value is not None and name != "step":
-                self._board.add_scalar(name, value, int(row["step"]))
-        losses = ("loss", "loss_lm", "loss_type", "loss_level")
-        line = " ".join(f"{name} {shown[name]:.4f}" for name in losses if name not in self._absent)
-        self._progress.update(self._task, completed=row["step"], line=f"loss {row['loss']:.4f} {speed(row)}")
-        step = int(row["step"])
+    def write(self, row: Row) -> None:
+        """Record one optimizer step.
+
+        Args:
+            row: exactly the keys of `FIELDS`; None for a loss that no row of the step reached, or the run leaves out.
+
+        Raises:
+            OSError: naming the file that cannot be written.
+        """
+        with named(self._path):
+            self._file.write(json.dumps({name: row[name] for name in FIELDS}) + "\n")
+            self._file.flush()
+        step = int(row["step"] or 0)
+        with named(self._board_path):
+            for name in FIELDS[1:]:
+                if row[name] is not None:
+                    self._board.add_scalar(name, row[name], step)
+        losses = " ".join(f"{name} {shown(row[name])}" for name in LOSSES)
+        self._progress.update(self._task, completed=step, line=f"loss {shown(row['loss'])} {speed(row)}")
         if step % self._every == 0 or step in (1, self._total):
             self._console.print(
-                f"step {step}/{self._total} {line} lr {row['lr']:.2e} {row['seconds']:.2f} s {speed(row)}",
+                f"step {step}/{self._total} {losses} lr {row['lr']:.2e} {row['seconds']:.2f} s {speed(row)}",
                 soft_wrap=True,
             )
 
     def close(self) -> None:
         """Flush and close everything."""
         self._progress.stop()
-        self._file.close()
-        self._board.close()
+        try:
+            with named(self._path):
+                self._file.close()
+            with named(self._board_path):
+                self._board.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _leave_to_the_next_write(self, failure: Any) -> None:
+        """TensorBoard's thread would print a traceback of a full disk; its next write raises the same error."""
+        if not isinstance(failure.exc_value, OSError):
+            self._hook(failure)
 
 
-def speed(row: dict[str, float]) -> str:
+def shown(loss: float | None) -> str:
+    """Return a loss as the log shows it, a dash where there is none."""
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def speed(row: Row) -> str:
     """The part of a log line that says how fast a step was, and with how much memory."""
     return (
         f"{row['tokens_per_s']:,.0f} tokens/s {row['samples_per_s']:.1f} samples/s MFU {row['mfu']:.1%} "

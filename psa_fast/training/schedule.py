@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from psa_fast.data import GlobalBatchSampler, PsaDataset, collate, pack
 
@@ -71,20 +70,6 @@ def needs_lengths(config: TrainConfig) -> bool:
     """
     several = config.max_tokens_per_micro_batch is not None or config.micro_batch_size < config.global_batch_size
     return config.packing and config.runs_language_model and several
-
-
-def measure_lengths(
-    dataset: PsaDataset, sampler: GlobalBatchSampler, start: int, stop: int, rank: int, world_size: int
-) -> None:
-    """Tell the dataset the lengths of all rows of steps start+1..stop; each rank tokenizes its share. A collective."""
-    # rows of two epochs hold a whole one, wherever they begin
-    steps = range(start, min(stop, start + sampler.steps(2)))
-    for index in sorted({index for step in steps for index, _ in sampler.batch(step)})[rank::world_size]:
-        dataset.measure(index)
-    shares: list[Any] = [None] * world_size
-    dist.all_gather_object(shares, dataset.lengths)
-    for share in shares:
-        dataset.lengths.update(share)
 
 
 def micro_batches(

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from psa_fast.models import PsaVLM, add_lora
 from psa_fast.models.lora import has_adapter
+from psa_fast.models.tokens import SafetyTokens
 
 from .config import TrainConfig
 
@@ -82,15 +83,31 @@ def clip_groups(model: PsaVLM) -> list[list[torch.nn.Parameter]]:
     return [group for group in groups if group]
 
 
-def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float) -> list[dict]:
-    """AdamW groups, one or two per part: weight decay acts on matrices only, not on biases, norms or tokens."""
+def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float, format_1: bool = False) -> list[dict]:
+    """AdamW groups, one or two per part: weights that decay and others.
+
+    As is usual every matrix decays, embeddings included; biases and norms, which are vectors, do not. Nor do learned
+    tokens and the concept query (`SafetyTokens`), which are inputs to layers and no layers.
+
+    Args:
+        model: with the stage's parts unfrozen.
+        parts: their learning rates.
+        weight_decay: of the first kind.
+        format_1: group as runs did whose checkpoints are of format 1. DeepSpeed's own state, which those hold, fits no
+            other grouping: all matrices decayed, but those with "tokens" in their name.
+    """
+    kept_whole = {id(p) for module in model.modules() if isinstance(module, SafetyTokens) for p in module.parameters()}
     groups = []
     for part in parts:
         trained = [(name, p) for name, p in part_parameters(model, part) if p.requires_grad]
-        matrices = [p for name, p in trained if _shape_of(p)[1:] and "tokens" not in name]
-        known = {id(p) for p in matrices}
+        decayed = [
+            p
+            for name, p in trained
+            if len(_shape_of(p)) > 1 and ("tokens" not in name if format_1 else id(p) not in kept_whole)
+        ]
+        known = {id(p) for p in decayed}
         others = [p for _, p in trained if id(p) not in known]
-        for params, decay in ((matrices, weight_decay), (others, 0.0)):
+        for params, decay in ((decayed, weight_decay), (others, 0.0)):
             if params:
                 groups.append({"params": params, "lr": part.learning_rate, "weight_decay": decay, "name": part.name})
     return groups

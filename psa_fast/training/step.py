@@ -18,15 +18,19 @@ from psa_fast.models.transfer import to_device
 from .clipping import clip_each
 from .config import TrainConfig
 from .flops import Load, Meter
+from .metrics import LOSSES, Row
+from .ranks import alike
 from .stages import clip_groups
 
-LOSSES = ("loss", "loss_lm", "loss_type", "loss_level")
 # what StepReport reads back, in this order: sums over all ranks, this rank's losses, the largest of all ranks, the norm
 _COUNTS = ("supervised", "typed", "levelled", "tokens", "positions", "samples")
 _VALUES = (
     *_COUNTS, "flops", *LOSSES, *(f"own_{name}" for name in LOSSES),
     "stop", "peak_memory_gb", "data_seconds", "grad_norm",
 )  # fmt: skip
+
+# what each loss is a mean over
+_COUNTED = {"loss_lm": "supervised", "loss_type": "typed", "loss_level": "levelled"}
 
 
 def train_step(
@@ -55,6 +59,7 @@ def train_step(
     skipped = {"where"} | (set() if config.runs_bottleneck else {"safe_type", "safe_level"})
     skipped |= set() if config.runs_language_model else {"labels"}
     norm: Any = None
+    learning_rate = engine.get_lr()[0]  # of this step: the engine's step sets the next one's
     for index, batch in enumerate(micros):
         # a token budget makes their number vary, so DeepSpeed must not count them itself
         engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
@@ -89,9 +94,10 @@ def train_step(
         values=_copied(values),
         began=began,
         ended=_Moment(device),
-        learning_rate=engine.get_lr()[0],
+        learning_rate=learning_rate,
         all_devices=meter.rate * world_size,
         micro_batches=len(micros),
+        computed=_computed(config),
         where=[where for batch in micros for where in batch["where"]],
     )
 
@@ -107,9 +113,10 @@ class StepReport:
     learning_rate: float
     all_devices: float
     micro_batches: int
+    computed: tuple[str, ...]
     where: list[str]
 
-    def read(self) -> tuple[dict[str, float], bool]:
+    def read(self) -> tuple[Row, bool]:
         """Wait for the step; its metrics row (`metrics.FIELDS`), and whether any rank was asked to stop.
 
         All ranks call it at the same point: if the loss is not finite anywhere they exchange their rows.
@@ -124,10 +131,11 @@ class StepReport:
             gathered: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, bad)
             rows = ", ".join(where for rank_rows in gathered for where in rank_rows)
-            raise FloatingPointError(f"the loss is not finite at step {self.step}; rows of the batch: {rows}")
+            with alike():
+                raise FloatingPointError(f"the loss is not finite at step {self.step}; rows of the batch: {rows}")
         return self._row(found), bool(found["stop"])
 
-    def read_alone(self, limit: float) -> dict[str, float] | None:
+    def read_alone(self, limit: float) -> Row | None:
         """The metrics row when this rank is about to fail: no collective, and not much of a wait for the device.
 
         Args:
@@ -146,11 +154,15 @@ class StepReport:
     def _found(self) -> dict[str, float]:
         return dict(zip(_VALUES, self.values.tolist(), strict=True))
 
-    def _row(self, found: dict[str, float]) -> dict[str, float]:
+    def _row(self, found: dict[str, float]) -> Row:
         seconds = self.ended.since(self.began)
+        # a mean over nothing is no loss of 0, which would look perfect
+        reached = [name for name in self.computed if found[_COUNTED[name]]]
         return {
             "step": self.step,
-            **{name: found[name] for name in (*LOSSES, "grad_norm")},
+            "loss": found["loss"] if reached else None,
+            **{name: found[name] if name in reached else None for name in LOSSES[1:]},
+            "grad_norm": found["grad_norm"],
             "lr": self.learning_rate,
             "micro_batches": self.micro_batches,
             "tokens": int(found["tokens"]),
@@ -163,6 +175,12 @@ class StepReport:
             "mfu": found["flops"] / seconds / self.all_devices,
             "peak_memory_gb": found["peak_memory_gb"],
         }
+
+
+def _computed(config: TrainConfig) -> tuple[str, ...]:
+    """The losses that a run adds up."""
+    lm = ("loss_lm",) if config.runs_language_model else ()
+    return (*lm, "loss_type", "loss_level") if config.runs_bottleneck else lm
 
 
 class _Moment:

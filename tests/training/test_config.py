@@ -1,13 +1,20 @@
 """Options: precedence, and one sentence for what does not fit together."""
 
 import argparse
+import dataclasses
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from psa_fast.training import commands
-from psa_fast.training.config import parse_args, read_recipe
+from psa_fast.training.config import TrainConfig, parse_args, read_recipe
 from psa_fast.training.engine import accumulation_steps, resolve_deepspeed_config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_command_line_beats_recipe_beats_default(tmp_path):
@@ -42,7 +49,7 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--stage1_objective", "concept", "--token_learning_rate", "1e-3"], "--token_learning_rate has no effect"),
         (["--stage1_objective", "tokens", "--concept_loss_weight", "2"], "--concept_loss_weight has no effect"),
         (["--stage1_objective", "tokens", "--num_safety_tokens", "0"], "nothing to train"),
-        (["--stage", "2", "--hint_rate", "1.5"], "share between 0 and 1"),
+        (["--stage", "2", "--hint_rate", "1.5"], "--hint_rate is 1.5; expected a number of at least 0 and at most 1"),
         (["--stage", "2", "--hint_rate", "0", "--policy", "p.yaml"], "--policy has no effect"),
         (["--resume", "auto", "--overwrite_output_dir", "True"], "exclude each other"),
         (["--deepspeed_config", "nowhere.json"], "no such file"),
@@ -50,7 +57,12 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--max_tokens_per_micro_batch", "4096", "--packing", "False"], "no effect with --packing False"),
         (["--max_tokens_per_micro_batch", "4096", "--stage1_objective", "concept"], "language model's rows, which"),
         (["--max_tokens_per_micro_batch", "4096", "--micro_batch_size", "2"], "--micro_batch_size exclude each other"),
-        (["--max_tokens_per_micro_batch", "4095"], "4095 is less than --max_length 4096: a row that long"),
+        (["--max_tokens_per_micro_batch", "1023"], "1023 is less than --max_length 1024: a row that long"),
+        (["--max_steps", "5", "--warmup_steps", "5"], "--warmup_steps 5 leaves none of the run's 5 steps"),
+        (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "no effect with --lr_scheduler_type constant"),
+        (["--learning_rat", "1"], "--learning_rat is not an option; did you mean --learning_rate"),
+        (["words"], "words is not an option"),
+        (["--seed"], "--seed: expected one argument"),
         (["--stage1_objective", "concept", "--use_liger_kernel", "True"], "--use_liger_kernel has no effect"),
         (["--num-train-epochs", "1", "--max-steps", "5"], "exclude each other"),
         (["--gradient_checkpointing", "every_0"], "'every_0'; expected none, full or every_N with N of 2 or more"),
@@ -69,11 +81,61 @@ def test_unknown_recipe_option_or_value_is_named(tmp_path):
     with pytest.raises(ValueError, match="--stage1_objective is 'both'; expected one of joint, concept, tokens"):
         parse_args(["--recipe", str(recipe)])
     recipe.write_text("common: {model_name_or_path: m, data_path: d, image_folder: i, gradient_checkpointing: true}\n")
-    with pytest.raises(ValueError, match="--gradient_checkpointing is 'True'; expected none, full or every_N"):
+    with pytest.raises(ValueError, match="--gradient_checkpointing is True; expected none, full or every_N"):
         parse_args(["--recipe", str(recipe)])
-    recipe.write_text("common: {learning_rat: 1.0}\n")
-    with pytest.raises(ValueError, match=r"typo\.yaml: not a training option: learning_rat"):
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("common: {learning_rat: 1.0}", "common: not a training option: learning_rat"),
+        ("stage2: {seed: 1, 7: 1, stage: 2}", "stage2: not a training option: 7, stage"),
+        ("stage3: {seed: 1}", "expected only description, common, stage1 and stage2 at the top level, not 'stage3'"),
+        ("seed: 1", "at the top level, not 'seed'"),
+        ("common: 3", "common is 3; expected options below it"),
+        ("common: [seed]", r"common is \['seed'\]; expected options below it"),
+        ("stage2: {lora_r: true}", "stage2: --lora_r is True; expected a whole number of at least 1"),
+        ("stage2: {lora_r: 2.5}", "--lora_r is 2.5; expected a whole number"),
+        (f"common: {{seed: {10**25}}}", "--seed is 10000000000000000000000000; expected a whole number"),
+        (f"common: {{max_grad_norm: {10**400}}}", "--max_grad_norm is 1000.*expected a number of at least 0"),
+        ("common: {learning_rate: .nan}", "--learning_rate is nan; expected a number of more than 0"),
+        ("common: {max_grad_norm: .inf}", "--max_grad_norm is inf; expected a number of at least 0"),
+        ("common: {learning_rate: [1]}", r"--learning_rate is \[1\]; expected a number"),
+        ("common: {packing: 1}", "--packing is 1; expected True or False"),
+        ("common: {output_dir: 2024}", "--output_dir is 2024; expected text"),
+        ("common: {output_dir: ''}", "--output_dir is ''; expected text"),
+        ('common: {output_dir: "a\\0b"}', "--output_dir is .*; expected text"),
+        ("common: {seed: }", "--seed has no value"),
+        ("common: {seed: 1, seed: 2}", "the key 'seed' stands in line 1 already"),
+        ("[1, 2]", "is not a mapping of keys"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_refused_with_its_name(tmp_path, text, sentence):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text + "\n")
+    with pytest.raises(ValueError, match=sentence) as error:
         read_recipe(str(recipe), 1)
+    assert str(recipe) in str(error.value)
+    assert len(str(error.value)) < len(str(recipe)) + 250
+
+
+def test_a_recipe_may_spell_numbers_as_yaml_has_them(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("common: {learning_rate: 1e-4, seed: 3.0, max_grad_norm: 2, max_steps: }\n")
+    assert read_recipe(str(recipe), 1) == {
+        "learning_rate": 1e-4, "seed": 3, "max_grad_norm": 2.0, "max_steps": None,
+    }  # fmt: skip
+
+
+def test_a_recipes_warm_up_may_outlast_a_run_cut_short_but_not_the_recipes_own_run(tmp_path):
+    assert parse_args(["--max_steps", "2"]).warmup_steps == 20  # the sandbox recipe's; the run warns
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "common: {model_name_or_path: m, data_path: d, image_folder: i, max_steps: 30, warmup_steps: 30}\n"
+    )
+    with pytest.raises(ValueError, match="--warmup_steps 30 leaves none of the run's 30 steps"):
+        parse_args(["--recipe", str(recipe)])
+    assert parse_args(["--recipe", str(recipe), "--lr_scheduler_type", "constant"]).max_steps == 30
 
 
 @pytest.mark.parametrize("form", ["--packing=False", "--packing False", "--no_packing", "--no-packing"])
@@ -88,12 +150,22 @@ def test_booleans_are_written_the_same_way_in_training_and_planning(form):
     assert commands.read_options(parser.parse_args([*machine, *hyphens])).max_length == 2048
 
 
-def test_help_says_what_no_packing_does(capsys):
-    with pytest.raises(SystemExit):
-        parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert text.count("lay a micro-batch's rows end to end") == 1
-    assert "--no_packing, --no-packing the same as --packing False" in text
+def test_help_lists_every_option_once_on_one_line_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import train; train.main(['--help'])"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert time.perf_counter() - began < 3
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert lines[0] == "usage: train.py [--stage {1,2}] [--recipe NAME] [--OPTION VALUE ...]"
+    titles = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["options", "model and data", "method", "optimisation", "memory and speed", "run"]
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    names = {f.name for f in dataclasses.fields(TrainConfig)} - {"local_rank"}
+    assert sorted(shown) == sorted(f"--{name}" for name in names)
+    # an option and its default are on the same line
+    assert sum("(default: " in line for line in lines if line.startswith("  --")) == len(names)
+    assert "python train.py --stage 1" in done.stdout
 
 
 def test_deepspeed_config_is_filled_and_contradictions_are_refused(tmp_path):

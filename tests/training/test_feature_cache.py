@@ -1,5 +1,6 @@
 """The feature cache: what is read is what was put, whoever wrote it and wherever the writer was killed."""
 
+import hashlib
 import json
 import os
 import random
@@ -125,15 +126,142 @@ def test_half_a_line_and_bytes_without_a_line_do_not_count(tmp_path, cut):
         assert (torn / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_damaged_index_is_named(tmp_path):
+def bin_of(folder):
+    return folder / "rank-00000.bin"
+
+
+def index_of(folder):
+    return folder / "rank-00000.jsonl"
+
+
+def flip(path, at, mask=1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= mask
+    path.write_bytes(data)
+
+
+def edit_line(folder, number, **changes):
+    lines = index_of(folder).read_text().splitlines()
+    lines[number] = json.dumps(json.loads(lines[number]) | changes)
+    index_of(folder).write_text("".join(line + "\n" for line in lines))
+
+
+ENTRY = 2 * SHAPE[0] * SHAPE[1]
+# of six entries: what is done to their files, and which images it costs
+DAMAGE = {
+    "one bit": (lambda f: flip(bin_of(f), 3 * ENTRY + 17, 4), {3}),
+    "the last bit": (lambda f: flip(bin_of(f), 6 * ENTRY - 1, 128), {5}),
+    "zeros": (lambda f: bin_of(f).write_bytes(bytes(2 * ENTRY) + bin_of(f).read_bytes()[2 * ENTRY :]), {0, 1}),
+    "NaN": (lambda f: bin_of(f).write_bytes(b"\xff" * ENTRY + bin_of(f).read_bytes()[ENTRY:]), {0}),
+    "cut data": (lambda f: os.truncate(bin_of(f), 4 * ENTRY + 1), {4, 5}),
+    "empty data": (lambda f: os.truncate(bin_of(f), 0), set(range(6))),
+    "no data": (lambda f: bin_of(f).unlink(), set(range(6))),
+    "another row": (lambda f: edit_line(f, 2, row=0), {2}),
+    "a row beyond": (lambda f: edit_line(f, 2, row=6), {2}),
+    "a negative row": (lambda f: edit_line(f, 2, row=-1), {2}),
+    "no number as row": (lambda f: edit_line(f, 2, row=True), {2}),
+    "another image": (lambda f: edit_line(f, 2, image=key(77)), {2}),
+    "another checksum": (lambda f: edit_line(f, 2, crc=0), {2}),
+    "a bit of an image": (lambda f: flip(index_of(f), 15), {0}),
+    "a line end": (lambda f: flip(index_of(f), index_of(f).read_bytes().index(b"\n")), {0, 1}),
+    "nonsense": (lambda f: index_of(f).write_bytes(b"nonsense\n"), set(range(6))),
+    "a list": (lambda f: index_of(f).write_bytes(b"[1]\n"), set(range(6))),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_found_named_and_healed(tmp_path, kind):
+    damage, lost = DAMAGE[kind]
+    folder = fill(tmp_path, range(6))
+    damage(folder)
+    with FeatureCache(tmp_path, TOWER, SHAPE, rank=0) as cache:
+        assert cache.problems or kind in ("one bit", "the last bit", "zeros", "NaN")
+        damaged = cache.check(map(key, range(6)))
+        assert {i for i in range(6) if key(i) not in cache} == lost
+        assert set(damaged) <= {key(i) for i in lost}
+        assert all(str(folder) in problem for problem in cache.problems)
+        assert len(cache.problems) >= 1
+        assert all(torch.equal(cache.get(key(i)), feature(i)) for i in set(range(6)) - lost)
+        for i in lost:
+            assert cache.get(key(i)) is None
+            cache.put(key(i), feature(i))
+    again = FeatureCache(tmp_path, TOWER, SHAPE, rank=1)
+    assert again.check(map(key, range(6))) == []
+    assert all(torch.equal(again.get(key(i)), feature(i)) for i in range(6))
+
+
+def test_a_damaged_entry_that_was_not_checked_is_named_when_it_is_used(tmp_path):
+    folder = fill(tmp_path, range(3))
+    flip(bin_of(folder), ENTRY + 1)
+    cache = FeatureCache(tmp_path, TOWER, SHAPE, rank=0)
+    assert torch.equal(cache.get(key(0)), feature(0))
+    with pytest.raises(ValueError, match=r"rank-00000.bin: entry 1, image .* is damaged; it is computed anew"):
+        cache.get(key(1))
+    assert cache.get(key(1)) is None
+
+
+def test_another_ranks_damaged_entry_is_replaced_by_ones_own(tmp_path):
+    folder = fill(tmp_path, range(3), rank=1)
+    flip(folder / "rank-00001.bin", 5)
+    before = (folder / "rank-00001.bin").read_bytes()
+    with FeatureCache(tmp_path, TOWER, SHAPE, rank=0) as cache:
+        assert cache.check([key(0)]) == [key(0)]
+        cache.put(key(0), feature(0))
+    assert (folder / "rank-00001.bin").read_bytes() == before
+    for rank in (0, 2):
+        assert torch.equal(FeatureCache(tmp_path, TOWER, SHAPE, rank).get(key(0)), feature(0))
+
+
+def test_files_of_others_are_left_alone_and_the_description_is_kept_true(tmp_path):
     folder = fill(tmp_path, range(2))
-    index = folder / "rank-00000.jsonl"
-    index.write_text(index.read_text() + json.dumps({"image": key(2), "row": 2}) + "\n")
-    with pytest.raises(ValueError, match="names row 2, its data has 2"):
-        FeatureCache(tmp_path, TOWER, SHAPE, rank=0)
-    index.write_text("nonsense\n")
-    with pytest.raises(ValueError, match="damaged"):
-        FeatureCache(tmp_path, TOWER, SHAPE, rank=0)
+    right = (folder / "fingerprint.json").read_text()
+    assert json.loads(right)["fingerprint"] == TOWER
+    for name in ("rank-x.jsonl", "rank-1.jsonl", "rank-00007.jsonl.bak"):
+        (folder / name).write_text("{}\n")
+    (folder / "fingerprint.json").write_text(right[:20])
+    cache = FeatureCache(tmp_path, TOWER, SHAPE, rank=0)
+    assert len(cache) == 2
+    assert cache.problems == []
+    assert (folder / "fingerprint.json").read_text() == right
+
+
+def test_a_cache_of_the_version_without_checksums_is_named_and_not_used(tmp_path):
+    content = json.dumps({"version": 1, "shape": SHAPE, "dtype": "bfloat16", "fingerprint": TOWER}, sort_keys=True)
+    old = tmp_path / hashlib.sha256(content.encode()).hexdigest()[:32]
+    old.mkdir()
+    (old / "rank-00000.jsonl").write_text(json.dumps({"image": key(0), "row": 0}) + "\n")
+    (old / "rank-00000.bin").write_bytes(bytes(ENTRY))
+    cache = FeatureCache(tmp_path, TOWER, SHAPE, rank=0)
+    assert len(cache) == 0
+    assert len(cache.problems) == 1
+    assert str(old) in cache.problems[0]
+
+
+LIMITED = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_feature_cache import ENTRY, FeatureCache, SHAPE, TOWER, feature, key
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10 * ENTRY, 10 * ENTRY))
+try:
+    with FeatureCache(sys.argv[1], TOWER, SHAPE, rank=0, flush_every=3) as cache:
+        for i in range(40):
+            cache.put(key(i), feature(i))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_file_that_takes_no_more_is_named_and_what_was_flushed_counts(tmp_path):
+    command = [sys.executable, "-c", LIMITED, str(tmp_path), os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout
+    assert "rank-00000.bin" in done.stdout
+    with FeatureCache(tmp_path, TOWER, SHAPE, rank=0) as cache:
+        assert len(cache) == 9
+        assert cache.check(map(key, range(9))) == cache.problems == []
+        cache.put(key(9), feature(9))
+    assert torch.equal(FeatureCache(tmp_path, TOWER, SHAPE, rank=0).get(key(9)), feature(9))
 
 
 BUILD = """

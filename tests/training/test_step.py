@@ -71,7 +71,8 @@ class Engine:
         self.steps += 1
 
     def get_lr(self):
-        return [1e-3]
+        # the step's own until the engine has stepped, then the next one's
+        return [1e-3 if self.steps == 0 else 1e-4]
 
     def get_global_grad_norm(self):
         return torch.ones((), device=META)
@@ -95,6 +96,7 @@ def on_meta(group_of_one, monkeypatch):
         monkeypatch.setattr(step_module, "_copied", copied)
         report = train_step(engine, iter([[batch(), batch()]]), config, METER, 1, lambda: False)
         assert isinstance(report, StepReport)
+        assert report.learning_rate == 1e-3
         return len(copies)
 
     return go
@@ -115,7 +117,10 @@ def test_the_test_above_notices_a_look(on_meta, look):
         on_meta(Engine(look), TrainConfig(stage=1))
 
 
-def report_of(where=("a.jsonl:3",), seconds=2.0, **changes):
+ALL_LOSSES = ("loss_lm", "loss_type", "loss_level")
+
+
+def report_of(where=("a.jsonl:3",), seconds=2.0, computed=ALL_LOSSES, **changes):
     known = {
         "supervised": 8.0, "typed": 2.0, "levelled": 2.0, "tokens": 30.0, "positions": 40.0, "samples": 4.0,
         "flops": 50.0, "loss": 3.0, "loss_lm": 2.0, "loss_type": 0.75, "loss_level": 0.25, "own_loss": 3.0,
@@ -125,7 +130,7 @@ def report_of(where=("a.jsonl:3",), seconds=2.0, **changes):
     values = torch.tensor([known[name] for name in step_module._VALUES], dtype=torch.float64)
     began, ended = step_module._Moment(torch.device("cpu")), step_module._Moment(torch.device("cpu"))
     ended.time = began.time + seconds
-    return StepReport(7, values, began, ended, 1e-3, all_devices=100.0, micro_batches=3, where=list(where))
+    return StepReport(7, values, began, ended, 1e-3, 100.0, micro_batches=3, computed=computed, where=list(where))
 
 
 def test_a_report_says_how_fast_the_step_was(group_of_one):
@@ -141,6 +146,33 @@ def test_a_report_says_how_fast_the_step_was(group_of_one):
     assert row["mfu"] == pytest.approx(50 / 2 / 100)
     assert (row["data_seconds"], row["peak_memory_gb"], row["grad_norm"]) == (0.5, 1.5, 7.0)
     assert speed(row) == "15 tokens/s 2.0 samples/s MFU 25.0% padding 25.0% 1.5 GiB"
+
+
+@pytest.mark.parametrize(
+    ("counts", "computed", "expected"),
+    [
+        # a mean over nothing comes out as 0 of the step's sums
+        ({"typed": 0, "loss_type": 0}, ALL_LOSSES, (3.0, 2.0, None, 0.25)),
+        ({"levelled": 0, "loss_level": 0}, ALL_LOSSES, (3.0, 2.0, 0.75, None)),
+        ({"supervised": 0, "loss_lm": 0}, ALL_LOSSES, (3.0, None, 0.75, 0.25)),
+        ({"typed": 0, "levelled": 0, "loss": 0}, ("loss_type", "loss_level"), (None, None, None, None)),
+        ({}, ("loss_lm",), (3.0, 2.0, None, None)),
+        ({}, ("loss_type", "loss_level"), (3.0, None, 0.75, 0.25)),
+        ({"loss_lm": 0, "loss": 1.0}, ALL_LOSSES, (1.0, 0.0, 0.75, 0.25)),  # a loss that is 0 is 0
+    ],
+)
+def test_a_loss_that_no_row_reached_is_null_not_zero(group_of_one, counts, computed, expected):
+    row, _ = report_of(computed=computed, **{name: float(value) for name, value in counts.items()}).read()
+    assert tuple(row[name] for name in ("loss", *ALL_LOSSES)) == expected
+
+
+def test_which_losses_a_run_adds_up():
+    def computed(**options):
+        return step_module._computed(TrainConfig(**options))
+
+    assert computed() == ALL_LOSSES
+    assert computed(stage1_objective="concept") == ("loss_type", "loss_level")
+    assert computed(stage1_objective="tokens") == computed(stage=2, concept_loss_weight=0.0) == ("loss_lm",)
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_the_rows(group_of_one):

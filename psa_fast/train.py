@@ -1,0 +1,142 @@
+"""`train.py` and `psa-fast train`: inputs made real, one stage trained, every failure one sentence.
+
+`deepspeed --module psa_fast.train --stage 1` is `deepspeed train.py --stage 1` where only the package is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+import warnings
+from typing import Any
+
+# before torch is imported: threads that spin while they wait starve each other where ranks or jobs share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+_SPEAKER_FIRST = 30.0  # seconds that a silent rank waits for the launcher to end it
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command `train`."""
+    from psa_fast.training.arguments import USAGE, OneLine, add_options
+
+    parser = subparsers.add_parser(
+        "train",
+        help="train a stage, as train.py does",
+        description="Train PSA-VLM: stage 1, then stage 2. Without options the sandbox recipe runs.",
+        usage=USAGE.replace("[--OPTION", "[--num_gpus N] [--OPTION"),
+        formatter_class=OneLine,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--num_gpus", "--num-gpus", type=int, metavar="N", help="start N ranks here (default: this process alone)"
+    )
+    add_options(parser)
+    parser.set_defaults(func=_command)
+
+
+def _command(args: argparse.Namespace) -> int:
+    from psa_fast.training.options import OPTIONS
+
+    typed = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    if args.num_gpus is None:
+        return run(typed, "psa-fast train")
+    if not 1 <= args.num_gpus <= 1024:
+        raise ValueError(f"--num_gpus is {args.num_gpus}; expected a whole number of at least 1")
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(args.num_gpus)]
+    options = [f"--{name}={value}" for name, value in typed.items()]
+    code = subprocess.call([*launcher, "--module", "psa_fast.train", *options])
+    # the launcher ends by the signal that it passed on
+    return code if code >= 0 else 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of train.py; returns the exit code."""
+    from psa_fast.training.arguments import typed_options
+
+    try:
+        typed = typed_options(argv, "train.py")
+    except ValueError as error:
+        return _fail(error, "train.py", everywhere=True)
+    return run(typed, "train.py")
+
+
+def run(typed: dict[str, str], prog: str) -> int:
+    """Train one stage with the options typed, on this rank; returns the exit code."""
+    from rich.console import Console
+
+    from psa_fast.safety.policy import Policy
+    from psa_fast.training.config import resolve
+
+    # a fixed width keeps one log line one line in files
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console.quiet = os.environ.get("RANK", "0") != "0"
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+    # DeepSpeed calls collectives by their older names
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
+    try:
+        # options, policy and inputs are the same for every rank of a node
+        everywhere = True
+        config = resolve(typed)
+        policy = Policy.load(config.policy)
+        from psa_fast.models.versions import check_versions
+
+        check_versions()
+        config = resolve_inputs(config, policy.hint)
+        console.print("resolved options: " + ", ".join(f"{k}={v}" for k, v in config.to_dict().items()), soft_wrap=True)
+        everywhere = False
+        from psa_fast.training.loop import train
+
+        train(config, hint_for=policy.hint, console=console)
+    except (ValueError, FloatingPointError, OSError) as error:
+        return _fail(error, prog, everywhere)
+    return 0
+
+
+def resolve_inputs(config: Any, hint_for: Any) -> Any:
+    """Real paths where the recipe says 'sandbox' (made on first use), and stage 2's add-on."""
+    from psa_fast.training.checkpoint import find_resume, is_finished
+
+    changes = {}
+    if "sandbox" in (config.model_name_or_path, config.data_path):
+        from psa_fast.sandbox.cache import default_cache, ensure
+
+        world, base = ensure(default_cache(), seed=config.seed, hint_for=hint_for)
+        if config.model_name_or_path == "sandbox":
+            changes["model_name_or_path"] = str(base)
+        if config.data_path == "sandbox":
+            changes["data_path"] = str(world / f"stage{config.stage}.jsonl")
+            changes["image_folder"] = str(world)
+    # --resume auto may find nothing to resume, and must not then start from an untrained add-on
+    if config.stage == 2 and config.addon is None and find_resume(config) is None and not is_finished(config.stage_dir):
+        stage1 = dataclasses.replace(config, stage=1).stage_dir
+        if not is_finished(stage1):
+            raise ValueError(
+                f"stage 2 starts from stage 1's add-on and {stage1} holds none: run --stage 1 first, or give --addon"
+            )
+        changes["addon"] = str(stage1)
+    return dataclasses.replace(config, **changes)
+
+
+def _fail(error: Exception, prog: str, everywhere: bool) -> int:
+    """Print the sentence, once a node where every rank has the same, and return the exit code."""
+    from psa_fast.training.ranks import is_shared
+
+    if (everywhere or is_shared(error)) and os.environ.get("LOCAL_RANK", "0") != "0":
+        # the launcher kills all ranks as soon as one has ended: the one that speaks must be the first
+        time.sleep(_SPEAKER_FIRST)
+        return 2
+    rank = os.environ.get("RANK", "0")
+    prefix = f"{prog}: error:" if rank == "0" else f"{prog}: error: [rank {rank}]"
+    # a data-loading worker hands its error over with its traceback; the sentence is the last line
+    text = str(error)
+    text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
+    print(f"{prefix} {text}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

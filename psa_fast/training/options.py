@@ -1,0 +1,281 @@
+"""The training options: every fact of an option (help, range, when it acts) stands at the option and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from psa_fast.files import shorten, unwritable_text
+
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+# the groups of --help, in its order
+GROUPS = ("model and data", "method", "optimisation", "memory and speed", "run")
+
+_LARGEST = 2**31 - 1  # of a count that says nothing else
+_LONGEST = 4096  # characters of a text, which is a name or a path
+_TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "text"}
+
+
+def option(default: Any, help: str, *, group: str, **facts: Any) -> Any:
+    """Return a dataclass field with what is known about the option.
+
+    Args:
+        default: its value when neither recipe nor command line set it.
+        help: one line for `--help`.
+        group: one of GROUPS.
+        facts: `minimum`, `above`, `maximum`, `below` bound a number; `choices` lists all values, `pattern` with
+            `expected` describes them; `unset` says what None stands for; `stage` is the only one in which it acts;
+            `no_effect` names stage-1 objectives that ignore it; `may_change` allows a resumed run another value, which
+            leaves its trajectory as it is.
+    """
+    return field(default=default, metadata={"help": help, "group": group, **facts})
+
+
+_data, _method, _optim, _speed, _run = (partial(option, group=group) for group in GROUPS)
+_rate = partial(_optim, minimum=0.0, maximum=1.0)
+
+
+@dataclass
+class TrainConfig:
+    """Every option of `train.py`. A recipe sets them under `common:`, `stage1:` and `stage2:`."""
+
+    stage: int = _data(1, "1 trains the safety modules beside a frozen model, 2 the language model", choices=(1, 2))
+    recipe: str = _data("sandbox", "name of a shipped recipe, or path of a YAML file")
+    model_name_or_path: str | None = _data(
+        None, "base VLM: a Hugging Face id, a folder, or 'sandbox'", unset="the recipe's"
+    )
+    addon: str | None = _data(
+        None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True
+    )  # fmt: skip
+    data_path: str | None = _data(None, "JSONL records, or 'sandbox'", unset="the recipe's")
+    image_folder: str | None = _data(None, "folder that the records' image paths are relative to")
+    output_dir: str = _data("runs/demo", "folder of stage1/ and stage2/, what a run writes", may_change=True)
+    on_bad_sample: str = _data("error", "what rows that cannot be used do", choices=("error", "skip"))
+    clean_samples: int | None = _data(None, "at most this many clean rows, types balanced", unset="as is", minimum=0)
+    max_length: int = _data(4096, "longest row in tokens, image tokens included", minimum=1)
+
+    num_safety_tokens: int = _method(64, "safety tokens before an image in the language model", minimum=0, maximum=4096)
+    num_head_tokens: int = _method(64, "safety tokens that the concept attention alone sees", minimum=0, maximum=4096)
+    num_attention_heads: int = _method(8, "heads of the concept attention", minimum=1, maximum=1024)
+    query: str = _method("prompt", "what of the prompt asks the concept head", choices=(
+        "prompt", "first",
+    ))  # fmt: skip
+    stage1_objective: str = _method(
+        "joint", "stage 1: both losses or one half", stage=1, choices=("joint", "concept", "tokens")
+    )
+    feature_cache: str | None = _method(
+        None, "folder of vision features for --stage1_objective concept", unset="none"
+    )  # fmt: skip
+    tune_type_llm: str = _method("lora", "stage 2: tuning of the language model", stage=2, choices=("lora", "full"))
+    tune_type_connector: str = _method(
+        "frozen", "stage 2: the VLM's own projector", stage=2, choices=("frozen", "full")
+    )
+    lora_r: int = _method(256, "stage 2: LoRA rank", stage=2, minimum=1, maximum=65536)
+    lora_alpha: int = _method(16, "stage 2: LoRA alpha; updates are scaled by alpha / r", stage=2, minimum=1)
+    lora_dropout: float = _method(0.05, "stage 2: LoRA dropout", stage=2, minimum=0.0, below=1.0)
+    hint_rate: float = _method(0.0, "share of risky rows whose prompt gets the policy's hint", minimum=0.0, maximum=1.0)
+    policy: str | None = _method(None, "policy file that the hints come from", unset="the shipped one")
+    concept_loss_weight: float = _method(
+        1.0, "weight of the type and level losses", minimum=0.0, maximum=1e6, no_effect=("tokens",)
+    )
+    lm_loss_weight: float = _method(
+        1.0, "weight of the language-model loss", minimum=0.0, maximum=1e6, no_effect=("concept",)
+    )
+    label_smoothing: float = _method(
+        0.0, "label smoothing of the concept losses", minimum=0.0, maximum=1.0, no_effect=("tokens",)
+    )
+
+    num_train_epochs: float = _optim(3.0, "passes over the rows, unless max_steps is given", above=0.0, maximum=1e6)
+    max_steps: int | None = _optim(None, "optimizer steps, in place of epochs", unset="by epochs", minimum=1)
+    global_batch_size: int = _optim(128, "rows per optimizer step over all ranks", minimum=1, maximum=2**20)
+    learning_rate: float = _optim(
+        1e-5, "concept bottleneck in stage 1, language model in stage 2", above=0.0, maximum=1.0
+    )
+    token_learning_rate: float | None = _rate(
+        None, "safety tokens of the language model", unset="learning_rate", no_effect=("concept",)
+    )
+    safety_learning_rate: float | None = _rate(None, "stage 2: concept bottleneck", unset="learning_rate", stage=2)
+    connector_learning_rate: float | None = _rate(
+        None, "stage 2: the VLM's own projector", unset="learning_rate", stage=2
+    )
+    lr_scheduler_type: str = _optim("cosine", "schedule", choices=SCHEDULERS)
+    warmup_steps: int = _optim(20, "steps of linear warm-up, fewer than all steps", minimum=0)
+    weight_decay: float = _optim(
+        0.0, "AdamW, on matrices; not on biases, norms, safety tokens", minimum=0.0, maximum=1.0
+    )
+    adam_beta1: float = _optim(0.9, "AdamW", minimum=0.0, below=1.0)
+    adam_beta2: float = _optim(0.999, "AdamW", minimum=0.0, below=1.0)
+    max_grad_norm: float = _optim(1.0, "gradient clipping, 0 is off", minimum=0.0)
+
+    micro_batch_size: int = _speed(
+        8, "rows per rank and forward pass", minimum=1, maximum=2**20, may_change=True
+    )  # fmt: skip
+    max_tokens_per_micro_batch: int | None = _speed(
+        None, "fill passes by tokens, not by micro_batch_size", unset="off", minimum=1, may_change=True
+    )
+    packing: bool = _speed(True, "rows end to end, not padded", may_change=True)
+    attn_implementation: str = _speed(
+        "auto",
+        "attention",
+        choices=("auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"),
+        no_effect=("concept",),
+        may_change=True,
+    )
+    gradient_checkpointing: str = _speed(
+        "none",
+        "decoder layers run again in the backward pass: none, full, every_N",
+        pattern="none|full|every_([2-9]|[1-9][0-9]{1,5})",
+        expected="none, full or every_N with N of 2 or more",
+        no_effect=("concept",),
+        may_change=True,
+    )
+    use_liger_kernel: bool = _speed(
+        False, "Liger's RMSNorm, RoPE and SwiGLU (CUDA)", no_effect=("concept",), may_change=True
+    )
+    deepspeed_config: str = _speed("ds_configs/zero3.json", "DeepSpeed JSON, or the name of a shipped one")
+    dtype: str = _speed("auto", "compute dtype, by the device", choices=("auto", "fp32", "bf16"))
+    dataloader_num_workers: int = _speed(
+        0, "processes per rank that prepare rows ahead", minimum=0, maximum=1024, may_change=True
+    )
+
+    # torch takes seeds of 64 bits, and each rank adds its number
+    seed: int = _run(0, "initialisation, order of rows, hints", minimum=-(2**63), maximum=2**63 - 1)
+    save_steps: int = _run(500, "optimizer steps between checkpoints, 0: the end only", minimum=0, may_change=True)
+    save_total_limit: int = _run(2, "checkpoints kept", minimum=1, may_change=True)
+    resume: str = _run("none", "none, auto (the newest checkpoint) or a checkpoint folder", may_change=True)
+    overwrite_output_dir: bool = _run(False, "delete an earlier run of this stage first", may_change=True)
+    local_rank: int = _run(-1, "set by the launcher", minimum=-1, hidden=True, may_change=True)
+
+    @property
+    def runs_bottleneck(self) -> bool:
+        """Whether the concept losses are computed at all."""
+        return self.concept_loss_weight > 0 and not (self.stage == 1 and self.stage1_objective == "tokens")
+
+    @property
+    def runs_language_model(self) -> bool:
+        """Whether the language model runs at all; it does but for stage 1's `concept`."""
+        return not (self.stage == 1 and self.stage1_objective == "concept")
+
+    @property
+    def recompute_every(self) -> int:
+        """One decoder layer in how many is recomputed in the backward pass; 0: none."""
+        value = self.gradient_checkpointing
+        return int(value == "full") if value in ("none", "full") else int(value.removeprefix("every_"))
+
+    @property
+    def clips_each_part(self) -> bool:
+        """Whether gradients are clipped part by part: stage 1 with both losses, which share no trained parameter."""
+        return self.max_grad_norm > 0 and self.stage == 1 and self.stage1_objective == "joint"
+
+    @property
+    def stage_dir(self) -> Path:
+        """Where this stage's checkpoints, metrics and final add-on go."""
+        return Path(self.output_dir) / f"stage{self.stage}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as plain values."""
+        return dataclasses.asdict(self)
+
+
+OPTIONS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(TrainConfig)}
+
+
+def kind_of(name: str) -> str:
+    """Return "int", "float", "bool" or "str", the type of an option's value."""
+    return str(OPTIONS[name].type).split("|")[0].strip()
+
+
+def may_be_unset(name: str) -> bool:
+    """Return whether None is a value of the option."""
+    return "None" in str(OPTIONS[name].type)
+
+
+def from_text(name: str, text: str) -> Any:
+    """Return the value that a text of the command line stands for; ValueError for one that stands for none."""
+    kind = kind_of(name)
+    if kind == "bool":
+        if text.lower() not in _TRUE + _FALSE:
+            raise ValueError(f"--{name} is {shorten(text)}; expected True or False")
+        return text.lower() in _TRUE
+    value: Any = text
+    if kind in ("int", "float"):
+        try:
+            value = int(text) if kind == "int" else float(text)
+        except ValueError:
+            raise ValueError(f"--{name} is {shorten(text)}; expected {expected(name)}") from None
+    return checked(name, value)
+
+
+def from_yaml(name: str, value: Any) -> Any:
+    """Return the option's value for a decoded YAML value; ValueError for one of another type or out of range."""
+    if value is None:
+        if may_be_unset(name):
+            return None
+        raise ValueError(f"--{name} has no value")
+    kind = kind_of(name)
+    if kind in ("int", "float") and isinstance(value, str):
+        value = _number(value)  # YAML reads 1e-5 as text
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = _number(value)
+    if kind == "int" and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return checked(name, value)
+
+
+def _number(value: str | int) -> Any:
+    """The value as a float, or as it is where it is none."""
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return value
+
+
+def checked(name: str, value: Any) -> Any:
+    """Return the value if the option can have it; a ValueError names the option and what is expected otherwise."""
+    facts, kind = OPTIONS[name].metadata, kind_of(name)
+    types: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    wrong = not isinstance(value, types[kind]) or (isinstance(value, bool) and kind != "bool")
+    if not wrong and "choices" in facts:
+        wrong = value not in facts["choices"]
+    elif not wrong and kind in ("int", "float"):
+        wrong = not _within(value, kind, facts)
+    elif not wrong and kind == "str":
+        wrong = not value or len(value) > _LONGEST or "\0" in value or unwritable_text(value) is not None
+        wrong = wrong or ("pattern" in facts and not re.fullmatch(facts["pattern"], value))
+    if wrong:
+        raise ValueError(f"--{name} is {shorten(value)}; expected {expected(name)}")
+    return value
+
+
+def expected(name: str) -> str:
+    """Return in words which values the option can have."""
+    facts, kind = OPTIONS[name].metadata, kind_of(name)
+    if "choices" in facts:
+        return f"one of {', '.join(map(str, facts['choices']))}"
+    if "expected" in facts:
+        return str(facts["expected"])
+    if kind == "str":
+        return f"text of 1 to {_LONGEST} characters"
+    if kind == "bool":
+        return _KINDS[kind]
+    words = {"minimum": "at least", "above": "more than", "maximum": "at most", "below": "less than"}
+    bounds = [f"{words[key]} {facts[key]:g}" if kind == "float" else f"{words[key]} {facts[key]}"
+              for key in words if key in facts]  # fmt: skip
+    if kind == "int" and "maximum" not in facts:
+        bounds.append(f"at most {_LARGEST}")
+    return f"{_KINDS[kind]}{' of' if bounds else ''} {' and '.join(bounds)}".strip()
+
+
+def _within(value: Any, kind: str, facts: Mapping[str, Any]) -> bool:
+    if kind == "float" and not (isinstance(_number(value), float) and math.isfinite(_number(value))):
+        return False
+    largest = _LARGEST if kind == "int" else math.inf
+    above, below = facts.get("above", -math.inf), facts.get("below", math.inf)
+    return facts.get("minimum", -math.inf) <= value <= facts.get("maximum", largest) and above < value < below

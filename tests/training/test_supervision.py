@@ -1,0 +1,64 @@
+"""A run with nothing to learn is refused before a model is loaded, one with little is warned."""
+
+import pytest
+
+from psa_fast.data import Record, Turn
+from psa_fast.training.config import TrainConfig
+from psa_fast.training.supervision import check_supervision
+
+
+def rows(count, safe_type=None, safe_level=None, picture=True):
+    mark = "<image>\n" if picture else ""
+    turns = (Turn("user", f"{mark}what is this ?"), Turn("assistant", "a circle ."))
+    return [Record(("a.png",) if picture else (), safe_type, safe_level, turns) for _ in range(count)]
+
+
+LABELLED = [*rows(5, 6, 0), *rows(5, 2, 3)]
+STAGE_2 = {"stage": 2, "concept_loss_weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "sentence"),
+    [
+        (rows(3), {}, "none of 3 rows has both a picture and a label .*--stage1_objective tokens leaves it out"),
+        (rows(3), {"stage1_objective": "concept"}, "none of 3 rows has both a picture and a label"),
+        # the labels stand at rows without pictures, and the pictures at rows without labels
+        ([*rows(3), *rows(3, 2, 3, picture=False)], {}, "none of 6 rows has both a picture and a label"),
+        (rows(3), STAGE_2, "none of 3 rows has both .*--concept_loss_weight 0 leaves it out"),
+        (rows(3, 2, 3, picture=False), {}, "none of 3 rows has a picture, and stage 1 trains what stands before"),
+        (rows(3, 2, 3, picture=False), {"stage1_objective": "tokens"}, "none of 3 rows has a picture"),
+    ],
+)
+def test_nothing_to_learn_is_refused(records, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_supervision(records, TrainConfig(data_path="d.jsonl", **options))
+
+
+@pytest.mark.parametrize(
+    ("records", "options"),
+    [
+        (LABELLED, {}),
+        (rows(3), {"stage1_objective": "tokens"}),
+        (rows(3), {"stage": 2, "concept_loss_weight": 0.0}),
+        (rows(3, picture=False), {"stage": 2, "concept_loss_weight": 0.0}),  # LoRA learns from text too
+        ([*LABELLED, *rows(190)], {}),  # 5.0%
+    ],
+)
+def test_enough_to_learn_says_nothing(records, options):
+    assert check_supervision(records, TrainConfig(data_path="d.jsonl", **options)) == []
+
+
+@pytest.mark.parametrize(
+    ("records", "warnings"),
+    [
+        ([*LABELLED, *rows(191)], ["only 10 of 201 rows (5.0%) have both a picture and a label"]),
+        ([*rows(2, 6), *rows(2, 1)], ["no row with a picture has a safe_level"]),
+        ([*rows(2, None, 0), *rows(2, None, 3)], ["no row with a picture has a safe_type"]),
+        ([*rows(2, 2, 1), *rows(9, 6, 0, picture=False)], ["all 2 labelled pictures are of the type 'insults and"]),
+    ],
+)
+def test_little_to_learn_is_said(records, warnings):
+    found = check_supervision(records, TrainConfig(data_path="d.jsonl"))
+    assert len(found) == len(warnings)
+    for text, start in zip(found, warnings, strict=True):
+        assert text.startswith(start)
