@@ -27,7 +27,7 @@ def run(rows, vocabulary, device, dtype=torch.float64, pad=0, with_bias=True, we
     expected.sum().backward()
     loss = torch.full((rows,), float("nan"), device=device, dtype=wide)
     beyond = logits[:, vocabulary:].clone()
-    cross_entropy_rows_(logits[:, :vocabulary], labels, loss, bias=bias, weights=weights, **options)
+    cross_entropy_rows_(logits[:, :vocabulary], vocabulary, labels, loss, bias=bias, weights=weights, **options)
     assert torch.equal(logits[:, vocabulary:], beyond)
     return loss, logits[:, :vocabulary], expected.detach(), exact.grad
 
@@ -64,7 +64,7 @@ def test_without_gradient_the_logits_stay(device):
     logits = torch.randn(3, 19, device=device)
     before, loss = logits.clone(), torch.empty(3, device=device)
     labels = torch.tensor([0, 18, 7], device=device)
-    cross_entropy_rows_(logits, labels, loss, write_grad=False, block_v=8)
+    cross_entropy_rows_(logits, logits.shape[1], labels, loss, write_grad=False, block_v=8)
     assert torch.equal(logits, before)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, reduction="none"))
 
@@ -73,7 +73,7 @@ def test_without_gradient_the_logits_stay(device):
 def test_a_label_outside_the_vocabulary_is_nan_in_its_row_only(device, bad):
     logits = torch.randn(3, 19, device=device)
     loss = torch.zeros(3, device=device)
-    cross_entropy_rows_(logits, torch.tensor([0, bad, 7], device=device), loss, block_v=8)
+    cross_entropy_rows_(logits, logits.shape[1], torch.tensor([0, bad, 7], device=device), loss, block_v=8)
     assert loss.isnan().tolist() == [False, True, False]
     assert logits.isnan().any(1).tolist() == [False, True, False]
 
@@ -89,7 +89,7 @@ def test_large_logits_and_a_masked_block(device):
     labels = torch.tensor([17, 30], device=device)
     expected = F.cross_entropy(logits + bias, labels, reduction="none")
     loss = torch.empty(2, device=device, dtype=torch.float64)
-    cross_entropy_rows_(logits, labels, loss, bias=bias, block_v=16)
+    cross_entropy_rows_(logits, logits.shape[1], labels, loss, bias=bias, block_v=16)
     torch.testing.assert_close(loss, expected)
     assert (logits[:, :17] == 0).all()
     assert logits.isfinite().all()
@@ -97,7 +97,9 @@ def test_large_logits_and_a_masked_block(device):
 
 def test_no_rows(device):
     empty = torch.empty(0, 19, device=device)
-    cross_entropy_rows_(empty, torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device))
+    cross_entropy_rows_(
+        empty, empty.shape[1], torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
+    )
 
 
 @pytest.mark.gpu
