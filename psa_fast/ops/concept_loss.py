@@ -80,9 +80,9 @@ def concept_loss(
     if isinstance(num_items, Tensor):
         if num_items.dim() > 1 or (num_items.dim() == 1 and num_items.shape[0] != heads):
             raise ValueError(f"num_items must be one number or {heads} numbers, got {tuple(num_items.shape)}")
-        num_items = num_items.detach().to(pooled.device)
+        num_items = _beside(pooled, "num_items", num_items)
     wide = at_least_fp32(pooled.dtype)
-    weights = _all_heads(class_weights, tuple(head_sizes), pooled.device, wide)
+    weights = _all_heads(class_weights, tuple(head_sizes), pooled, wide)
     sizes = tuple(head_sizes)
     if _chosen(backend, pooled, weight, sizes) == "torch":
         return _torch_concept_loss(
@@ -100,7 +100,7 @@ def concept_loss(
 def _all_heads(
     class_weights: Tensor | Sequence[Tensor | None] | None,
     head_sizes: tuple[int, ...],
-    device: torch.device,
+    pooled: Tensor,
     dtype: torch.dtype,
 ) -> Tensor | None:
     """Class weights of all heads as one tensor [sum(head_sizes)], or None where no head has any."""
@@ -109,7 +109,7 @@ def _all_heads(
     if isinstance(class_weights, Tensor):
         if class_weights.shape != (sum(head_sizes),):
             raise ValueError(f"class_weights must have {sum(head_sizes)} entries, got {tuple(class_weights.shape)}")
-        return class_weights.detach().to(device, dtype)
+        return _beside(pooled, "class_weights", class_weights).to(dtype)
     if len(class_weights) != len(head_sizes):
         raise ValueError(f"class_weights needs one entry per head ({len(head_sizes)}), got {len(class_weights)}")
     for w, size in zip(class_weights, head_sizes, strict=True):
@@ -118,10 +118,17 @@ def _all_heads(
     if all(w is None for w in class_weights):
         return None
     parts = [
-        torch.ones(size, device=device, dtype=dtype) if w is None else w.detach().to(device, dtype)
+        pooled.new_ones(size, dtype=dtype) if w is None else _beside(pooled, "class_weights", w).to(dtype)
         for w, size in zip(class_weights, head_sizes, strict=True)
     ]
     return torch.cat(parts)
+
+
+def _beside(pooled: Tensor, name: str, tensor: Tensor) -> Tensor:
+    """A constant on the device of `pooled`; one on meta has nothing that could be brought there."""
+    if tensor.is_meta:
+        same_device("concept_loss", pooled=pooled, **{name: tensor})
+    return tensor.detach().to(pooled.device)
 
 
 def _chosen(backend: Backend, pooled: Tensor, weight: Tensor, head_sizes: Sequence[int]) -> str:
