@@ -16,7 +16,8 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
     On two devices some of torch's products read memory that nobody filled: a CPU tensor times one on `meta` does.
     """
     given = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(given.values())) > 1:
+    first, *others = given.values()
+    if any(device != first for device in others):
         places = ", ".join(f"{name} on {device}" for name, device in given.items())
         raise ValueError(f"{op} needs all tensors on one device, got {places}")
 

@@ -118,7 +118,8 @@ def _compute(
     need_bias: bool,
 ) -> _Sums:
     dtype, wide = hidden.dtype, at_least_fp32(hidden.dtype)
-    rows_ = _triton_rows_() if resolve(backend, hidden) == "triton" else _torch_rows_  # type: ignore[arg-type]
+    kernel = resolve(backend, hidden) == "triton"  # type: ignore[arg-type]
+    rows_ = _triton_rows_() if kernel else _torch_rows_
     (vocabulary, width), train = weight.shape, need_hidden or need_weight or need_bias
     with torch.autocast(hidden.device.type, enabled=False):
         flat_labels = labels.reshape(-1)
@@ -138,7 +139,9 @@ def _compute(
         w = weight.to(dtype)
         # rows of an odd vocabulary would leave the products and the row kernel without aligned loads
         padded = math.ceil(vocabulary / 64) * 64
-        b = None if bias is None else F.pad(bias.to(wide), (0, padded - vocabulary)).contiguous()
+        b = None if bias is None else bias.to(wide).contiguous()
+        if b is not None and kernel:
+            b = F.pad(b, (0, padded - vocabulary))
 
         least = _MIN_CHUNK_ROWS_CPU if hidden.device.type == "cpu" else _MIN_CHUNK_ROWS
         step = _chunk_rows(labels.numel(), count, vocabulary, width, least)
@@ -203,11 +206,10 @@ def _torch_rows_(
     The columns beyond the vocabulary are neither read nor written. 16-bit logits are widened a few rows at a time; in
     fp32 and fp64 everything happens in place.
     """
-    logits, bias = logits[:, :vocabulary], None if bias is None else bias[:vocabulary]
     step = max(1, _TILE_ELEMENTS // max(1, vocabulary))
     for start in range(0, logits.shape[0], step):
         part = slice(start, start + step)
-        tile = logits[part]
+        tile = logits[part, :vocabulary]
         x = tile.to(loss.dtype)
         if bias is not None:
             x += bias
