@@ -5,7 +5,8 @@
 B0 is the official step, B1 stock Hugging Face LLaVA fine-tuning, B2 that with Liger (CUDA) and rows grouped by length:
 see baselines/. All forms train on the same records in batches of two, with an AdamW of their own, for the same number
 of steps. First the losses of B0 and ours (with the paper's query, without dropout) are laid over each other for some
-steps: forms that do not compute the same get no times. A ratio is the baseline's median step time over ours.
+steps: forms that do not compute the same get no times. A ratio is the baseline's median step time over ours; CAVEATS
+says what a ratio is not, and stands beside it wherever it is printed or written.
 """
 
 from __future__ import annotations
@@ -29,6 +30,18 @@ from step_model import SIZES, Rows, Size, attention, build_base, grouped_by_leng
 
 TOLERANCE = 1e-3
 BASELINES = ("B0", "B1", "B2")
+# what each ratio compares that is not alike
+CAVEATS = {
+    "stage1_joint": "B0 and B1 hold fp32 logits of all rows: glibc's allocator alone moves these ratios by a fifth",
+    "stage1_concept": "no language model in this step, a whole joint step in the baselines' (like for like: about 1.4x B0)",
+    "stage2_lora": "B0 trains the safety modules as ours does; the official stage 2 freezes them (estimate: 3 to 4% of B0)",
+}
+
+
+def caveat(target: str, size: str) -> str:
+    """One line to read beside the ratios of `target`."""
+    scaled = "" if size == "7b" else "; small widths, whole vocabulary: at 7B about 1.1x B0, 1.0x B1 by FLOPs"
+    return f"not alike: {CAVEATS[target]}{scaled if target == 'stage1_joint' else ''}"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -123,7 +136,7 @@ def compare_stage(base: Any, size: Size, stage: int, rows: Rows, args: argparse.
     }
     parts = time_parts(in_turn, used, args.part_rounds, CLOCKS[args.clock])
     found = {name: overhead(parts, name, f"{name} without") for name in ("ours", "B0")}
-    _print(key, steps, memory, ratios, found)
+    _print(key, args.size, steps, memory, ratios, found)
     return {
         "ratios": ratios,
         "peak_memory": {
@@ -136,7 +149,7 @@ def compare_stage(base: Any, size: Size, stage: int, rows: Rows, args: argparse.
     }
 
 
-def _print(key: str, steps: dict, memory: dict, ratios: dict, found: dict) -> None:
+def _print(key: str, size: str, steps: dict, memory: dict, ratios: dict, found: dict) -> None:
     print(f"{'':16s}{'p50 ms':>9s}{'p90 ms':>9s}{'tokens/s':>10s}{'rows/s':>8s}{'step MB':>9s}{'total MB':>10s}")
     for name, row in steps.items():
         print(
@@ -146,6 +159,7 @@ def _print(key: str, steps: dict, memory: dict, ratios: dict, found: dict) -> No
     for target, row in ratios.items():
         shown = "  ".join(f"{name} {value:.2f}x" for name, value in row.items())
         print(f"{target}: {shown}  memory {memory[target]['total_mb'] / memory['B0']['total_mb']:.2f}x of B0's")
+        print(f"    {caveat(target, size)}")
     for name, row in found.items():
         print(
             f"{key}, {name}: bottleneck and losses {row['bottleneck_and_losses_percent']:.1f}% of B1's step, "
@@ -171,6 +185,7 @@ def _provenance(args: argparse.Namespace, rows: Rows) -> dict[str, Any]:
             "peak_memory": "one step on the longest batch; step_mb above what was held before, total_mb with weights "
             "and optimizer state; " + ("CUDA's allocator" if CUDA else "sum of torch's allocations (profiler)"),
             "safety_overhead": "percent of B1's step time, parts timed in turn",
+            **{f"ratios of {target}": caveat(target, args.size) for target in CAVEATS},
             "B1": "stage 1: connector trained beside a frozen language model; stage 2: LoRA as ours",
         },
     }

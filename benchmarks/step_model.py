@@ -1,8 +1,9 @@
 """The model and the data of the step benchmarks: a LLaVA with random weights, and conversations of mixed length.
 
-"proportionate" is LLaVA-1.5-7B made small for a CPU: vision width 256, language width 512, 4 layers each, the whole
-vocabulary, 576 tokens an image. Its LoRA rank is the same share of the width as 256 is of 4096. "7b" has
-LLaVA-1.5-7B's own dimensions. Pictures and questions are the sandbox's; a row has one picture and 1 to 16 turns.
+"proportionate" has LLaVA-1.5-7B's widths in proportion, for a CPU: vision width 256, language width 512, 4 layers each,
+a LoRA rank that is the same share of the width as 256 is of 4096. The vocabulary and the 576 tokens an image are not
+scaled: the LM head is 56% of the language weights instead of 2%, so ratios of step times do not carry over to 7B. "7b"
+has LLaVA-1.5-7B's own dimensions. Pictures and questions are the sandbox's; a row has one picture and 1 to 16 turns.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Softmax cross-entropy of rows of logits: the loss, and the gradient written in place of the logits.
 
 One program per row, two walks over the vocabulary in blocks. The first keeps a running maximum and sum (online
-logsumexp), the second turns each logit into its gradient while the row is still in L2. The row is never held whole, so
-the vocabulary has no upper bound and needs no particular divisor. Nothing is shared between rows: deterministic.
+logsumexp), the second turns each logit into its gradient, from L2 as long as the rows under way fit into it. The row is
+never held whole, so the vocabulary has no upper bound, and it needs no particular divisor: rows are read and written
+over their padded width, whose divisor makes the accesses vectors, and the columns beyond the vocabulary count as -inf.
+Nothing is shared between rows: deterministic.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from psa_kernels.launch import Specialization, next_power_of_2
 BLOCK_V, BLOCK_V_FP64, NUM_WARPS = 4096, 1024, 8
 
 
-@triton.jit
+# the vocabulary stands in comparisons only: no compilation of its own for 1, or for a multiple of 16
+@triton.jit(do_not_specialize=["V"])
 def cross_entropy_rows_kernel(
-    logits_ptr,  # [R, V], rows `stride_r` apart
-    bias_ptr,  # [V] or None
+    logits_ptr,  # [R, P], rows `stride_r` apart
+    bias_ptr,  # [P] or None
     labels_ptr,  # [R]
     weights_ptr,  # [R] or None
     loss_ptr,  # [R]
     V,
+    P,
     stride_r,
     WRITE_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -43,11 +47,18 @@ def cross_entropy_rows_kernel(
     if bias_ptr is not None:
         b_target += tl.load(bias_ptr + label, mask=m_label, other=0.0).to(ACC)
 
+    # once here rather than as a tl.where in both walks, which would take registers (45 instead of 32 in bf16)
+    if V < P:
+        for i_p in range(V, P, 64):
+            o_p = i_p + tl.arange(0, 64)
+            tl.store(p_row + o_p, float("-inf"), mask=o_p < P)
+        tl.debug_barrier()  # other threads read what this one stored
+
     b_max = tl.full((), float("-inf"), ACC)
     b_sum = tl.full((), 0.0, ACC)
-    for i_v in range(0, V, BLOCK_V):
+    for i_v in range(0, P, BLOCK_V):
         o_v = i_v + tl.arange(0, BLOCK_V)
-        m_v = o_v < V
+        m_v = o_v < P
         b_x = tl.load(p_row + o_v, mask=m_v, other=float("-inf")).to(ACC)
         if bias_ptr is not None:
             b_x += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(ACC)
@@ -66,9 +77,9 @@ def cross_entropy_rows_kernel(
     tl.store(loss_ptr + i_r, (b_lse - b_target) * b_weight)
 
     if WRITE_GRAD:
-        for i_v in range(0, V, BLOCK_V):
+        for i_v in range(0, P, BLOCK_V):
             o_v = i_v + tl.arange(0, BLOCK_V)
-            m_v = o_v < V
+            m_v = o_v < P
             b_x = tl.load(p_row + o_v, mask=m_v, other=float("-inf")).to(ACC)
             if bias_ptr is not None:
                 b_x += tl.load(bias_ptr + o_v, mask=m_v, other=0.0).to(ACC)
@@ -79,6 +90,7 @@ def cross_entropy_rows_kernel(
 
 def cross_entropy_rows_(
     logits: Tensor,
+    vocabulary: int,
     labels: Tensor,
     loss: Tensor,
     *,
@@ -91,17 +103,21 @@ def cross_entropy_rows_(
     """weight * (logsumexp(logits + bias) - (logits + bias)[label]) of each row; its gradient replaces the logits.
 
     Args:
-        logits: [R, V] fp16, bf16, fp32 or fp64, unit stride along V. Overwritten; left alone without `write_grad`.
+        logits: [R, P] fp16, bf16, fp32 or fp64, unit stride along P, P >= V. Overwritten; left alone without
+            `write_grad`. Accesses are vectors where P and the rows' stride are multiples of 16, whatever V is.
+        vocabulary: V. What stands in the columns beyond it is of no account before, and nothing to be read after.
         labels: int64 [R], contiguous. Outside 0..V-1: loss and gradient of the row are NaN.
         loss: [R], contiguous, filled. Its dtype, fp32 (fp64 for fp64 logits), is what everything is accumulated in.
-        bias: [V] contiguous or None, added in the accumulator's dtype.
+        bias: [P] contiguous or None, finite beyond the vocabulary; added in the accumulator's dtype.
         weights: [R] contiguous or None, a factor on each row's loss and gradient.
         write_grad: whether the gradient is wanted.
         block_v, num_warps: overrides of the block of the vocabulary (a power of two) and of the warps a row gets.
     """
-    rows, vocabulary = logits.shape
+    rows, padded = logits.shape
     double = logits.dtype == torch.float64
-    assert logits.stride(1) == 1 or vocabulary == 1
+    assert logits.stride(1) == 1 or padded == 1
+    assert 0 < vocabulary <= padded or rows == 0
+    assert bias is None or bias.shape == (padded,)
     assert labels.shape == loss.shape == (rows,)
     assert loss.dtype == (torch.float64 if double else torch.float32)
     assert all(t is None or t.is_contiguous() for t in (labels, loss, bias, weights))
@@ -115,9 +131,10 @@ def cross_entropy_rows_(
             weights,
             loss,
             vocabulary,
+            padded,
             logits.stride(0),
             WRITE_GRAD=write_grad,
-            BLOCK_V=block_v or min(BLOCK_V_FP64 if double else BLOCK_V, next_power_of_2(vocabulary)),
+            BLOCK_V=block_v or min(BLOCK_V_FP64 if double else BLOCK_V, next_power_of_2(padded)),
             ACC=tl.float64 if double else tl.float32,
             num_warps=num_warps or NUM_WARPS,
         )
@@ -132,6 +149,7 @@ def _specialization(dtype: str, optional: bool, write_grad: bool) -> Specializat
         "weights_ptr": f"*{wide}" if optional else "constexpr",
         "loss_ptr": f"*{wide}",
         "V": "i32",
+        "P": "i32",
         "stride_r": "i32",
         "WRITE_GRAD": "constexpr",
         "BLOCK_V": "constexpr",

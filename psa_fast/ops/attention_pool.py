@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from psa_fast.ops.backend import Backend
+from psa_fast.ops.limits import no_forward_mode, refuse_second_order, same_device
 from psa_fast.ops.pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
 from psa_fast.ops.precision import at_least_fp32
 
@@ -58,7 +59,8 @@ def attention_pool(
         inputs are cast to it), softmax in fp32 at least, whatever autocast says.
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend that cannot run here.
+        ValueError: shapes that do not fit together, two devices, or a backend that cannot run here.
+        NotImplementedError: under forward-mode differentiation; in a second backward through the gradients.
     """
     if query.dim() != 3 or features.dim() != 3:
         raise ValueError(
@@ -81,6 +83,20 @@ def attention_pool(
     if readout_bias is not None and readout_weight is None:
         raise ValueError("readout_bias needs readout_weight")
     check_features(features, activation, features_mask)
+    same_device(
+        "attention_pool",
+        query=query,
+        features=features,
+        in_proj_weight=in_proj_weight,
+        in_proj_bias=in_proj_bias,
+        tokens=tokens,
+        features_mask=features_mask,
+        feature_bias=feature_bias,
+        readout_weight=readout_weight,
+        readout_bias=readout_bias,
+    )
+    differentiable = (query, features, in_proj_weight, in_proj_bias, tokens, feature_bias, readout_weight, readout_bias)
+    no_forward_mode("attention_pool", *differentiable)
     return _attention_pool(
         query,
         tokens,
@@ -333,3 +349,4 @@ def _backward(ctx, grad_out, *unused):
 
 
 _attention_pool.register_autograd(_backward, setup_context=_setup_context)
+_attention_pool_backward.register_autograd(refuse_second_order("attention_pool"))

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from psa_fast.ops.backend import Backend, resolve, within
+from psa_fast.ops.limits import no_forward_mode, same_device
 from psa_fast.ops.precision import at_least_fp32
 
 _SUM = 2  # nll_loss's number for reduction="sum"
@@ -59,10 +59,12 @@ def concept_loss(
 
     Returns:
         ConceptLoss. A head without any valid target has loss 0, connected to the graph. Logits are computed in the
-        dtype of `pooled`, softmax and loss in fp32 at least, whatever autocast says. No double backward.
+        dtype of `pooled`, softmax and loss in fp32 at least, whatever autocast says. Both backends can be
+        differentiated twice; torch.compile cannot do that to any function.
 
     Raises:
-        ValueError: shapes that do not fit together, or backend="triton" where the kernels cannot run.
+        ValueError: shapes that do not fit together, two devices, or backend="triton" where the kernels cannot run.
+        NotImplementedError: under forward-mode differentiation with the kernels.
         IndexError: a target outside its head, on the CPU. The Triton kernels make the loss NaN instead.
     """
     classes, heads = sum(head_sizes), len(head_sizes)
@@ -74,30 +76,31 @@ def concept_loss(
         raise ValueError(
             f"targets must be int64 [{pooled.shape[0]}, {heads}], got {targets.dtype} {tuple(targets.shape)}"
         )
+    same_device("concept_loss", pooled=pooled, weight=weight, bias=bias, targets=targets)
     if isinstance(num_items, Tensor):
         if num_items.dim() > 1 or (num_items.dim() == 1 and num_items.shape[0] != heads):
             raise ValueError(f"num_items must be one number or {heads} numbers, got {tuple(num_items.shape)}")
-        num_items = num_items.detach().to(pooled.device)
+        num_items = _beside(pooled, "num_items", num_items)
     wide = at_least_fp32(pooled.dtype)
-    weights = _all_heads(class_weights, tuple(head_sizes), pooled.device, wide)
+    weights = _all_heads(class_weights, tuple(head_sizes), pooled, wide)
     sizes = tuple(head_sizes)
     if _chosen(backend, pooled, weight, sizes) == "torch":
         return _torch_concept_loss(
             pooled, weight, bias, targets, weights, num_items, sizes, label_smoothing, ignore_index
         )
-    train = torch.is_grad_enabled()
-    needs = tuple(train and t is not None and t.requires_grad for t in (pooled, weight, bias))
-    return ConceptLoss(
-        *_TritonConceptLoss.apply(
-            pooled, weight, bias, targets, weights, num_items, sizes, label_smoothing, ignore_index, needs
-        )
+    no_forward_mode('concept_loss with backend="triton"', pooled, weight, bias)
+    need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (pooled, weight, bias))
+    divisors, divisor = (num_items, None) if isinstance(num_items, Tensor) else (None, num_items)
+    out = torch.ops.psa_fast.concept_loss(
+        pooled, weight, bias, targets, weights, divisors, divisor, sizes, label_smoothing, ignore_index, need_grad
     )
+    return ConceptLoss(out[0], out[1], out[3])
 
 
 def _all_heads(
     class_weights: Tensor | Sequence[Tensor | None] | None,
     head_sizes: tuple[int, ...],
-    device: torch.device,
+    pooled: Tensor,
     dtype: torch.dtype,
 ) -> Tensor | None:
     """Class weights of all heads as one tensor [sum(head_sizes)], or None where no head has any."""
@@ -106,7 +109,7 @@ def _all_heads(
     if isinstance(class_weights, Tensor):
         if class_weights.shape != (sum(head_sizes),):
             raise ValueError(f"class_weights must have {sum(head_sizes)} entries, got {tuple(class_weights.shape)}")
-        return class_weights.detach().to(device, dtype)
+        return _beside(pooled, "class_weights", class_weights).to(dtype)
     if len(class_weights) != len(head_sizes):
         raise ValueError(f"class_weights needs one entry per head ({len(head_sizes)}), got {len(class_weights)}")
     for w, size in zip(class_weights, head_sizes, strict=True):
@@ -115,10 +118,17 @@ def _all_heads(
     if all(w is None for w in class_weights):
         return None
     parts = [
-        torch.ones(size, device=device, dtype=dtype) if w is None else w.detach().to(device, dtype)
+        pooled.new_ones(size, dtype=dtype) if w is None else _beside(pooled, "class_weights", w).to(dtype)
         for w, size in zip(class_weights, head_sizes, strict=True)
     ]
     return torch.cat(parts)
+
+
+def _beside(pooled: Tensor, name: str, tensor: Tensor) -> Tensor:
+    """A constant on the device of `pooled`; one on meta has nothing that could be brought there."""
+    if tensor.is_meta:
+        same_device("concept_loss", pooled=pooled, **{name: tensor})
+    return tensor.detach().to(pooled.device)
 
 
 def _chosen(backend: Backend, pooled: Tensor, weight: Tensor, head_sizes: Sequence[int]) -> str:
@@ -172,40 +182,8 @@ def _torch_concept_loss(
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     # entering torch.autocast costs as much as three of these small operations
-    on = torch.is_autocast_enabled(device_type)
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # meta has none
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
-
-
-class _TritonConceptLoss(torch.autograd.Function):
-    """One launch each way; the gradient of the logits is formed in forward, backward scales it and multiplies.
-
-    The weight itself is saved for backward: under ZeRO-3 its owner's pre-backward hook brings the data back.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, pooled, weight, bias, targets, class_weights, num_items, head_sizes, label_smoothing, ignore_index, needs
-    ):
-        ctx.set_materialize_grads(False)
-        divisors, divisor = (num_items, None) if isinstance(num_items, Tensor) else (None, num_items)
-        loss, losses, norms, logits, dlogits = torch.ops.psa_fast.concept_loss(
-            pooled, weight, bias, targets, class_weights, divisors, divisor, head_sizes, label_smoothing, ignore_index,
-            any(needs),
-        )  # fmt: skip
-        ctx.save_for_backward(pooled, weight, norms, dlogits)
-        ctx.needs, ctx.head_sizes, ctx.bias_dtype = needs, head_sizes, (weight if bias is None else bias).dtype
-        return loss, losses, logits
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, grad_losses, grad_logits):
-        pooled, weight, norms, dlogits = ctx.saved_tensors
-        grads = torch.ops.psa_fast.concept_loss_backward(
-            grad_loss, grad_losses, grad_logits, dlogits, norms, pooled, weight, ctx.head_sizes, ctx.bias_dtype,
-            list(ctx.needs),
-        )  # fmt: skip
-        needed = [g if need else None for g, need in zip(grads, ctx.needs, strict=True)]
-        return *needed, None, None, None, None, None, None, None
 
 
 torch.library.define(
@@ -223,6 +201,7 @@ torch.library.define(
 
 @torch.library.impl("psa_fast::concept_loss", ("CPU", "CUDA"))
 def _forward(*args):
+    """One launch each way; the gradient of the logits is formed in forward, backward scales it and multiplies."""
     from psa_kernels.concept_loss import concept_loss_forward
 
     return concept_loss_forward(*args)
@@ -248,3 +227,37 @@ def _backward_fake(grad_loss, grad_losses, grad_logits, dlogits, norms, pooled, 
     (b, e), c = pooled.shape, weight.shape[0]
     dbias = weight.new_empty(c if needs[2] else 0, dtype=bias_dtype)
     return pooled.new_empty(b if needs[0] else 0, e), weight.new_empty(c if needs[1] else 0, e), dbias
+
+
+def _setup_context(ctx, inputs, output):
+    pooled, weight, bias, targets, class_weights, divisors, *options, _ = inputs
+    _, _, norms, _, dlogits = output
+    ctx.mark_non_differentiable(norms, dlogits)
+    ctx.set_materialize_grads(False)
+    # the Parameters themselves are saved: under ZeRO-3 their owner's pre-backward hook brings the data back
+    ctx.save_for_backward(pooled, weight, bias, targets, class_weights, divisors, norms, dlogits)
+    ctx.options = options
+
+
+def _gradients(ctx, grad_loss, grad_losses, _, grad_logits, __):
+    pooled, weight, bias, targets, class_weights, divisors, norms, dlogits = ctx.saved_tensors
+    divisor, head_sizes, *rest = ctx.options
+    needs = list(ctx.needs_input_grad[:3])
+    incoming = grad_loss, grad_losses, grad_logits
+    if all(grad is None for grad in incoming):
+        return (None,) * 11
+    if torch.is_grad_enabled():  # create_graph: the gradients of the torch form, which can be differentiated again
+        num_items = divisor if divisors is None else divisors
+        outputs = _torch_concept_loss(pooled, weight, bias, targets, class_weights, num_items, tuple(head_sizes), *rest)
+        used = [(out, grad) for out, grad in zip(outputs, incoming, strict=True) if grad is not None]
+        wanted = [t for t, need in zip((pooled, weight, bias), needs, strict=True) if need]
+        grads = iter(torch.autograd.grad([u[0] for u in used], wanted, [u[1] for u in used], create_graph=True))
+        return *(next(grads) if need else None for need in needs), *(None,) * 8
+    bias_dtype = (weight if bias is None else bias).dtype
+    grads = torch.ops.psa_fast.concept_loss_backward(
+        *incoming, dlogits, norms, pooled, weight, head_sizes, bias_dtype, needs
+    )
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 8
+
+
+torch.library.register_autograd("psa_fast::concept_loss", _gradients, setup_context=_setup_context)

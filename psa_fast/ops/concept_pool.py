@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from psa_fast.ops.backend import Backend
+from psa_fast.ops.limits import no_forward_mode, refuse_second_order, same_device
 from psa_fast.ops.pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
 from psa_fast.ops.precision import at_least_fp32
 
@@ -55,7 +56,8 @@ def concept_pool(
         and sums are fp32 at least, whatever autocast says.
 
     Raises:
-        ValueError: shapes that do not fit together, or a backend that cannot run here.
+        ValueError: shapes that do not fit together, two devices, or a backend that cannot run here.
+        NotImplementedError: under forward-mode differentiation; in a second backward through the gradients.
     """
     if tokens.dim() != 2 or features.dim() != 3 or token_query.dim() != 3:
         raise ValueError(
@@ -73,6 +75,17 @@ def concept_pool(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
     check_features(features, activation, features_mask)
+    same_device(
+        "concept_pool",
+        tokens=tokens,
+        features=features,
+        token_query=token_query,
+        feature_query=feature_query,
+        feature_offset=feature_offset,
+        feature_bias=feature_bias,
+        features_mask=features_mask,
+    )
+    no_forward_mode("concept_pool", tokens, features, token_query, feature_query, feature_offset, feature_bias)
     out = _concept_pool(
         tokens,
         features,
@@ -203,6 +216,7 @@ def _backward(ctx, token_sum_grad, feature_sum_grad, mass_grad, *unused):
 
 
 _concept_pool.register_autograd(_backward, setup_context=_setup_context)
+_concept_pool_backward.register_autograd(refuse_second_order("concept_pool"))
 
 
 def _caster(dtype: torch.dtype) -> Callable[[Tensor | None], Any]:

@@ -8,15 +8,19 @@ docs/ops/supervised_linear_cross_entropy.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch._subclasses import FakeTensor
 
 from psa_fast.ops.backend import Backend, resolve
+from psa_fast.ops.limits import no_forward_mode, once, same_device
 from psa_fast.ops.precision import at_least_fp32
 
+_NAME = "supervised_linear_cross_entropy"
 # fewer rows, and reading the head's weight (on a CPU: packing it anew for each product) shows
 _MIN_CHUNK_ROWS, _MIN_CHUNK_ROWS_CPU = 256, 512
 _MAX_CHUNK_ELEMENTS = 1 << 26  # logits: 128 MB in bf16
@@ -54,9 +58,10 @@ def supervised_linear_cross_entropy(
         gradient of `weight` and `bias` is computed only where they require it.
 
     Raises:
-        ValueError: shapes that do not fit together, labels that are not int64, on a CPU also labels outside 0..V-1 that
-            are not `ignore_index`. On CUDA, where looking would be a synchronisation, such a label makes loss and
-            gradient NaN (Triton) or fails torch's device-side assertion (torch).
+        ValueError: shapes that do not fit together, two devices, labels that are not int64, on a CPU also labels
+            outside 0..V-1 that are not `ignore_index`. On CUDA, where looking would be a synchronisation, such a label
+            makes loss and gradient NaN (Triton) or fails torch's device-side assertion (torch).
+        NotImplementedError: under forward-mode differentiation; in a second backward through the gradients.
     """
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [..., E] and [V, E]")
@@ -68,12 +73,16 @@ def supervised_linear_cross_entropy(
         raise ValueError(f"bias must be [{weight.shape[0]}], got {tuple(bias.shape)}")
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"token_weights {tuple(token_weights.shape)} and labels {tuple(labels.shape)} must agree")
+    same_device(_NAME, hidden=hidden, weight=weight, labels=labels, bias=bias, token_weights=token_weights)
+    if isinstance(num_items, Tensor) and num_items.device.type != "cpu":
+        same_device(_NAME, hidden=hidden, num_items=num_items)
+    no_forward_mode(_NAME, hidden, weight, bias)
     train = torch.is_grad_enabled()
     needs = [train and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if token_weights is not None:
         token_weights = token_weights.detach()
     divisor: float | Tensor
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or hidden.is_meta or isinstance(hidden, FakeTensor):  # no data to look at
         total, divisor, *_ = _compiled(hidden, weight, bias, labels, token_weights, ignore_index, backend, *needs)
     else:
         total, divisor = _Eager.apply(hidden, weight, bias, labels, token_weights, ignore_index, backend, *needs)
@@ -109,7 +118,8 @@ def _compute(
     need_bias: bool,
 ) -> _Sums:
     dtype, wide = hidden.dtype, at_least_fp32(hidden.dtype)
-    rows_ = _triton_rows_() if resolve(backend, hidden) == "triton" else _torch_rows_  # type: ignore[arg-type]
+    kernel = resolve(backend, hidden) == "triton"  # type: ignore[arg-type]
+    rows_ = _triton_rows_() if kernel else _torch_rows_
     (vocabulary, width), train = weight.shape, need_hidden or need_weight or need_bias
     with torch.autocast(hidden.device.type, enabled=False):
         flat_labels = labels.reshape(-1)
@@ -127,21 +137,25 @@ def _compute(
             )
         scale = None if token_weights is None else token_weights.reshape(-1).index_select(0, rows).to(wide)
         w = weight.to(dtype)
+        # rows of an odd vocabulary would leave the products and the row kernel without aligned loads
+        padded = math.ceil(vocabulary / 64) * 64
         b = None if bias is None else bias.to(wide).contiguous()
+        if b is not None and kernel:
+            b = F.pad(b, (0, padded - vocabulary))
 
         least = _MIN_CHUNK_ROWS_CPU if hidden.device.type == "cpu" else _MIN_CHUNK_ROWS
         step = _chunk_rows(labels.numel(), count, vocabulary, width, least)
-        # rows of an odd vocabulary would leave both products without aligned loads
-        buffer = h.new_empty(min(step, count), math.ceil(vocabulary / 64) * 64)[:, :vocabulary]
+        buffer = h.new_empty(min(step, count), padded)
         row_loss = h.new_empty(count, dtype=wide)
         weight_sum = _WeightSum(weight, dtype, wide, math.ceil(count / step)) if need_weight else None
         d_bias = h.new_zeros(vocabulary, dtype=wide) if need_bias else None
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))
-            logits = buffer[: part.stop - start]
+            rows_of_chunk = buffer[: part.stop - start]
+            logits = rows_of_chunk[:, :vocabulary]
             torch.mm(h[part], w.t(), out=logits)
             weights = None if scale is None else scale[part]
-            rows_(logits, y[part], row_loss[part], bias=b, weights=weights, write_grad=train)
+            rows_(rows_of_chunk, vocabulary, y[part], row_loss[part], bias=b, weights=weights, write_grad=train)
             if weight_sum is not None:
                 weight_sum.add(logits, h[part])
             if d_bias is not None:
@@ -179,6 +193,7 @@ def _triton_rows_():
 
 def _torch_rows_(
     logits: Tensor,
+    vocabulary: int,
     labels: Tensor,
     loss: Tensor,
     *,
@@ -186,14 +201,15 @@ def _torch_rows_(
     weights: Tensor | None = None,
     write_grad: bool = True,
 ) -> None:
-    """psa_kernels' cross_entropy_rows_ in plain torch: fills `loss` [R], replaces `logits` [R, V] by their gradient.
+    """psa_kernels' cross_entropy_rows_ in plain torch: fills `loss` [R], replaces `logits` [R, P] by their gradient.
 
-    16-bit logits are widened a few rows at a time; in fp32 and fp64 everything happens in place.
+    The columns beyond the vocabulary are neither read nor written. 16-bit logits are widened a few rows at a time; in
+    fp32 and fp64 everything happens in place.
     """
-    step = max(1, _TILE_ELEMENTS // max(1, logits.shape[1]))
+    step = max(1, _TILE_ELEMENTS // max(1, vocabulary))
     for start in range(0, logits.shape[0], step):
         part = slice(start, start + step)
-        tile = logits[part]
+        tile = logits[part, :vocabulary]
         x = tile.to(loss.dtype)
         if bias is not None:
             x += bias
@@ -234,7 +250,7 @@ class _WeightSum:
             self.sum = (g @ hidden).to(self.dtype)
         elif self.dtype == g.dtype:
             self.sum.addmm_(g, hidden)
-        elif g.is_cuda:
+        elif _adds_wide(g.device):
             torch.addmm(self.sum, g, hidden, out_dtype=self.dtype, out=self.sum)
         else:
             self.sum += g @ hidden
@@ -244,11 +260,33 @@ class _WeightSum:
         return like.new_zeros(self.shape, dtype=self.keep) if self.sum is None else self.sum.to(self.keep)
 
 
+def _adds_wide(device: torch.device) -> bool:
+    """Whether torch adds a product of 16-bit matrices to an fp32 one without rounding it (addmm's out_dtype)."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool = False) -> Tensor:
     """gradient * factor, rounded once: a 0-dim factor would be rounded to the gradient's 16 bits first."""
     factor = factor.reshape((1,) * gradient.dim())
     out = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
     return torch.mul(gradient, factor, out=out)
+
+
+def _products(
+    gradients: Sequence[Tensor | None], factor: Tensor, dtypes: Sequence[torch.dtype | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients times the incoming one out of place, each in its dtype; one element but not 0-dim: see _scaled."""
+    each = zip(gradients, dtypes, strict=True)
+    return tuple(None if d is None else (d * factor.reshape((1,) * d.dim())).to(dtype) for d, dtype in each)
+
+
+def _batched(tensor: Tensor) -> bool:
+    """Whether it stands for a batch of tensors (vmap's): such a one has no storage of its own."""
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _scatter(values: Tensor, rows: Tensor, shape: torch.Size, factor: Tensor | None) -> Tensor:
@@ -267,28 +305,35 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, token_weights, ignore_index, backend, *needs):
         out = _compute(hidden, weight, bias, labels, token_weights, ignore_index, backend, *needs)
-        ctx.save_for_backward(out.rows, out.hidden, out.weight, out.bias)
+        ctx.save_for_backward(out.rows, out.hidden, out.weight, out.bias, out.loss)
         ctx.shape = hidden.shape
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return out.loss, out.rows.shape[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out, _):
-        rows, d_hidden, d_weight, d_bias = ctx.saved_tensors
+        rows, d_hidden, d_weight, d_bias, loss = ctx.saved_tensors
         # what nobody will read again is scaled in place: a [V, E] gradient exists once
         last = not torch._C._autograd._get_current_graph_task_keep_graph()
-        weight_dtype, bias_dtype = ctx.dtypes
-        if d_hidden is not None:
-            d_hidden = _scatter(d_hidden, rows, ctx.shape, grad_out)
-        if d_weight is not None:
-            d_weight = _scaled(d_weight, grad_out, weight_dtype, in_place=last and d_weight.dtype == weight_dtype)
-        if d_bias is not None:
-            d_bias = _scaled(d_bias, grad_out, bias_dtype)
-        return d_hidden, d_weight, d_bias, *(None,) * 7
+        _, weight_dtype, bias_dtype = ctx.dtypes
+        with torch.no_grad():
+            if _batched(grad_out):  # is_grads_batched: nothing in place, no out=
+                if d_hidden is not None:
+                    d_hidden = _scatter(d_hidden, rows, ctx.shape, None)
+                return *_products((d_hidden, d_weight, d_bias), grad_out, ctx.dtypes), *(None,) * 7
+            if d_hidden is not None:
+                d_hidden = _scatter(d_hidden, rows, ctx.shape, grad_out)
+            if d_weight is not None:
+                d_weight = _scaled(d_weight, grad_out, weight_dtype, in_place=last and d_weight.dtype == weight_dtype)
+            if d_bias is not None:
+                d_bias = _scaled(d_bias, grad_out, bias_dtype)
+        return *once(_NAME, (loss, grad_out), (d_hidden, d_weight, d_bias)), *(None,) * 7
 
 
-@torch.library.custom_op("psa_fast::supervised_linear_cross_entropy", mutates_args=())
+# cudagraph_unsafe: finding the supervised rows is a synchronisation, which no CUDA graph can capture
+@torch.library.custom_op(
+    "psa_fast::supervised_linear_cross_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _compiled(
     hidden: Tensor,
     weight: Tensor,
@@ -329,10 +374,10 @@ def _(hidden, weight, bias, labels, token_weights, ignore_index, backend, need_h
 
 
 def _setup(ctx, inputs, output):
-    _, count, *gradients = output
+    loss, count, *gradients = output
     ctx.mark_non_differentiable(count, *gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
+    ctx.save_for_backward(*gradients, loss)
     ctx.needs = inputs[-3:]
     ctx.dtypes = tuple(None if t is None else t.dtype for t in inputs[:3])
 
@@ -340,10 +385,11 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_out, *_):
     if grad_out is None:
         return (None,) * 10
-    each = zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-    # one element, but not 0-dim: see _scaled
-    gradients = [(d * grad_out.reshape((1,) * d.dim())).to(dtype) if need else None for d, dtype, need in each]
-    return *gradients, *(None,) * 7
+    *gradients, loss = ctx.saved_tensors
+    with torch.no_grad():
+        needed = [d if need else None for d, need in zip(gradients, ctx.needs, strict=True)]
+        scaled = _products(needed, grad_out, ctx.dtypes)
+    return *once(_NAME, (loss, grad_out), scaled), *(None,) * 7
 
 
 _compiled.register_autograd(_backward, setup_context=_setup)

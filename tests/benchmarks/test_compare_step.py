@@ -32,7 +32,7 @@ def rows(base, tmp_path_factory):
     return Rows(tmp_path_factory.mktemp("rows"), base, SIZE, 6)
 
 
-def test_result_has_its_schema_and_the_losses_agree(tmp_path):
+def test_result_has_its_schema_and_the_losses_agree(tmp_path, capsys):
     path = tmp_path / "result.json"
     options = ["--size", "tiny", "--steps", "1", "--warmup", "1", "--overlay_steps", "3", "--part_rounds", "1"]
     compare_step.main([*options, "--json", str(path)])
@@ -52,6 +52,10 @@ def test_result_has_its_schema_and_the_losses_agree(tmp_path):
     if not CUDA:
         assert result["loss_overlay_max_diff"] <= 1e-3
     assert result["provenance"]["commit"]
+    printed = capsys.readouterr().out
+    for target in result["ratios"]:  # each ratio with what it does not say, on the screen and in the file
+        assert compare_step.caveat(target, "tiny") in printed
+        assert result["provenance"]["notes"][f"ratios of {target}"] == compare_step.caveat(target, "tiny")
 
 
 @pytest.mark.skipif(CUDA, reason="gradients are compared in fp32")

@@ -19,8 +19,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psa_kernels
@@ -49,6 +50,8 @@ class Compiled:
     local: int = 0
     registers: int = 0
     tensor_memory: int = 0
+    accesses: dict[str, int] = field(default_factory=dict)  # PTX instructions on global memory, "ld.global.v4.b32"
+    any_size: list[str] = field(default_factory=list)  # arguments about which a compilation knows nothing
     error: str = ""
 
     @property
@@ -94,6 +97,8 @@ def compile_one(task: tuple[str, int, int, bool]) -> Compiled:
             "shared": compiled.metadata.shared,
             "local": usage["STACK"] + usage["LOCAL"],
             "registers": usage["REG"],
+            "accesses": dict(Counter(re.findall(r"\b(?:ld|st)\.global[\w.]*", compiled.asm["ptx"]))),
+            "any_size": sorted(_any_size(spec)),
             "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         }
     )
@@ -118,12 +123,16 @@ def compile_all(modules: Iterable[str], processes: int = 2) -> Iterator[Compiled
 
 def _attributes(spec: Specialization) -> dict[tuple[int, ...], list[list]]:
     """What Triton's launcher infers when every pointer and every integer it specializes on is divisible by 16."""
-    exempt = {p.name for p in spec.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    exempt = _any_size(spec)
     return {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(spec.kernel.arg_names)
         if name not in exempt and re.match(r"\*|[iu](32|64)$", spec.signature[name])
     }
+
+
+def _any_size(spec: Specialization) -> set[str]:
+    return {p.name for p in spec.kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:

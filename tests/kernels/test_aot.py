@@ -49,6 +49,27 @@ def test_compiles_within_the_limits_of_every_architecture(compiled, module, inde
     assert not faults, "\n".join(faults)
 
 
+def test_rows_of_logits_are_read_and_written_as_vectors_whatever_the_vocabulary(compiled):
+    """Only the padded width is known to be divisible by 16; V, which stands in comparisons, is not."""
+    name = "psa_kernels.supervised_cross_entropy"
+    kernels = importlib.import_module(name)
+    for c in compiled:
+        spec = kernels.SPECIALIZATIONS[c.index] if c.module == name else None
+        if spec is None or c.arch != 90 or spec.signature["logits_ptr"] == "*fp64":
+            continue
+        assert c.any_size == ["V"]
+        per_thread = spec.constexprs["BLOCK_V"] // (32 * spec.num_warps)
+        vectors = per_thread * {"*bf16": 2, "*fp16": 2, "*fp32": 4}[spec.signature["logits_ptr"]] // 16
+        bias_vectors = 0 if "bias_ptr" in spec.constexprs else per_thread * 4 // 16
+        walks = 2 if spec.constexprs["WRITE_GRAD"] else 1
+        assert c.accesses["ld.global.v4.b32"] == walks * (vectors + bias_vectors), (c.name, c.accesses)
+        assert c.accesses.get("st.global.v4.b32", 0) == (walks - 1) * vectors, (c.name, c.accesses)
+        # label, its logit and its bias, the weight: one each; the loss and the padding's -inf
+        scalars = {k: n for k, n in c.accesses.items() if ".v4." not in k}
+        assert sum(n for k, n in scalars.items() if k.startswith("ld")) <= 4, (c.name, c.accesses)
+        assert sum(n for k, n in scalars.items() if k.startswith("st")) <= 2, (c.name, c.accesses)
+
+
 def test_the_harness_catches_what_it_is_for(tmp_path):
     compiled = compile_in_subprocess(["faulty_kernels"], tmp_path / "compiled.jsonl")
     assert all(0 < c.registers <= 255 for c in compiled if not c.error)

@@ -10,8 +10,22 @@ from psa_kernels.supervised_cross_entropy import BLOCK_V, cross_entropy_rows_
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3}
 
 
-def run(rows, vocabulary, device, dtype=torch.float64, pad=0, with_bias=True, weighted=True, spread=3.0, **options):
-    """Loss and gradient of the kernel, and of the oracle on the same (rounded) logits."""
+def run(
+    rows,
+    vocabulary,
+    device,
+    dtype=torch.float64,
+    pad=0,
+    with_bias=True,
+    weighted=True,
+    spread=3.0,
+    own_padding=False,
+    **options,
+):
+    """Loss and gradient of the kernel, and of the oracle on the same (rounded) logits.
+
+    `pad` columns beyond the vocabulary are somebody else's, or with `own_padding` the kernel's and full of NaN.
+    """
     torch.manual_seed(rows * 1009 + vocabulary)
     logits = (torch.randn(rows, vocabulary + pad, device=device, dtype=torch.float64) * spread).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -26,9 +40,14 @@ def run(rows, vocabulary, device, dtype=torch.float64, pad=0, with_bias=True, we
         expected = expected * weights
     expected.sum().backward()
     loss = torch.full((rows,), float("nan"), device=device, dtype=wide)
-    beyond = logits[:, vocabulary:].clone()
-    cross_entropy_rows_(logits[:, :vocabulary], labels, loss, bias=bias, weights=weights, **options)
-    assert torch.equal(logits[:, vocabulary:], beyond)
+    if own_padding:
+        logits[:, vocabulary:] = float("nan")
+        bias = None if bias is None else F.pad(bias, (0, pad))
+        cross_entropy_rows_(logits, vocabulary, labels, loss, bias=bias, weights=weights, **options)
+    else:
+        beyond = logits[:, vocabulary:].clone()
+        cross_entropy_rows_(logits[:, :vocabulary], vocabulary, labels, loss, bias=bias, weights=weights, **options)
+        assert torch.equal(logits[:, vocabulary:], beyond)
     return loss, logits[:, :vocabulary], expected.detach(), exact.grad
 
 
@@ -60,11 +79,28 @@ def test_shipped_block(device, vocabulary):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 17, 63, 64, 65, 4095, 4096, 4097, 8191, 32001])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_padding_counts_for_nothing(device, vocabulary, with_bias):
+    loss, gradient, expected, expected_gradient = run(
+        3, vocabulary, device, pad=-vocabulary % 64, with_bias=with_bias, own_padding=True
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("pad", [1, 64, 65, 200])
+def test_padding_of_any_width(device, pad):
+    loss, gradient, expected, expected_gradient = run(2, 19, device, pad=pad, own_padding=True, block_v=16)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+
+
 def test_without_gradient_the_logits_stay(device):
     logits = torch.randn(3, 19, device=device)
     before, loss = logits.clone(), torch.empty(3, device=device)
     labels = torch.tensor([0, 18, 7], device=device)
-    cross_entropy_rows_(logits, labels, loss, write_grad=False, block_v=8)
+    cross_entropy_rows_(logits, logits.shape[1], labels, loss, write_grad=False, block_v=8)
     assert torch.equal(logits, before)
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels, reduction="none"))
 
@@ -73,7 +109,7 @@ def test_without_gradient_the_logits_stay(device):
 def test_a_label_outside_the_vocabulary_is_nan_in_its_row_only(device, bad):
     logits = torch.randn(3, 19, device=device)
     loss = torch.zeros(3, device=device)
-    cross_entropy_rows_(logits, torch.tensor([0, bad, 7], device=device), loss, block_v=8)
+    cross_entropy_rows_(logits, logits.shape[1], torch.tensor([0, bad, 7], device=device), loss, block_v=8)
     assert loss.isnan().tolist() == [False, True, False]
     assert logits.isnan().any(1).tolist() == [False, True, False]
 
@@ -89,7 +125,7 @@ def test_large_logits_and_a_masked_block(device):
     labels = torch.tensor([17, 30], device=device)
     expected = F.cross_entropy(logits + bias, labels, reduction="none")
     loss = torch.empty(2, device=device, dtype=torch.float64)
-    cross_entropy_rows_(logits, labels, loss, bias=bias, block_v=16)
+    cross_entropy_rows_(logits, logits.shape[1], labels, loss, bias=bias, block_v=16)
     torch.testing.assert_close(loss, expected)
     assert (logits[:, :17] == 0).all()
     assert logits.isfinite().all()
@@ -97,7 +133,9 @@ def test_large_logits_and_a_masked_block(device):
 
 def test_no_rows(device):
     empty = torch.empty(0, 19, device=device)
-    cross_entropy_rows_(empty, torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device))
+    cross_entropy_rows_(
+        empty, empty.shape[1], torch.empty(0, dtype=torch.int64, device=device), torch.empty(0, device=device)
+    )
 
 
 @pytest.mark.gpu
