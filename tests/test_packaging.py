@@ -1,4 +1,4 @@
-"""What is imported is required, what is locked lies within the ranges, and a wheel brings all that its commands need."""
+"""Imports are requirements, locked versions lie within the ranges, a wheel brings all that its commands need."""
 
 import ast
 import os
