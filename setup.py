@@ -40,6 +40,7 @@ setup(
         "pyyaml>=6.0",
         "rich>=13.7",
         "tqdm>=4.66",
+        "packaging>=24.0",
         "tensorboard>=2.18",
     ],
     extras_require={
