@@ -292,11 +292,7 @@ class _Template:
         return self.special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def refuse_forged(
-        self,
-        input_ids: Sequence[int],
-        turns: Sequence[Turn],
-        add_generation_prompt: bool,
-        placeholders: tuple[str, ...],
+        self, ids: Sequence[int], turns: Sequence[Turn], add_generation_prompt: bool, placeholders: tuple[str, ...]
     ) -> None:
         """Raise ValueError if the row has a special token that the same turns with harmless texts have not.
 
@@ -314,7 +310,7 @@ class _Template:
                 known.clear()
             text, _, _ = self.render(harmless, None, add_generation_prompt, placeholders)
             known[key] = [token for token in self.tokenize(text)[0] if token in self.special_ids]
-        found = [token for token in input_ids if token in self.special_ids]
+        found = [token for token in ids if token in self.special_ids]
         if found != known[key]:
             forged = Counter(found) - Counter(known[key])
             token = self.special_ids[next(iter(forged), found[0] if found else known[key][0])]
