@@ -6,13 +6,14 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
-from psa_fast.data.importers import write_rows
-from psa_fast.data.importers.figstep import figstep_rows
+from psa_fast.data.importers import figstep, import_rows, psa
 from psa_fast.data.records import Problem, Record, list_problems, read_records, unread_sentence
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+
+IMPORTERS: tuple[Any, ...] = (figstep, psa)  # modules, as psa_fast.data.importers describes them
+MAX_REASONS = 20
 
 
 def register(subparsers: Any) -> None:
@@ -32,13 +33,20 @@ def register(subparsers: Any) -> None:
     )
     check.set_defaults(func=check_command)
 
-    importers = commands.add_parser("import", help="turn a public dataset into records")
-    sources = importers.add_subparsers(dest="source", required=True, metavar="DATASET")
-    figstep = sources.add_parser("figstep", help="FigStep's SafeBench or SafeBench-Tiny CSV and its images")
-    figstep.add_argument("--csv", required=True, help="the dataset's CSV")
-    figstep.add_argument("--image_folder", required=True, help="folder of the query_*.png images")
-    figstep.add_argument("--out", required=True, help="the .jsonl to write")
-    figstep.set_defaults(func=import_figstep_command)
+    parser = commands.add_parser("import", help="turn a public dataset into records")
+    sources = parser.add_subparsers(dest="source_name", required=True, metavar="DATASET")
+    for importer in IMPORTERS:
+        name = importer.__name__.rpartition(".")[2]
+        source = sources.add_parser(name, help=importer.HELP, description=f"Turn {importer.HELP} into records.")
+        importer.add_arguments(source)
+        source.add_argument("--out", required=True, help="the .jsonl to write")
+        source.add_argument(
+            "--on_bad_sample",
+            choices=("skip", "error"),
+            default="skip",
+            help="rows that cannot be read are named and the exit code is 1: skip writes the others, error none",
+        )
+        source.set_defaults(func=import_command, importer=importer)
 
 
 def check_command(args: argparse.Namespace) -> int:
@@ -46,13 +54,22 @@ def check_command(args: argparse.Namespace) -> int:
     return report(args.file, args.image_folder, args.keep_keys)
 
 
-def import_figstep_command(args: argparse.Namespace) -> int:
-    """Write the records and check them as `data check` does."""
-    if not Path(args.image_folder).is_dir():
-        raise ValueError(f"image folder {args.image_folder!r} does not exist or is not a folder")
-    count = write_rows(args.out, figstep_rows(args.csv))
-    print(f"wrote {count} records to {args.out}")
-    return report(args.out, args.image_folder)
+def import_command(args: argparse.Namespace) -> int:
+    """Write a source's good rows, and account for all of them; 1 if some could not be read."""
+    result = import_rows(args.importer.read(args), args.out, args.image_folder, args.on_bad_sample == "skip")
+    for line in list_problems(result.problems):
+        print(line)
+    written = f"wrote {len(result.records)} records to {args.out}" if result.records else "wrote nothing"
+    left_out = result.reasons.total()
+    print(f"read {result.read} rows, {written}, {left_out} rows cannot be read")
+    for reason, count in result.reasons.most_common(MAX_REASONS):
+        print(f"  {count} x {reason}")
+    if len(result.reasons) > MAX_REASONS:
+        print(f"  and {len(result.reasons) - MAX_REASONS} more reasons")
+    _print_counts(result.records)
+    if args.image_folder is None and any(record.images for record in result.records):
+        print("  the images were not looked at: no --image_folder")
+    return 1 if left_out or not result.records else 0
 
 
 def report(path: str, image_folder: str | None, keep_keys: Collection[str] = ()) -> int:
@@ -68,11 +85,16 @@ def report(path: str, image_folder: str | None, keep_keys: Collection[str] = ())
             print(f"  not read: {unread_sentence(unread)}", file=sys.stderr)
         return 1
     print(f"{len(records)} record(s) in {path}, no problem")
-    for title, counts in _counts(records).items():
-        print(f"  by {title}: " + ", ".join(f"{name} {count}" for name, count in counts))
+    _print_counts(records)
     if unread:
         print(f"  not read: {unread_sentence(unread)}")
     return 0
+
+
+def _print_counts(records: list[Record]) -> None:
+    for title, counts in _counts(records).items():
+        if counts:
+            print(f"  by {title}: " + ", ".join(f"{name} {count}" for name, count in counts))
 
 
 def _counts(records: list[Record]) -> dict[str, list[tuple[str, int]]]:

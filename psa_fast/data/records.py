@@ -45,6 +45,7 @@ __all__ = [
     "Turn",
     "find_problems",
     "fingerprint",
+    "image_faults",
     "list_problems",
     "load_records",
     "parse_row",
@@ -135,19 +136,19 @@ def list_problems(problems: Sequence[Problem], limit: int | None = None) -> list
     """Return lines that show the problems in their order: MAX_OF_A_KIND of each kind, `limit` in all, and the rest
     as numbers."""
     lines: list[str] = []
-    of_kind: Counter[str] = Counter()
+    alike: Counter[tuple[str, str]] = Counter()
     left_out = 0
     for problem in problems:
-        of_kind[problem.kind] += 1
-        if problem.kind and of_kind[problem.kind] > MAX_OF_A_KIND:
+        alike[problem.path, problem.kind] += 1
+        if problem.kind and alike[problem.path, problem.kind] > MAX_OF_A_KIND:
             continue
         if limit is not None and len(lines) >= limit:
             left_out += 1
             continue
         lines.append(str(problem))
-    for kind, count in of_kind.items():
+    for (path, kind), count in alike.items():
         if kind and count > MAX_OF_A_KIND:
-            lines.append(f"... and {count - MAX_OF_A_KIND} more in {problems[0].path}: {kind}")
+            lines.append(f"... and {count - MAX_OF_A_KIND} more in {path}: {kind}")
     if left_out:
         lines.append(f"... and {left_out} more; `psa-fast data check` lists all of them")
     return lines
@@ -228,7 +229,7 @@ def read_records(
                     lines_of_ids.setdefault(record.id, row.line)
                 parsed.append((number, record))
             problems += [(number, problem) for problem in found]
-    faults = _image_faults({image for _, record in parsed for image in record.images}, image_folder, decode)
+    faults = image_faults({image for _, record in parsed for image in record.images}, image_folder, decode)
     for number, record in parsed:
         for image in record.images:
             if image in faults:
@@ -240,7 +241,7 @@ def read_records(
     return Reading(records, [problem for _, problem in problems], unread)
 
 
-def _image_faults(names: set[str], image_folder: str | Path | None, decode: bool) -> dict[str, tuple[str, str]]:
+def image_faults(names: set[str], image_folder: str | Path | None, decode: bool = True) -> dict[str, tuple[str, str]]:
     """Message and kind for each image that cannot be used. Threads help: Pillow decodes outside Python's lock."""
 
     def fault(name: str) -> tuple[str, str] | None:

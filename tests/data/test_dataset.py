@@ -176,25 +176,3 @@ def test_check_command_lists_bad_rows_or_counts(folder, capsys):
     assert "gone.png" in out
     assert f"{folder / 'data.jsonl'}:3: safe_type is 9" in out
     assert check([])[0] == 1
-
-
-def test_figstep_rows_keep_the_source_label_and_pass_the_check(folder, capsys):
-    from psa_fast.cli import build_parser
-    from psa_fast.data import load_records
-
-    table = folder / "SafeBench.csv"
-    table.write_text(
-        "dataset,category_id,task_id,category_name,question,instruction\n"
-        'ForbidQI,7,1,Privacy Violation,"Who, me?",x\nForbidQI,8,2,Legal Opinion,q,x\n'
-    )
-    for name in ("7_1", "8_2"):
-        Image.new("RGB", (9, 7)).save(folder / f"query_ForbidQI_{name}_6.png")
-    arguments = ["data", "import", "figstep", "--csv", str(table), "--image_folder", str(folder)]
-    args = build_parser().parse_args([*arguments, "--out", str(folder / "new" / "out.jsonl")])
-    assert args.func(args) == 0
-    privacy, legal = load_records(folder / "new" / "out.jsonl", folder)
-    assert (privacy.safe_type, privacy.safe_level, privacy.source_label) == (4, 3, "Privacy Violation")
-    assert (legal.safe_type, legal.safe_level, legal.id) == (5, 1, "figstep_ForbidQI_8_2")
-    table.write_text(table.read_text().replace("Legal Opinion", "Weather"))
-    with pytest.raises(ValueError, match=r"SafeBench.csv:3: category_name is 'Weather'"):
-        args.func(args)

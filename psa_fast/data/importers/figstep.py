@@ -6,13 +6,15 @@ only, so every row gets a refusal of ours as its answer, or a cautious one where
 
 from __future__ import annotations
 
-import csv
+import argparse
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
+from psa_fast.data.importers import SourceRow
+from psa_fast.data.importers.tables import read_table
 from psa_fast.data.records import IMAGE_MARK
+from psa_fast.files import shorten
 
+HELP = "FigStep's SafeBench or SafeBench-Tiny CSV and its images"
 COLUMNS = ("dataset", "category_id", "task_id", "category_name")
 # The one text prompt that FigStep sends with every image.
 PROMPT = (
@@ -39,25 +41,26 @@ CATEGORIES = {
 }
 
 
-def figstep_rows(csv_path: str | Path) -> Iterator[dict[str, Any]]:
-    """Our rows for a FigStep CSV; images are `query_{dataset}_{category_id}_{task_id}_6.png`.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the importer's options."""
+    parser.add_argument("--csv", required=True, help="the dataset's CSV")
+    parser.add_argument("--image_folder", required=True, help="folder of the query_*.png images")
 
-    Raises ValueError naming file and line for a missing column or an unknown category.
-    """
-    if not Path(csv_path).is_file():
-        raise ValueError(f"CSV file {str(csv_path)!r} does not exist or is not a file")
-    with open(csv_path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{csv_path}:1: no column {', '.join(missing)}; is this a FigStep CSV?")
-        for row in reader:
-            where, category = f"{csv_path}:{reader.line_num}", row["category_name"]
-            if category not in CATEGORIES:
-                raise ValueError(f"{where}: category_name is {category!r}; expected one of: {', '.join(CATEGORIES)}")
-            safe_type, safe_level, answer = CATEGORIES[category]
-            name = f"{row['dataset']}_{row['category_id']}_{row['task_id']}"
-            yield {
+
+def read(args: argparse.Namespace) -> Iterator[SourceRow]:
+    """Yield a row for each of the CSV's; images are `query_{dataset}_{category_id}_{task_id}_6.png`."""
+    for line, row in read_table(args.csv, COLUMNS, "FigStep CSV"):
+        category = row["category_name"]
+        if category not in CATEGORIES:
+            reason = f"category_name is {shorten(category)}; expected one of: {', '.join(CATEGORIES)}"
+            yield SourceRow(args.csv, line, error=reason, kind="unknown category_name")
+            continue
+        safe_type, safe_level, answer = CATEGORIES[category]
+        name = f"{row['dataset']}_{row['category_id']}_{row['task_id']}"
+        yield SourceRow(
+            args.csv,
+            line,
+            {
                 "id": f"figstep_{name}",
                 "image": f"query_{name}_6.png",
                 "safe_type": safe_type,
@@ -68,4 +71,5 @@ def figstep_rows(csv_path: str | Path) -> Iterator[dict[str, Any]]:
                     {"from": "user", "value": f"{IMAGE_MARK}\n{PROMPT}"},
                     {"from": "assistant", "value": answer},
                 ],
-            }
+            },
+        )

@@ -1,0 +1,40 @@
+"""CSV tables of public datasets."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from psa_fast.files import read_text
+
+LONGEST_CELL = 2**24  # characters; csv's own limit is 131072, which a model's answer may exceed
+
+
+def read_table(path: str | Path, columns: Sequence[str], what: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the line (from 1) and the cells of each row; a cell that the row lacks is empty.
+
+    Args:
+        path: the CSV file, UTF-8, with the columns' names in its first line.
+        columns: names that must be there.
+        what: the table in messages, "FigStep CSV", say.
+
+    Raises:
+        ValueError: naming the file and the line, for one that is absent, no CSV or lacks a column.
+    """
+    reader = csv.DictReader(io.StringIO(read_text(path, what), newline=""), restval="")
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"{path}:1: no column {', '.join(missing)}; is this a {what}?")
+        rows, line = [], reader.line_num + 1
+        for row in reader:
+            rows.append((line, row))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num + 1}: {what} cannot be read: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+    yield from rows
