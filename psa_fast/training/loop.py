@@ -15,7 +15,7 @@ from rich.console import Console
 from psa_fast.data import GlobalBatchSampler
 from psa_fast.data.records import fingerprint
 from psa_fast.models import PsaVLM, load_base
-from psa_fast.models.addon import ADAPTER, CHANGED, read_config
+from psa_fast.models.addon import ADAPTER, CHANGED, check_files
 from psa_fast.models.packing import SDPA_BY_SAMPLE
 
 from . import checkpoint
@@ -219,7 +219,7 @@ def build_model(
                 f"{addon}, which changes them ({', '.join(changes)})"
             )
     base = config.model_name_or_path
-    revision = commit or (read_config(addon).revision_of(base) if addon else None)
+    revision = commit or (check_files(addon).revision_of(base) if addon else None)
     with naming_base(config):  # neither a folder here nor a name that the hub can be asked for, or a damaged file
         vlm = load_base(base, compute_dtype(config), attention, config.runs_language_model, revision)
     # whatever the base drew while it was loaded: every objective starts from the same safety modules

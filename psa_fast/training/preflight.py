@@ -18,7 +18,7 @@ from psa_fast.data.lengths import RowCheck, check_rows
 from psa_fast.data.progress import progress
 from psa_fast.data.records import MAX_LISTED
 from psa_fast.models import load_processor
-from psa_fast.models.addon import read_config
+from psa_fast.models.addon import check_files
 from psa_fast.models.base_model import resolve_commit
 
 from .config import TrainConfig
@@ -87,7 +87,7 @@ def commit_for(config: TrainConfig, addon: str | None) -> str | None:
     """
     base = str(config.model_name_or_path)
     with naming_base(config):
-        return resolve_commit(base, read_config(addon).revision_of(base) if addon else None)
+        return resolve_commit(base, check_files(addon).revision_of(base) if addon else None)
 
 
 def read_processor(config: TrainConfig, commit: str | None) -> Any:
