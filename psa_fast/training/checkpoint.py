@@ -252,9 +252,7 @@ def _whole(folder: Path, config: TrainConfig, world_size: int) -> dict[str, Any]
 
 def _verify(folder: Path, state: dict[str, Any]) -> None:
     if state.get("finished"):
-        raise ValueError(
-            f"--resume {folder}: a finished add-on, which has nothing to resume; checkpoint-N beside it has"
-        )
+        raise ValueError(f"--resume {folder}: a finished add-on has nothing to resume; name a checkpoint-N beside it")
     if "format" in state:
         verify(folder, state["files"])
     else:

@@ -41,7 +41,11 @@ def seal(state: dict[str, Any]) -> dict[str, Any]:
 
 def write_state_file(path: Path, state: dict[str, Any]) -> None:
     """Write a state, sealed, in format `FORMAT`."""
-    path.write_text(json.dumps(seal({"format": FORMAT} | state), indent=2) + "\n", encoding="utf-8")
+    path.write_text(_text(seal({"format": FORMAT} | state)), encoding="utf-8")
+
+
+def _text(state: dict[str, Any]) -> str:
+    return json.dumps(state, indent=2) + "\n"
 
 
 def read_state_file(folder: Path) -> dict[str, Any]:
@@ -59,10 +63,10 @@ def read_state_file(folder: Path) -> dict[str, Any]:
     if "format" not in state:
         if "digest" in state or any(folder.glob("optimizer-*.safetensors")):
             raise Damaged(f"{path} is damaged: it has lost its format")
-    elif state["format"] != FORMAT and state.get("digest") == seal(state)["digest"]:
-        raise ValueError(f"{path} is of format {shorten(state['format'])}; this version reads {FORMAT}")
-    elif state.get("digest") != seal(state)["digest"]:
+    elif state.get("digest") != seal(state)["digest"] or path.read_text(encoding="utf-8") != _text(state):
         raise Damaged(f"{path} is damaged or was edited: its content does not match its digest")
+    elif state["format"] != FORMAT:
+        raise ValueError(f"{path} is of format {shorten(state['format'])}; this version reads {FORMAT}")
     for name, kind in _NEEDED.items():
         if type(state.get(name)) is not kind:
             raise Damaged(f"{path} is damaged: {name} is {shorten(state.get(name))}")

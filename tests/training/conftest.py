@@ -4,45 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    from psa_fast.safety.policy import Policy
-    from psa_fast.sandbox.base import BaseRecipe, build_base
-    from psa_fast.sandbox.language import all_texts
-    from psa_fast.sandbox.processor import build_processor
-
-    folder = tmp_path_factory.mktemp("base")
-    processor = build_processor(all_texts(Policy.load(None).hint))
-    torch.manual_seed(0)
-    build_base(
-        processor, replace(BaseRecipe(), hidden_size=32, heads=4, vision_layers=2, language_layers=2)
-    ).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return tiny.build_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    from psa_fast.sandbox.draw import draw_world
-
-    folder = tmp_path_factory.mktemp("world") / "w"
-    images = {"train": {"clean": 6, "benign_twin": 6, "risk": 12}}
-    draw_world(3, folder, images=images, rows={"stage1": {"clean": 6, "risk": 12, "text_risk": 4, "benign_twin": 6}})
-    rows = (folder / "stage1.jsonl").read_text().splitlines()
-    talk = [{"from": "human", "value": "what is this ?"}, {"from": "gpt", "value": "a red circle ."}]
-    # half of every batch of four is text only, so that with two ranks one of them may have no image at all
-    rows += [json.dumps({"id": f"text-{i}", "safe_type": 6, "safe_level": 0, "conversations": talk}) for i in range(28)]
-    (folder / "mixed.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
+    return tiny.build_world(tmp_path_factory.mktemp("world") / "w")
 
 
 @pytest.fixture(scope="session")
@@ -79,20 +56,6 @@ def command(base, world):
     """The launcher's command line for a short fp32 run on the tiny base."""
 
     def build(out, *options, ranks=1):
-        shared = {
-            "--recipe": "sandbox",
-            "--model_name_or_path": base,
-            "--data_path": world / "mixed.jsonl",
-            "--image_folder": world,
-            "--output_dir": out,
-            "--global_batch_size": 4,
-            "--micro_batch_size": 2,
-            "--max_steps": 4,
-            "--dtype": "fp32",
-            "--learning_rate": 1e-3,
-        }
-        given = {str(o) for o in options}
-        pairs = [str(x) for key, value in shared.items() if key not in given for x in (key, value)]
         launcher = [
             sys.executable,
             "-m",
@@ -100,9 +63,9 @@ def command(base, world):
             "--num_gpus",
             str(ranks),
             "--master_port",
-            free_port(),
+            tiny.free_port(),
         ]
-        return [*launcher, str(ROOT / "train.py"), *pairs, *map(str, options)]
+        return [*launcher, str(ROOT / "train.py"), *tiny.arguments(base, world, out, *options)]
 
     return build
 
@@ -127,9 +90,14 @@ def run():
     return go
 
 
-def free_port() -> str:
-    import socket
+@pytest.fixture
+def direct(base, world):
+    """Run train.py to its end without the launcher, on any number of ranks, and return the output."""
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    def go(out, *options, ranks=1, expect=0):
+        options = tiny.arguments(base, world, out, *options)
+        codes, output = tiny.outcome(tiny.start(tiny.train_command(options), ranks))
+        assert codes == [expect] * ranks, output[-4000:]
+        return output
+
+    return go

@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from PIL import Image
 
 from psa_fast.models import get_family, load_base, load_processor
 
-ROOT = Path(__file__).resolve().parents[2]
 CONCEPT = ("--stage1_objective", "concept", "--max_steps", 2)
 
 
@@ -31,18 +28,7 @@ def read(files):
     return found
 
 
-@pytest.fixture
-def alone(command, run):
-    """A run in a group of one without the launcher, which takes as long as the run."""
-
-    def go(out, *options):
-        arguments = command(out, *options)
-        return run([sys.executable, *arguments[arguments.index(str(ROOT / "train.py")) :]])
-
-    return go
-
-
-def test_two_ranks_build_one_cache_and_any_run_uses_it(command, run, alone, tmp_path, partitioned, world, base):
+def test_two_ranks_build_one_cache_and_any_run_uses_it(command, run, direct, tmp_path, partitioned, world, base):
     """Partitioned weights, text-only rows: a rank that ran the tower by itself would hang the other."""
     cached = [*CONCEPT, "--feature_cache", tmp_path / "cache"]
     first = run(command(tmp_path / "two", *cached, "--deepspeed_config", partitioned, ranks=2))
@@ -54,7 +40,7 @@ def test_two_ranks_build_one_cache_and_any_run_uses_it(command, run, alone, tmp_
     assert f"{len(images)} images, {len(images)} to compute" in first
     before = [path.read_bytes() for path in files]
 
-    second = alone(tmp_path / "one", *cached)
+    second = direct(tmp_path / "one", *cached)
     assert f"{len(images)} images, 0 to compute" in second
     assert [path.read_bytes() for path in files] == before
     torch.testing.assert_close(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-5, atol=1e-6)
@@ -70,6 +56,19 @@ def test_two_ranks_build_one_cache_and_any_run_uses_it(command, run, alone, tmp_
         # fp32 rounded to bf16
         got = found[hashlib.sha256(image).hexdigest()].float().view(expected.shape)
         torch.testing.assert_close(got, expected, rtol=2**-7, atol=1e-5)
+
+    # a damaged entry and a damaged line, each of another rank: two ranks compute both anew, and nothing else changes
+    data = bytearray(files[0].read_bytes())
+    data[-1] ^= 1
+    files[0].write_bytes(data)
+    index = files[1].with_suffix(".jsonl")
+    lines = index.read_bytes()
+    index.write_bytes(lines.replace(b'"row": 0', b'"row": 1', 1))
+    third = direct(tmp_path / "healed", *cached, ranks=2)
+    assert "rank-00000.bin: entry" in third
+    assert "rank-00001.jsonl is damaged: 1 of its lines" in third
+    assert f"{len(images)} images, 2 to compute" in third
+    torch.testing.assert_close(losses(tmp_path / "healed"), losses(tmp_path / "two"), rtol=1e-5, atol=1e-6)
 
 
 def test_the_cache_is_refused_where_the_language_model_runs(base):

@@ -5,25 +5,22 @@ padded and one rank may hold nothing of a parameter.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
-
-ROOT = Path(__file__).resolve().parents[2]
 
 WORKER = """
 import json, sys
 from pathlib import Path
+sys.path.insert(0, "tests/training")
 import deepspeed, torch
 import torch.distributed as dist
 from psa_fast.training import optimizer_state
 from psa_fast.training.engine import init_distributed
-from tests.training.test_optimizer_state import data, make, save_parameters
+from test_optimizer_state import data, make, save_parameters
 
 rank, world = init_distributed()
 out = Path(sys.argv[1])
@@ -54,14 +51,10 @@ for name, zero, bf16, start, stop, save in json.loads(sys.argv[2]):
     engine = engine_of(zero, bf16)
     if start:
         source = out / name / f"state-{start}"
-        if bf16:  # what resuming does: the model itself comes from the add-on
-            with torch.no_grad(), deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
-                for key, tensor in torch.load(out / name / f"model-{start}.pt").items():
-                    dict(engine.module.named_parameters())[key].copy_(tensor)
-        else:
-            model = torch.load(out / name / f"model-{start}.pt")
-            with torch.no_grad(), deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
-                for key, parameter in engine.module.named_parameters():
+        model = torch.load(out / name / f"model-{start}.pt")  # as resuming takes the model from the add-on
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+            for key, parameter in engine.module.named_parameters():
+                if parameter.numel():
                     parameter.copy_(model[key])
         optimizer_state.restore(engine, sorted(source.glob("*.safetensors")))
     for i in range(start, stop):
@@ -123,19 +116,8 @@ def expected(steps):
 
 
 def work(out, ranks, jobs):
-    from tests.training.conftest import free_port
-
-    port, processes = free_port(), []
-    for rank in range(ranks):
-        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
-        environment = os.environ | {name: str(value) for name, value in group.items()}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels"}
-        command = [sys.executable, "-c", WORKER, str(out), json.dumps(jobs)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, **pipes))
-    for process in processes:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output[-3000:]
+    codes, output = tiny.outcome(tiny.start([sys.executable, "-c", WORKER, str(out), json.dumps(jobs)], ranks))
+    assert codes == [0] * ranks, output[-3000:]
 
 
 def state(folder):

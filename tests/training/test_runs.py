@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from psa_fast.training.integrity import seal
+from psa_fast.training.integrity import write_state_file
 
 
 def rows_of(folder):
@@ -127,12 +127,12 @@ def test_killed_run_resumes_on_the_same_trajectory(command, run, finished, tmp_p
 
     state_file = stage / f"checkpoint-{reached}" / "trainer_state.json"
     state = json.loads(state_file.read_text())
-    state_file.write_text(json.dumps(seal(state | {"records": "of another file"})))
+    write_state_file(state_file, state | {"records": "of another file"})
     run_400 = command(tmp_path, *same, "--resume", "auto", "--max_steps", 400)
     assert "does not hold the records" in run(run_400, expect=2)
     end = reached + 2
     state["total_steps"] = state["config"]["max_steps"] = end
-    state_file.write_text(json.dumps(seal(state)))
+    write_state_file(state_file, state)
     output = run(command(tmp_path, *same, "--resume", "auto", "--max_steps", end))
     assert f"at step {reached}" in output
     run(command(tmp_path / "whole", *same, "--max_steps", end))
