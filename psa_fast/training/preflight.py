@@ -86,8 +86,9 @@ def commit_for(config: TrainConfig, addon: str | None) -> str | None:
     None for a folder.
     """
     base = str(config.model_name_or_path)
+    recorded = check_files(addon).revision_of(base) if addon else None
     with naming_base(config):
-        return resolve_commit(base, check_files(addon).revision_of(base) if addon else None)
+        return resolve_commit(base, recorded)
 
 
 def read_processor(config: TrainConfig, commit: str | None) -> Any:
@@ -132,7 +133,8 @@ def _read(config: TrainConfig, console: Console) -> list[Record]:
     """All usable records. Rank 0 alone looks at every pixel, so it alone knows what `skip` drops."""
     console.print(f"reading {config.data_path}: every row and picture is checked")
     mode: Any = config.on_bad_sample
-    return load_records(str(config.data_path), config.image_folder, on_bad_sample=mode)
+    keep = [] if config.keep_keys is None else [key.strip() for key in config.keep_keys.split(",")]
+    return load_records(str(config.data_path), config.image_folder, on_bad_sample=mode, keep_keys=keep)
 
 
 def _check(dataset: PsaDataset) -> RowCheck:
