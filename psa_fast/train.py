@@ -131,11 +131,16 @@ def _fail(error: Exception, prog: str, everywhere: bool) -> int:
         return 2
     rank = os.environ.get("RANK", "0")
     prefix = f"{prog}: error:" if rank == "0" else f"{prog}: error: [rank {rank}]"
+    print(f"{prefix} {_sentence(error)}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{str(error.filename)[:300]}: {error.strerror}"
     # a data-loading worker hands its error over with its traceback; the sentence is the last line
     text = str(error)
-    text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
-    print(f"{prefix} {text}", file=sys.stderr, flush=True)
-    return 2
+    return text.strip().splitlines()[-1] if "Original Traceback" in text else text
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def test_options_that_no_rank_can_use_are_refused_once(capsys, argv, waited):
 def test_a_rank_s_own_failure_is_printed_by_that_rank(fails, capsys, error):
     with as_rank(3):
         assert fails(error) == 2
-    assert capsys.readouterr().err == f"train.py: error: [rank 3] {error}\n"
+    sentence = str(error).replace("[Errno 28] No space left on device: '/runs/x'", "/runs/x: No space left on device")
+    assert capsys.readouterr().err == f"train.py: error: [rank 3] {sentence}\n"
 
 
 def test_a_failure_of_all_ranks_is_printed_once(fails, capsys, group_of_one):
