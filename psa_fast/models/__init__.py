@@ -1,5 +1,11 @@
 """The concept bottleneck and PsaVLM, composed around a stock Hugging Face vision-language model."""
 
+# ruff: noqa: E402
+from psa_fast.models.versions import check_installed
+
+# the imports below fail with a traceback where these are too old
+check_installed("torch", "transformers")
+
 from psa_fast.models.attention import ConceptAttention, ConceptReadout
 from psa_fast.models.base_model import commit_of, load_base
 from psa_fast.models.bottleneck import ConceptBottleneck

@@ -96,8 +96,7 @@ def check_adapter_files(folder: Path) -> dict[str, Any]:
     """
     config = read_adapter_config(folder)
     for name, shape in read_shapes(folder / WEIGHTS).items():
-        rank = shape[-1] if name.endswith(".lora_B.weight") else shape[0] if shape else 0
-        if len(shape) != 2 or rank != config["r"]:
+        if len(shape) != 2 or shape[1 if name.endswith(".lora_B.weight") else 0] != config["r"]:
             raise ValueError(f"{folder / WEIGHTS}: {shorten(name)} has shape {shape}, which is not rank {config['r']}")
     return config
 

@@ -101,8 +101,7 @@ def _update(digest: Any, name: str, tensor: Tensor) -> None:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(shorten(name) for name in names[:3])
-    return f"[{shown}{', ...' if len(names) > 3 else ''}]" if names else "none"
+    return (shorten(names[0]) + (f" and {len(names) - 1} more" if names[1:] else "")) if names else "none"
 
 
 @contextmanager

@@ -23,7 +23,14 @@ def check_versions() -> None:
     Raises:
         ValueError: one sentence with the package, what is installed and the command that mends it.
     """
-    for package, lowest in LOWEST.items():
+    check_installed(*LOWEST)
+    _try_lora()
+
+
+def check_installed(*packages: str) -> None:
+    """Refuse packages of LOWEST that are absent or too old. Raises ValueError as `check_versions`."""
+    for package in packages:
+        lowest = LOWEST[package]
         try:
             installed = version(package)
         except PackageNotFoundError:
@@ -33,15 +40,16 @@ def check_versions() -> None:
                 f"psa-fast needs {package} {lowest} or newer, {installed} is installed: "
                 f"pip install '{package}>={lowest}'"
             )
-    _try_lora()
 
 
 def _try_lora() -> None:
     try:
+        import torch
         from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
         from torch import nn
 
-        model = inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
+        with torch.random.fork_rng(devices=[]):  # a check must not change what a run draws
+            model = inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"]), nn.Sequential(nn.Linear(2, 2)))
         found = sorted(get_peft_model_state_dict(model, save_embedding_layers=False))
     except Exception as error:  # whatever two packages that do not fit together raise
         problem = f" ({shorten(f'{type(error).__name__}: {error}')})"

@@ -257,6 +257,18 @@ def test_half_an_addon_is_not_loaded_as_a_whole_one(lora, name):
         check_files(addon)
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (40, 4, 1), (40, 5), (0, 4)])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapters_tensor_of_another_shape_is_refused(lora, part, shape):
+    _, addon = lora
+    file = addon / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(n for n in tensors if f"q_proj.{part}" in n)
+    save_file({**tensors, name: torch.zeros(shape[::-1] if part == "lora_A" else shape)}, file)
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))}: .*shape"):
+        PsaVLM.from_pretrained(make_vlm(), addon)
+
+
 def test_numbers_that_changed_after_saving_are_seen_and_may_be_meant(lora):
     psa, addon = lora
     file = addon / "adapter/adapter_model.safetensors"

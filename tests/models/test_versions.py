@@ -1,17 +1,24 @@
 """A set of packages that cannot serve both stages is refused before stage 1, with the command that mends it."""
 
 import re
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import peft
 import pytest
+import torch
 
 from psa_fast.models import versions
 
 
 def test_the_installed_set_passes():
+    torch.manual_seed(5)
     versions.check_versions()
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(3))
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,16 @@ def test_an_old_or_absent_package_is_named_with_its_remedy(monkeypatch, package,
     with pytest.raises(ValueError, match=sentence) as error:
         versions.check_versions()
     assert len(str(error.value)) < 200
+
+
+def test_an_old_transformers_is_named_before_an_import_from_it_fails():
+    code = (
+        "import importlib.metadata as m; old = m.version\n"
+        "m.version = lambda name: '5.20.0' if name == 'transformers' else old(name)\n"
+        "import psa_fast.models"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError: psa-fast needs transformers 5.23 or newer, 5.20.0 is installed" in done.stderr
 
 
 def test_a_pair_that_no_table_foresees_is_tried(monkeypatch):
