@@ -96,6 +96,7 @@ class FeatureCache:
         self._index: int | None = None
         self._rows = 0  # of this rank's file, pending ones included
         self._scan()
+        self._say_what_has_no_line()
 
     def __len__(self) -> int:
         return len(self._places)
@@ -257,6 +258,19 @@ class FeatureCache:
             if absent:
                 state = "damaged" if rows else "missing or cut"
                 self.problems.append(f"{self._path(rank, 'bin')} is {state}: it lacks {absent} of its entries")
+
+    def _say_what_has_no_line(self) -> None:
+        """Bytes that no line names: of a build that was interrupted or is under way, or of an index that was lost."""
+        listed: dict[int, int] = {}
+        for rank, row, _ in (place for places in self._places.values() for place in places):
+            listed[rank] = max(listed.get(rank, 0), row + 1)
+        for path in sorted(self.folder.glob("rank-*.bin")):
+            match = re.fullmatch(r"rank-(\d{5})\.bin", path.name)
+            unnamed = self._rows_on_disk(int(match.group(1))) - listed.get(int(match.group(1)), 0) if match else 0
+            if unnamed > 0:
+                self.problems.append(
+                    f"{path}: {unnamed} entries at its end have no line in {path.stem}.jsonl: not used"
+                )
 
     def _open(self) -> int:
         """Become this rank's only writer and cut off what an interrupted one left without a line."""

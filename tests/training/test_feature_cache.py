@@ -164,6 +164,9 @@ DAMAGE = {
     "another checksum": (lambda f: edit_line(f, 2, crc=0), {2}),
     "a bit of an image": (lambda f: flip(index_of(f), 15), {0}),
     "a line end": (lambda f: flip(index_of(f), index_of(f).read_bytes().index(b"\n")), {0, 1}),
+    "an empty index": (lambda f: os.truncate(index_of(f), 0), set(range(6))),
+    "no index": (lambda f: index_of(f).unlink(), set(range(6))),
+    "half an index": (lambda f: os.truncate(index_of(f), index_of(f).stat().st_size // 2), {3, 4, 5}),
     "nonsense": (lambda f: index_of(f).write_bytes(b"nonsense\n"), set(range(6))),
     "a list": (lambda f: index_of(f).write_bytes(b"[1]\n"), set(range(6))),
 }
@@ -259,7 +262,10 @@ def test_a_file_that_takes_no_more_is_named_and_what_was_flushed_counts(tmp_path
     assert "rank-00000.bin" in done.stdout
     with FeatureCache(tmp_path, TOWER, SHAPE, rank=0) as cache:
         assert len(cache) == 9
-        assert cache.check(map(key, range(9))) == cache.problems == []
+        assert cache.check(map(key, range(9))) == []
+        assert [problem.split(": ", 1)[1] for problem in cache.problems] == [
+            "1 entries at its end have no line in the index: not used"
+        ]
         cache.put(key(9), feature(9))
     assert torch.equal(FeatureCache(tmp_path, TOWER, SHAPE, rank=0).get(key(9)), feature(9))
 
