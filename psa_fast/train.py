@@ -71,8 +71,8 @@ def run(typed: dict[str, str], prog: str) -> int:
     from psa_fast.safety.policy import Policy
     from psa_fast.training.config import resolve
 
-    # a fixed width keeps one log line one line in files
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    # a fixed width keeps one log line one line in files; a path with brackets or colons is no markup
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     console.quiet = os.environ.get("RANK", "0") != "0"
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
     # DeepSpeed calls collectives by their older names

@@ -28,13 +28,13 @@ def as_rank(rank, local_rank=None):
 def fails(base, world, tmp_path, monkeypatch):
     """Calls main while training raises `error`; returns the exit code."""
 
-    def go(error):
+    def go(error, out=tmp_path):
         def raising(*_, **__):
             raise error
 
         monkeypatch.setattr(loop, "train", raising)
         inputs = ["--model_name_or_path", base, "--data_path", world / "mixed.jsonl", "--image_folder", world]
-        return train.main([*map(str, inputs), "--output_dir", str(tmp_path)])
+        return train.main([*map(str, inputs), "--output_dir", str(out)])
 
     return go
 
@@ -55,6 +55,11 @@ def test_options_that_no_rank_can_use_are_refused_once(capsys, argv, waited):
     with as_rank(8, local_rank=0):
         assert train.main(argv) == 2
     assert capsys.readouterr().err.startswith("train.py: error: [rank 8] ")
+
+
+def test_a_path_with_brackets_is_printed_as_it_is(fails, capsys, tmp_path):
+    assert fails(ValueError("bad"), tmp_path / "[/bold] :cat:") == 2
+    assert "output_dir=" + str(tmp_path / "[/bold] :cat:") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
