@@ -21,6 +21,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from psa_fast.data.records import IMAGE_MARK, Record, Turn
+from psa_fast.files import shorten
 from psa_fast.taxonomy import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -60,7 +61,12 @@ class ImageInputs(NamedTuple):
 
 
 def prepare_images(images: Sequence[Image.Image], processor: Any) -> ImageInputs:
-    """Run the image processor once on `images` (at least one)."""
+    """Run the image processor once on `images` (at least one), which have come through `psa_fast.data.to_rgb`."""
+    from PIL import Image
+
+    for image in images:  # a processor of transformers would open a path and fetch an address
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"an image is {shorten(image)}; expected a PIL image")
     processed = processor.image_processor(images=list(images), return_tensors="pt")
     placeholders = tuple(processor.replace_image_token(processed, image_idx=i) for i in range(len(images)))
     return ImageInputs(processed["pixel_values"], placeholders)
@@ -286,11 +292,7 @@ class _Template:
         return self.special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def refuse_forged(
-        self,
-        input_ids: Sequence[int],
-        turns: Sequence[Turn],
-        add_generation_prompt: bool,
-        placeholders: tuple[str, ...],
+        self, ids: Sequence[int], turns: Sequence[Turn], add_generation_prompt: bool, placeholders: tuple[str, ...]
     ) -> None:
         """Raise ValueError if the row has a special token that the same turns with harmless texts have not.
 
@@ -308,7 +310,7 @@ class _Template:
                 known.clear()
             text, _, _ = self.render(harmless, None, add_generation_prompt, placeholders)
             known[key] = [token for token in self.tokenize(text)[0] if token in self.special_ids]
-        found = [token for token in input_ids if token in self.special_ids]
+        found = [token for token in ids if token in self.special_ids]
         if found != known[key]:
             forged = Counter(found) - Counter(known[key])
             token = self.special_ids[next(iter(forged), found[0] if found else known[key][0])]

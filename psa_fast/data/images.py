@@ -100,8 +100,9 @@ def to_rgb(source: Path | bytes | Image.Image) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:  # decoders meet hostile bytes and raise nearly anything: struct, zlib, Index, Value, ...
-        # Pillow may take a picture that failed for one that was read: black, and no error the next time
-        image.close()
+        if hasattr(image, "tile"):
+            # Pillow may take a file that failed for one that was read: black, and no error the next time
+            image.close()
         fault = "is closed and was never read" if unread else f"is damaged: {_reason(error)}"
         raise ImageError(f"{name} {fault}") from error
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -78,7 +79,9 @@ class GlobalBatchSampler:
 
     def steps(self, epochs: float) -> int:
         """Global batches in `epochs` passes over the data; the last one is filled from the next epoch."""
-        return max(1, -int(-epochs * self.n // self.global_batch))
+        if not (epochs > 0 and math.isfinite(epochs)):
+            raise ValueError(f"epochs is {epochs}; expected a finite number above 0")
+        return -int(-epochs * self.n // self.global_batch)
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:

@@ -133,6 +133,9 @@ def test_images_go_with_the_tokens(chat):
     torch.testing.assert_close(encoded.pixel_values, torch.cat(alone))
     prepared = prepare_images([RED, BLUE], processor)
     assert encode(turns, processor, images=prepared).input_ids == encoded.input_ids
+    for text in ("http://127.0.0.1/a.png", "/etc/passwd", None, b"x"):
+        with pytest.raises(ValueError, match="expected a PIL image"):
+            encode(turns, processor, images=[RED, text])
     for images in ([RED], [RED] * 3, []):
         with pytest.raises(ValueError, match=r"2 <image> mark\(s\), but"):
             encode(turns, processor, images=images)

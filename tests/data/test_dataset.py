@@ -54,6 +54,10 @@ def test_sampler_is_one_stream_of_whole_epochs(n, size):
     assert GlobalBatchSampler(n, size, seed=1).batch(7) == sampler.batch(7)
     assert [i for i, _ in stream[:n]] != [i for i, _ in stream[n : 2 * n]] or n < 4
     assert sampler.steps(2) * size >= 2 * n > (sampler.steps(2) - 1) * size
+    assert sampler.steps(1e-9) == 1
+    for epochs in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected a finite number above 0"):
+            sampler.steps(epochs)
 
 
 @pytest.fixture
