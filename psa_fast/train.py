@@ -71,8 +71,8 @@ def run(typed: dict[str, str], prog: str) -> int:
     from psa_fast.safety.policy import Policy
     from psa_fast.training.config import resolve
 
-    # a fixed width keeps one log line one line in files
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    # a fixed width keeps one log line one line in files; a path with brackets or colons is no markup
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     console.quiet = os.environ.get("RANK", "0") != "0"
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
     # DeepSpeed calls collectives by their older names
@@ -131,11 +131,16 @@ def _fail(error: Exception, prog: str, everywhere: bool) -> int:
         return 2
     rank = os.environ.get("RANK", "0")
     prefix = f"{prog}: error:" if rank == "0" else f"{prog}: error: [rank {rank}]"
+    print(f"{prefix} {_sentence(error)}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{str(error.filename)[:300]}: {error.strerror}"
     # a data-loading worker hands its error over with its traceback; the sentence is the last line
     text = str(error)
-    text = text.strip().splitlines()[-1] if "Original Traceback" in text else text
-    print(f"{prefix} {text}", file=sys.stderr, flush=True)
-    return 2
+    return text.strip().splitlines()[-1] if "Original Traceback" in text else text
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def plan(args: argparse.Namespace) -> int:
     sizes = measure(config)
     found = estimate(config, sizes, machine, images)
     # a fixed width keeps one line one line in files
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False, emoji=False)
     print_estimate(config, sizes, found, console)
     if not found.fits:
         print_remedies(found, remedies(config, sizes, machine, images), console)

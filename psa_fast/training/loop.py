@@ -54,7 +54,7 @@ def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console
         FloatingPointError: a loss that is not finite, naming the step and the rows of the batch.
     """
     rank, world_size = init_distributed()
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     console.quiet = rank != 0
     try:
         _run(config, hint_for, console, rank, world_size)
@@ -160,7 +160,8 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
             if stopping:
                 read(0)
             if due or stopping:
-                saved = checkpoint.save_checkpoint(engine, config, step, total_steps, digest)
+                with alike():
+                    saved = checkpoint.save_checkpoint(engine, config, step, total_steps, digest)
             if stopping and step < total_steps:
                 console.print(f"{stop.requested or 'stopped'}: saved {saved}; continue with --resume auto")
                 return

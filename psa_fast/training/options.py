@@ -58,6 +58,9 @@ class TrainConfig:
     image_folder: str | None = _data(None, "folder that the records' image paths are relative to")
     output_dir: str = _data("runs/demo", "folder of stage1/ and stage2/, what a run writes", may_change=True)
     on_bad_sample: str = _data("error", "what rows that cannot be used do", choices=("error", "skip"))
+    keep_keys: str | None = _data(
+        None, "keys like ours, by commas, that are to be left unread", unset="none", may_change=True
+    )  # fmt: skip
     clean_samples: int | None = _data(None, "at most this many clean rows, types balanced", unset="as is", minimum=0)
     max_length: int = _data(4096, "longest row in tokens, image tokens included", minimum=1)
 

@@ -249,7 +249,9 @@ def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row
     host["weights while loading"] = BF16 * sizes.total * (1 if zero.get("stage") == 3 else machine.gpus)
     notes = []
     if config.max_length > dims.positions and config.runs_language_model:
-        notes.append(f"--max_length {config.max_length}: the base was trained on {dims.positions} positions only")
+        notes.append(
+            f"--max_length {config.max_length}: the base has {dims.positions} positions, so training refuses it"
+        )
     placeholders = images_per_row * (config.num_safety_tokens + dims.image_tokens)
     if placeholders >= config.max_length:
         raise ValueError(

@@ -18,7 +18,7 @@ from psa_fast.data.lengths import RowCheck, check_rows
 from psa_fast.data.progress import progress
 from psa_fast.data.records import MAX_LISTED
 from psa_fast.models import load_processor
-from psa_fast.models.addon import read_config
+from psa_fast.models.addon import check_files
 from psa_fast.models.base_model import resolve_commit
 
 from .config import TrainConfig
@@ -86,8 +86,9 @@ def commit_for(config: TrainConfig, addon: str | None) -> str | None:
     None for a folder.
     """
     base = str(config.model_name_or_path)
+    recorded = check_files(addon).revision_of(base) if addon else None
     with naming_base(config):
-        return resolve_commit(base, read_config(addon).revision_of(base) if addon else None)
+        return resolve_commit(base, recorded)
 
 
 def read_processor(config: TrainConfig, commit: str | None) -> Any:
@@ -132,7 +133,8 @@ def _read(config: TrainConfig, console: Console) -> list[Record]:
     """All usable records. Rank 0 alone looks at every pixel, so it alone knows what `skip` drops."""
     console.print(f"reading {config.data_path}: every row and picture is checked")
     mode: Any = config.on_bad_sample
-    return load_records(str(config.data_path), config.image_folder, on_bad_sample=mode)
+    keep = [] if config.keep_keys is None else [key.strip() for key in config.keep_keys.split(",")]
+    return load_records(str(config.data_path), config.image_folder, on_bad_sample=mode, keep_keys=keep)
 
 
 def _check(dataset: PsaDataset) -> RowCheck:

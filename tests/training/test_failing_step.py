@@ -73,6 +73,7 @@ def test_the_loader_is_closed_whatever_fails_and_ctrl_c_waits_for_no_report(
         "micro_batches": batches,
         "train_step": step,
         "build_engine": lambda *_: SimpleNamespace(train=lambda: None),
+        "check_engine": lambda engine: None,
         "shared_matrix_rate": lambda dtype: 1.0,
     }.items():
         monkeypatch.setattr(loop, name, stand_in)

@@ -130,6 +130,14 @@ def test_what_is_cut_is_said_in_one_line(rows, start, unloaded):
     assert "lose the end of an answer" in line
 
 
+def test_a_key_that_looks_like_ours_may_be_left_unread(rows, start, unloaded):
+    path = rows(lambda row: row | {"label": "street", "severity": 2})
+    options = ["--max_length", 120, "--on_bad_sample", "skip"]
+    with pytest.raises(ValueError, match="no usable record"):
+        start(path, *options)
+    assert "skipped 3 row(s)" in start(path, *options, "--keep_keys", "label, other", expect=unloaded)
+
+
 def test_nothing_to_learn_ends_the_run_before_a_model_is_loaded(rows, start):
     def unlabelled(row):
         return {key: value for key, value in row.items() if key not in ("safe_type", "safe_level", "group")}

@@ -28,13 +28,13 @@ def as_rank(rank, local_rank=None):
 def fails(base, world, tmp_path, monkeypatch):
     """Calls main while training raises `error`; returns the exit code."""
 
-    def go(error):
+    def go(error, out=tmp_path):
         def raising(*_, **__):
             raise error
 
         monkeypatch.setattr(loop, "train", raising)
         inputs = ["--model_name_or_path", base, "--data_path", world / "mixed.jsonl", "--image_folder", world]
-        return train.main([*map(str, inputs), "--output_dir", str(tmp_path)])
+        return train.main([*map(str, inputs), "--output_dir", str(out)])
 
     return go
 
@@ -57,13 +57,19 @@ def test_options_that_no_rank_can_use_are_refused_once(capsys, argv, waited):
     assert capsys.readouterr().err.startswith("train.py: error: [rank 8] ")
 
 
+def test_a_path_with_brackets_is_printed_as_it_is(fails, capsys, tmp_path):
+    assert fails(ValueError("bad"), tmp_path / "[/bold] :cat:") == 2
+    assert "output_dir=" + str(tmp_path / "[/bold] :cat:") in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device", "/runs/x"), ValueError("bad"), FloatingPointError("nan")]
 )
 def test_a_rank_s_own_failure_is_printed_by_that_rank(fails, capsys, error):
     with as_rank(3):
         assert fails(error) == 2
-    assert capsys.readouterr().err == f"train.py: error: [rank 3] {error}\n"
+    sentence = str(error).replace("[Errno 28] No space left on device: '/runs/x'", "/runs/x: No space left on device")
+    assert capsys.readouterr().err == f"train.py: error: [rank 3] {sentence}\n"
 
 
 def test_a_failure_of_all_ranks_is_printed_once(fails, capsys, group_of_one):
