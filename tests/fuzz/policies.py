@@ -15,13 +15,14 @@ from limits import TooLongError, limit, no_sentence
 TYPES = ("politics", "illegal risk", "insults and bullying", "fairness", "privacy", "misleading")
 ACTIONS = ("allow", "hint", "refuse", "block")
 VALUES = [
-    "", "null", "~", "on", "off", "yes", "no", "y", "true", "True", "TRUE", "false", "0", "1", "2", "-1", "1.0", "0.5", ".5", "1",
-    "0.0", "1.0000001", "1e-1", "1e-400", ".inf", "-.inf", ".nan", "NaN", "0x1", "010", "0o1", "1_0", "1:30", "2026-01-01",
-    "'1'", '"on"', "!!str 1", "!!int '1'", "!!float 1", "!!bool on", "!!python/object/apply:os.getcwd []",
-    "!!python/name:os.system", "!!binary aGk=", "!!set {a, b}", "!!timestamp 2026-13-45", "!x y", "[]", "{}", "[1]", "{a: 1}",
-    "hint", "Hint", "refuse", "deny", "allow", "block", "{type}", "'{type}'", "'{type!r}'", "'{type.__class__}'", "'{0}'",
-    "'{}'", "'{'", "'{{type}}'", "'no field'", "'{type:>1000000}'", '"\\ud800 {type}"', '"\\0{type}"', "' '", "|\n  {type}",
-    ">\n    {type}", "&a [*a]", "&b {c: *b}", "*nowhere", "9" * 5000, "[" * 100 + "]" * 100, "[" * 3000 + "]" * 3000,
+    "", "null", "~", "on", "off", "yes", "no", "y", "true", "True", "TRUE", "false", "0", "1", "2", "-1", "1.0",
+    "0.5", ".5", "1", "0.0", "1.0000001", "1e-1", "1e-400", ".inf", "-.inf", ".nan", "NaN", "0x1", "010", "0o1",
+    "1_0", "1:30", "2026-01-01", "'1'", '"on"', "!!str 1", "!!int '1'", "!!float 1", "!!bool on",
+    "!!python/object/apply:os.getcwd []", "!!python/name:os.system", "!!binary aGk=", "!!set {a, b}",
+    "!!timestamp 2026-13-45", "!x y", "[]", "{}", "[1]", "{a: 1}", "hint", "Hint", "refuse", "deny", "allow",
+    "block", "{type}", "'{type}'", "'{type!r}'", "'{type.__class__}'", "'{0}'", "'{}'", "'{'", "'{{type}}'",
+    "'no field'", "'{type:>1000000}'", '"\\ud800 {type}"', '"\\0{type}"', "' '", "|\n  {type}", ">\n    {type}",
+    "&a [*a]", "&b {c: *b}", "*nowhere", "9" * 5000, "[" * 100 + "]" * 100, "[" * 3000 + "]" * 3000,
     "'" + "a" * 100_000 + "{type}'", "@at", "`tick", "%percent", "\t1", "# nothing", "<<", "=", "? a",
 ]  # fmt: skip
 LINE = re.compile(r"^(\s*)([\w ]+):(.*)$")

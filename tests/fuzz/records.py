@@ -24,11 +24,12 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 FIELDS = ("image", "safe_type", "safe_level", "conversations", "id", "source", "source_label", "split", "group")
 
 STRANGE: list[Any] = [
-    None, True, False, 0, 1, -1, 6, 7, 3, 4, 2**31, 2**63, 10**400, 0.5, 3.0, 1e300, "", " ", "3", "\uff13", "Privacy ",
-    "clean\u200b", "\u0441lean", "HIGH", "hum\u0430n", "\ufeffuser", "system", "a" * 100_000, "\0", "\x1b[31m", "<image>",
-    "<image><image>", "<split>", "a.png<split>b.jpg", "../a.png", "/etc/passwd", "file:///etc/passwd", "http://x/a.png",
-    "data:image/png;base64,AA", "A.PNG", "a.png ", ".", "..", "/dev/zero", [], {}, [[]], [None], ["a.png", "b.jpg"],
-    {"from": "human"}, [{"from": "human", "value": "?"}], "risk", "\U0001f600", "e\u0301.png", "\u00e9.png",
+    None, True, False, 0, 1, -1, 6, 7, 3, 4, 2**31, 2**63, 10**400, 0.5, 3.0, 1e300, "", " ", "3", "\uff13",
+    "Privacy ", "clean\u200b", "\u0441lean", "HIGH", "hum\u0430n", "\ufeffuser", "system", "a" * 100_000, "\0",
+    "\x1b[31m", "<image>", "<image><image>", "<split>", "a.png<split>b.jpg", "../a.png", "/etc/passwd",
+    "file:///etc/passwd", "http://x/a.png", "data:image/png;base64,AA", "A.PNG", "a.png ", ".", "..", "/dev/zero",
+    [], {}, [[]], [None], ["a.png", "b.jpg"], {"from": "human"}, [{"from": "human", "value": "?"}], "risk",
+    "\U0001f600", "e\u0301.png", "\u00e9.png",
 ]  # fmt: skip
 RAW = [
     "NaN", "Infinity", "-Infinity", "1e999", "-0", "9" * 5000, "9" * 1500, "01", "0x1", "1_000", "+1", ".5", "1.",
@@ -154,9 +155,10 @@ def key_renamed(chosen, draw):
     row = draw.choice(chosen)
     key = draw.choice(sorted(row))
     names = [
-        key.upper(), key.title(), f" {key}", f"{key} ", key.replace("_", "-"), key.replace("_", ""), key + "s", key[:-1],
-        key[::-1], f"{key}\u200b", unicodedata.normalize("NFKD", key), "\uff49mage", "label", "labels", "images",
-        "messages", "conversation", "level", "risk_type", "unsafe", "\ufeff" + key, "", key + "\ud800", "a" * 5000,
+        key.upper(), key.title(), f" {key}", f"{key} ", key.replace("_", "-"), key.replace("_", ""), key + "s",
+        key[:-1], key[::-1], f"{key}\u200b", unicodedata.normalize("NFKD", key), "\uff49mage", "label", "labels",
+        "images", "messages", "conversation", "level", "risk_type", "unsafe", "\ufeff" + key, "", key + "\ud800",
+        "a" * 5000,
     ]  # fmt: skip
     new = draw.choice(names)
     row[new] = row.pop(key)
@@ -267,8 +269,8 @@ def list_changed(chosen, draw):
 
 
 KINDS = [
-    bytes_changed, value_swapped, raw_value, key_repeated, key_renamed, value_swapped, key_dropped_or_added, unicode_form,
-    truncated, file_form, list_changed,
+    bytes_changed, value_swapped, raw_value, key_repeated, key_renamed, value_swapped, key_dropped_or_added,
+    unicode_form, truncated, file_form, list_changed,
 ]  # fmt: skip
 
 
@@ -325,7 +327,9 @@ def _label(value: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _squeezed(key: str) -> str:
-    return "".join(c for c in unicodedata.normalize("NFKC", key).lower() if c.isalnum())
+    """A key as the eye reads it: without marks that are not seen, blanks, underscores, hyphens and capitals."""
+    seen = (c for c in unicodedata.normalize("NFKC", key).lower() if unicodedata.category(c) not in ("Cf", "Cc"))
+    return "".join(c for c in seen if not c.isspace() and c not in "_-")
 
 
 def difference(record: Any, row: Any, image_folder: Path) -> str | None:

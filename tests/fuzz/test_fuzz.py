@@ -8,15 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
 import pictures
 import policies
+import pytest
 import records
 import run
+
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.parametrize(("part", "count"), [("records", 330), ("pictures", 225), ("policies", 180)])
