@@ -17,6 +17,7 @@ import run
 HERE = Path(__file__).resolve().parent
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # Pillow on damaged TIFF
 @pytest.mark.parametrize(("part", "count"), [("records", 330), ("pictures", 225), ("policies", 180)])
 def test_every_damaged_file_is_read_as_it_stands_or_named(tmp_path, part, count):
     found = list(run.cases(part, count, 11, tmp_path))
