@@ -33,8 +33,8 @@ BASELINES = ("B0", "B1", "B2")
 # what each ratio compares that is not alike
 CAVEATS = {
     "stage1_joint": "B0 and B1 hold fp32 logits of all rows: glibc's allocator alone moves these ratios by a fifth",
-    "stage1_concept": "no language model in this step, a whole joint step in the baselines' (like for like: 1.4x B0)",
-    "stage2_lora": "B0 trains the safety modules as ours does; the official stage 2 freezes them (some 3 to 4% of B0)",
+    "stage1_concept": "no language model in this step, a whole joint step in theirs (like for like: about 1.4x B0)",
+    "stage2_lora": "B0 trains the safety modules as ours does; the official code freezes them (about 3 to 4% of B0)",
 }
 
 
