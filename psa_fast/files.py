@@ -66,14 +66,18 @@ def parse_json(text: str, constants: bool = False) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+class RepeatedKey(ValueError):
+    """A key that stands twice in one JSON object."""
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs as a dict: the `object_pairs_hook` that refuses a repeated key with a ValueError."""
+    """Return the pairs as a dict: the `object_pairs_hook` that raises RepeatedKey."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"the key {shorten(key)} stands twice in one object")
+                raise RepeatedKey(f"the key {shorten(key)} stands twice in one object")
             seen.add(key)
     return found
 
@@ -138,9 +142,10 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     text = read_text(path, what)
     try:
         value = parse_json(text)
+    except RepeatedKey as error:
+        raise ValueError(f"{what} {path}:{_line_of_repeated_key(text)}: {error}") from None
     except ValueError as error:
-        line = _line_of_repeated_key(text) if "stands twice" in str(error) else None
-        raise ValueError(f"{what} {path}{f':{line}' if line else ''}: {error}") from None
+        raise ValueError(f"{what} {path}: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{what} {path} must hold one JSON object, not a {type(value).__name__}")
     if wrong := unwritable_text(value):
@@ -169,8 +174,24 @@ def _line_of_repeated_key(text: str) -> int | None:
     return None
 
 
+class _Unreadable(Exception):
+    """A line of a YAML file, and what is wrong there."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(line, reason)
+        self.line, self.reason = line, reason
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """A SafeLoader that refuses a repeated key; keys that a merge (`<<`) brings may be overridden, as YAML has it."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, _Unreadable, RecursionError):
+            raise
+        except Exception as error:  # hostile scalars raise nearly anything: Value, Key, Attribute, OverflowError
+            raise _Unreadable(node.start_mark.line + 1, f"a value cannot be read ({shorten(str(error))})") from None
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
@@ -180,7 +201,7 @@ class _UniqueKeys(yaml.SafeLoader):
             key = self.construct_object(key_node)
             line = key_node.start_mark.line + 1
             if key in seen:
-                raise ValueError(f"line {line}: the key {shorten(key)} stands in line {seen[key]} already")
+                raise _Unreadable(line, f"the key {shorten(key)} stands in line {seen[key]} already")
             seen[key] = line
         return super().construct_mapping(node, deep)
 
@@ -200,11 +221,10 @@ def read_yaml(path: str | Path, what: str) -> dict[Any, Any]:
         raise ValueError(f"{what} {path}{place} is not valid YAML: {error.problem or error.context}") from None
     except RecursionError:
         raise ValueError(f"{what} {path} is nested too deeply") from None
-    except Exception as error:  # constructors of hostile scalars raise nearly anything: Value, Key, Attribute, Overflow
-        line = re.match(r"line (\d+): ", str(error))
-        place = f":{line.group(1)}" if line else ""
-        reason = str(error)[line.end() :] if line else f"a value cannot be read ({shorten(str(error))})"
-        raise ValueError(f"{what} {path}{place}: {reason}") from None
+    except _Unreadable as error:
+        raise ValueError(f"{what} {path}:{error.line}: {error.reason}") from None
+    except Exception as error:  # the reader and the parser meet hostile bytes: a character YAML does not allow, ...
+        raise ValueError(f"{what} {path} is not valid YAML: {shorten(str(error))}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{what} {path} is not a mapping of keys")
     return value

@@ -21,7 +21,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("data", help="check records, import public datasets")
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
-    check = commands.add_parser("check", help="list every bad row of a data file; exit code 1 if there is one")
+    check = commands.add_parser("check", help="list every bad row of a data file; exit code 2 if there is one")
     check.add_argument("file", metavar="FILE", help="records as .jsonl, or .json with one list")
     check.add_argument("--image_folder", help="folder that image paths are relative to (not needed without images)")
     check.add_argument(
@@ -44,18 +44,18 @@ def register(subparsers: Any) -> None:
             "--on_bad_sample",
             choices=("skip", "error"),
             default="skip",
-            help="rows that cannot be read are named and the exit code is 1: skip writes the others, error none",
+            help="rows that cannot be read are named and the exit code is 2: skip writes the others, error none",
         )
         source.set_defaults(func=import_command, importer=importer)
 
 
 def check_command(args: argparse.Namespace) -> int:
-    """Print every problem and return 1, or print counts and return 0."""
+    """Print every problem and return 2, or print counts and return 0."""
     return report(args.file, args.image_folder, args.keep_keys)
 
 
 def import_command(args: argparse.Namespace) -> int:
-    """Write a source's good rows, and account for all of them; 1 if some could not be read."""
+    """Write a source's good rows, and account for all of them; 2 if some could not be read."""
     result = import_rows(args.importer.read(args), args.out, args.image_folder, args.on_bad_sample == "skip")
     for line in list_problems(result.problems):
         print(line)
@@ -69,7 +69,7 @@ def import_command(args: argparse.Namespace) -> int:
     _print_counts(result.records)
     if args.image_folder is None and any(record.images for record in result.records):
         print("  the images were not looked at: no --image_folder")
-    return 1 if left_out or not result.records else 0
+    return 2 if left_out or not result.records else 0
 
 
 def report(path: str, image_folder: str | None, keep_keys: Collection[str] = ()) -> int:
@@ -83,7 +83,7 @@ def report(path: str, image_folder: str | None, keep_keys: Collection[str] = ())
         print(f"{len(problems)} problem(s); {len(records)} good record(s) in {path}", file=sys.stderr)
         if unread:
             print(f"  not read: {unread_sentence(unread)}", file=sys.stderr)
-        return 1
+        return 2
     print(f"{len(records)} record(s) in {path}, no problem")
     _print_counts(records)
     if unread:

@@ -321,7 +321,7 @@ def _misnamed(keys: Iterable[str], path: str, line: int, keep_keys: Collection[s
     found = []
     for key in keys:
         if key not in keep_keys and (field := meant_field(key)):
-            message = f"key {shorten(key)} is not read; did you mean {field}? (keep_keys leaves it unread)"
+            message = f"key {shorten(key)} is not read; did you mean {field}? (--keep_keys leaves it unread)"
             found.append(Problem(path, line, message, message))
     return found
 

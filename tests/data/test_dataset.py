@@ -175,8 +175,8 @@ def test_check_command_lists_bad_rows_or_counts(folder, capsys):
     assert "3 high 2" in out
     assert "risk 2" in out
     code, out = check([good | {"id": "x"}, good | {"image": "gone.png"}, good | {"safe_type": 9}])
-    assert code == 1
+    assert code == 2
     assert f"{folder / 'data.jsonl'}:2: " in out
     assert "gone.png" in out
     assert f"{folder / 'data.jsonl'}:3: safe_type is 9" in out
-    assert check([])[0] == 1
+    assert check([])[0] == 2

@@ -166,7 +166,7 @@ def test_every_official_row_is_accounted_for(tmp_path, folder, run):
     ]
     source = write(tmp_path / "data.jsonl", rows)
     code, shown, written = run("psa", "--source", source, "--image_folder", folder)
-    assert code == 1
+    assert code == 2
     assert [row["image"] for row in written] == ["a.png", "b.png"]
     assert f"read {len(rows)} rows, wrote 2 records" in shown
     assert f"{len(rows) - 2} rows cannot be read" in shown
