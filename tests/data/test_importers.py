@@ -57,11 +57,11 @@ def test_figstep_rows_keep_the_source_label_and_pass_the_check(tmp_path, folder,
 
     table.write_text(table.read_text().replace("Legal Opinion", "Weather"))
     code, shown, rows = run("figstep", "--csv", table, "--image_folder", folder)
-    assert (code, [row["safe_type"] for row in rows]) == (1, [4])
+    assert (code, [row["safe_type"] for row in rows]) == (2, [4])
     assert f"{table}:4: category_name is 'Weather'; expected one of: Illegal Activity" in shown
     assert "1 x unknown category_name" in shown
     code, shown, rows = run("figstep", "--csv", table, "--image_folder", folder, "--on_bad_sample", "error")
-    assert (code, rows, "wrote nothing" in shown) == (1, None, True)
+    assert (code, rows, "wrote nothing" in shown) == (2, None, True)
 
 
 def test_a_long_cell_is_read(tmp_path, folder, run):
@@ -192,7 +192,7 @@ def test_every_official_row_is_accounted_for(tmp_path, folder, run):
 def test_without_an_image_folder_images_are_not_looked_at_and_that_is_said(tmp_path, run):
     source = write(tmp_path / "data.jsonl", [training_row("/data/img/a.png"), training_row("/data/b.png")])
     code, shown, rows = run("psa", "--source", source, "--map_path", "/data/img=pictures", "/data=/mnt")
-    assert (code, [row["image"] for row in rows]) == (1, ["pictures/a.png"])
+    assert (code, [row["image"] for row in rows]) == (2, ["pictures/a.png"])
     assert "--map_path makes '/data/b.png' an absolute path without --image_folder: '/mnt/b.png'" in shown
     assert "the images were not looked at" in shown
 
@@ -240,7 +240,7 @@ def test_what_a_test_row_lacks_is_said(tmp_path, folder, run):
     }
     source = write(tmp_path / "test.jsonl", [good, *bad.values()])
     code, shown, written = run("psa", "--source", source, "--image_folder", folder)
-    assert (code, len(written)) == (1, 1)
+    assert (code, len(written)) == (2, 1)
     for line, message in enumerate(bad, start=2):
         assert any(text.startswith(f"{source}:{line}: {message}") for text in shown.splitlines()), message
 
@@ -249,7 +249,7 @@ def test_two_rows_of_one_id_are_a_problem(tmp_path, folder, run):
     table = tmp_path / "SafeBench.csv"
     table.write_text(HEAD + "ForbidQI,7,1,Fraud,q,x\n" * 2)
     code, shown, rows = run("figstep", "--csv", table, "--image_folder", folder)
-    assert (code, len(rows)) == (1, 1)
+    assert (code, len(rows)) == (2, 1)
     assert f"{table}:3: id 'figstep_ForbidQI_7_1' was used in {table}:2" in shown
 
 
