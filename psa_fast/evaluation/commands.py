@@ -149,7 +149,7 @@ def _read(
     from psa_fast.data.records import load_records
     from psa_fast.evaluation.check import check_prompts, longest_hint, require_labels
     from psa_fast.models import PsaConfig
-    from psa_fast.safety.load import CONFIG, load_prompter, read_whole_addon
+    from psa_fast.safety.load import CONFIG, checked_hash, load_prompter
 
     everything = load_records(file, image_folder)
     if unlabelled := require_labels(file, everything):
@@ -159,7 +159,7 @@ def _read(
         )
     records = spread(everything, args.limit)
     for folder in todo.addons.values():
-        read_whole_addon(folder)  # a missing or unreadable file is met now, not after the stages before
+        checked_hash(folder)  # a missing or unreadable file is met now, not after the stages before
     # the add-on with the longest images; prompts that it can take, the others can
     tokens = {f: PsaConfig.from_json_file(Path(f) / CONFIG).num_safety_tokens for f in todo.addons.values()}
     longest = max(tokens, key=lambda folder: tokens[folder], default=None)

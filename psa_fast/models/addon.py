@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from psa_fast.files import shorten
 from psa_fast.models import adapter
-from psa_fast.models.base_model import commit_of, load_base, weight_files
+from psa_fast.models.base_model import commit_of, is_folder_name, load_base, weight_files
 from psa_fast.models.bottleneck import ConceptBottleneck
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.lora import has_adapter
@@ -67,9 +67,10 @@ def base_of(addon: str | Path, config: PsaConfig) -> str:
     name = config.base_model_name_or_path
     if not name:
         raise ValueError(f"{Path(addon) / CONFIG} names no base model; give it with --base")
-    if config.base_revision is None and not Path(name).is_dir():
+    # without a commit on record a stranger's model of that name could take the base's place
+    if (is_folder_name(name) or config.base_revision is None) and not Path(name).is_dir():
         raise ValueError(
-            f"{Path(addon) / CONFIG}: the base was at {shorten(name)}, no folder here; give it with --base"
+            f"{Path(addon) / CONFIG}: the base was at {shorten(name, 120)}, no folder here; give it with --base"
         )
     return name
 

@@ -15,6 +15,11 @@ from psa_fast.files import read_json, shorten
 from psa_fast.models.families import get_family
 
 
+def is_folder_name(base: str) -> bool:
+    """Whether a base's name can only be a folder's; the hub's are NAME or OWNER/NAME."""
+    return base.startswith(("/", ".", "~")) or base.count("/") > 1 or base.endswith("/") or "\\" in base
+
+
 def load_base(
     name: str | Path,
     dtype: torch.dtype | None,

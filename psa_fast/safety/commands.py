@@ -57,10 +57,10 @@ def generate(args: argparse.Namespace) -> int:
     request = Request(args.prompt, tuple(map(Path, args.image)))
     turns, request = request.turns, Request(args.prompt, tuple(request.pictures()))
 
-    from psa_fast.safety.load import base_of, load_guard, load_prompter, read_whole_addon
+    from psa_fast.safety.load import base_of, checked_hash, load_guard, load_prompter
 
     # a request that cannot be asked is refused before a model is loaded
-    read_whole_addon(args.model)
+    checked_hash(args.model)
     base = args.base or base_of(args.model)
     prompter = load_prompter(base, args.model)
     prompter.prompt(turns, prompter.prepare(request), args.max_new_tokens)

@@ -8,39 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from psa_fast.files import read_json, shorten
 from psa_fast.safety.guard import Guard
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Policy
 from psa_fast.safety.request import Prompter, text_positions
 
 CONFIG = "psa_config.json"
-WEIGHTS = "psa.safetensors"
-ADAPTER_PARTS = ("adapter_config.json", "adapter_model.safetensors")
-ADDON_PARTS = (CONFIG, WEIGHTS, "adapter", "llm")
+ADDON_PARTS = (CONFIG, "psa.safetensors", "adapter", "llm")
 
 
 def base_of(addon: str | Path) -> str:
-    """The base that an add-on was trained on, from its config.
+    """The base that an add-on was trained on, from its config. Raises ValueError as `psa_fast.models.addon.base_of`."""
+    from psa_fast.models import addon as files
 
-    Raises ValueError if the folder is no add-on, and for a base in a folder that is not there: only a name with a
-    commit on record is looked up on the hub, or a stranger's model of that name would take the base's place.
-    """
-    file = Path(addon) / CONFIG
-    if not file.is_file():
-        raise ValueError(f"{addon} is not an add-on folder: it has no file {CONFIG}")
-    content = read_json(file, "add-on")
-    base, revision = content.get("base_model_name_or_path"), content.get("base_revision")
-    if not isinstance(base, str) or not base:
-        raise ValueError(f"{file} names no base model; give it with --base")
-    if (is_folder_name(base) or not revision) and not Path(base).is_dir():
-        raise ValueError(f"{addon}: its base was at {shorten(base, 120)}, which is no folder here; give it with --base")
-    return base
-
-
-def is_folder_name(base: str) -> bool:
-    """Whether a base's name can only be a folder's; the hub's are NAME or OWNER/NAME."""
-    return base.startswith(("/", ".", "~")) or base.count("/") > 1 or base.endswith("/") or "\\" in base
+    return files.base_of(addon, files.read_config(addon))
 
 
 def addon_hash(addon: str | Path) -> str:
@@ -61,20 +42,14 @@ def addon_hash(addon: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_whole_addon(addon: str | Path) -> str:
-    """The hash of an add-on all of whose files are there and can be read.
+def checked_hash(addon: str | Path) -> str:
+    """The hash of an add-on whose files fit each other, as far as that is known without the base.
 
-    Loading opens them after the base, and through libraries whose errors do not name them.
     Raises ValueError, naming the file.
     """
-    folder = Path(addon)
-    needed = [folder / CONFIG, folder / WEIGHTS]
-    if (folder / "adapter").is_dir():
-        needed += [folder / "adapter" / name for name in ADAPTER_PARTS]
-    for file in needed:
-        if not file.is_file():
-            kind = "an add-on folder" if file.name == CONFIG else "a whole add-on"
-            raise ValueError(f"{addon} is not {kind}: it has no file {file.relative_to(folder)}")
+    from psa_fast.models.addon import check_files
+
+    check_files(addon)
     return addon_hash(addon)
 
 
@@ -83,7 +58,7 @@ def load_guard(addon: str | Path, base: str | None = None, policy: Policy | None
     from psa_fast.models import PsaVLM, commit_of, load_processor
 
     base = base or base_of(addon)
-    model_hash = read_whole_addon(addon)
+    model_hash = checked_hash(addon)
     with _named(base):
         model = PsaVLM.from_pretrained(base, addon, dtype=dtype or default_dtype())
         processor = load_processor(base, model.config, commit_of(model.vlm))
@@ -127,6 +102,8 @@ def _named(base: str) -> Iterator[None]:
 
     A name that can only be a folder's is not looked up on the hub.
     """
+    from psa_fast.models.base_model import is_folder_name
+
     if is_folder_name(base) and not Path(base).is_dir():
         raise ValueError(f"base model {base[:200]} cannot be loaded: there is no such folder")
     try:

@@ -187,7 +187,7 @@ def test_command(folders, tmp_path, capsys):
     assert set(output["verdict"]["type_probs"]) > {"privacy", "clean"}
     assert run(*ask, "--unguarded") == 0
     assert "not applied" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="is not an add-on folder"):
+    with pytest.raises(ValueError, match="is not a PSA add-on: it has no"):
         run("--model", tmp_path, "--prompt", QUESTION)
     with pytest.raises(ValueError, match=r"absent\.png"):
         run("--model", folders[1], "--prompt", QUESTION, "--image", tmp_path / "absent.png")

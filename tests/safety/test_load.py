@@ -6,8 +6,9 @@ import shutil
 import huggingface_hub
 import pytest
 
+from psa_fast.models.base_model import is_folder_name
 from psa_fast.safety import Request
-from psa_fast.safety.load import base_of, is_folder_name, load_guard, load_plain, load_prompter
+from psa_fast.safety.load import base_of, load_guard, load_plain, load_prompter
 
 
 @pytest.fixture
@@ -18,6 +19,7 @@ def addon(folders, tmp_path):
 def configure(addon, **changes):
     file = addon / "psa_config.json"
     content = {**json.loads(file.read_text()), **changes}
+    content.pop("checksums", None)  # a deliberate edit
     file.write_text(json.dumps(content))
 
 
@@ -52,7 +54,7 @@ def test_a_base_in_a_folder_that_is_gone_is_never_looked_up(addon, no_hub, monke
     monkeypatch.chdir(tmp_path)
     configure(addon, base_model_name_or_path=name, base_revision=revision)
     for ask in (base_of, load_guard):
-        with pytest.raises(ValueError, match=r"its base was at .*no folder here; give it with --base") as caught:
+        with pytest.raises(ValueError, match=r"the base was at .*no folder here; give it with --base") as caught:
             ask(addon)
         assert name in str(caught.value)
 
@@ -83,16 +85,16 @@ def test_a_config_that_is_none_is_named(addon, content):
 
 def test_missing_files_are_the_addons_fault_not_the_bases(addon, folders):
     (addon / "adapter").mkdir()
-    with pytest.raises(ValueError, match=r"whole add-on: it has no file adapter/adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"adapter/adapter_config\.json"):
         load_guard(addon)
     (addon / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"whole add-on: it has no file adapter/adapter_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"adapter/adapter_"):
         load_guard(addon, str(folders[0]))
     shutil.rmtree(addon / "adapter")
     (addon / "psa.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"whole add-on: it has no file psa\.safetensors"):
+    with pytest.raises(ValueError, match=r"is not a PSA add-on: it has no psa\.safetensors"):
         load_guard(addon)
-    with pytest.raises(ValueError, match="is not an add-on folder"):
+    with pytest.raises(ValueError, match="is not a PSA add-on"):
         load_guard(addon / "adapter")
 
 
