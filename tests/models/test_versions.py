@@ -24,7 +24,7 @@ def test_the_installed_set_passes():
 @pytest.mark.parametrize(
     ("package", "installed", "sentence"),
     [
-        ("transformers", "5.22.3", r"needs transformers 5\.23 or newer, 5\.22\.3 is installed: pip install 'transf"),
+        ("transformers", "5.19.3", r"needs transformers 5\.20 or newer, 5\.19\.3 is installed: pip install 'transf"),
         ("peft", "0.17.1", r"needs peft 0\.18 or newer, 0\.17\.1 is installed: pip install 'peft>=0\.18'"),
         ("torch", "2.10.1+cpu", r"needs torch 2\.11 or newer, 2\.10\.1\+cpu is installed"),
         ("deepspeed", None, r"deepspeed is not installed: pip install 'deepspeed>=0\.19\.3'"),
@@ -47,11 +47,11 @@ def test_an_old_or_absent_package_is_named_with_its_remedy(monkeypatch, package,
 def test_an_old_transformers_is_named_before_an_import_from_it_fails():
     code = (
         "import importlib.metadata as m; old = m.version\n"
-        "m.version = lambda name: '5.20.0' if name == 'transformers' else old(name)\n"
+        "m.version = lambda name: '5.19.0' if name == 'transformers' else old(name)\n"
         "import psa_fast.models"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ValueError: psa-fast needs transformers 5.23 or newer, 5.20.0 is installed" in done.stderr
+    assert "ValueError: psa-fast needs transformers 5.20 or newer, 5.19.0 is installed" in done.stderr
 
 
 def test_a_pair_that_no_table_foresees_is_tried(monkeypatch):
