@@ -1,8 +1,7 @@
-"""Imports are requirements, locked versions lie within the ranges, a wheel brings all that its commands need."""
+"""Imports are requirements, and locked versions lie within the ranges."""
 
 import ast
 import os
-import subprocess
 import sys
 from importlib.metadata import distributions, requires
 from pathlib import Path
@@ -88,65 +87,3 @@ def test_this_environment_is_the_locked_one():
         if name not in locked or version.public != locked[name].public
     }
     assert wrong == {}
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The wheel, built from a copy without the repository's own files beside it, and installed into a folder."""
-    build, target = tmp_path_factory.mktemp("build"), tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    copied = build / "source"
-    kept = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in kept.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file() and name.split("/")[0] not in ("tests", "benchmarks", "docs"):
-            (copied / name).parent.mkdir(parents=True, exist_ok=True)
-            (copied / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", build, copied], check=True)
-    (wheel,) = build.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
-    return target
-
-
-@pytest.fixture
-def psa_fast(installed, tmp_path):
-    """Run the installed command, away from the repository."""
-
-    def run(*arguments, expect=0):
-        environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, installed / "bin" / "psa-fast", *map(str, arguments)],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == expect, done.stdout + done.stderr
-        return done.stdout
-
-    return run
-
-
-def test_the_wheel_holds_the_defaults(installed):
-    names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
-    for folder, pattern in (("ds_configs", "*.json"), ("psa_fast/recipes", "*.yaml"), ("psa_fast/safety", "*.yaml")):
-        wanted = {path.name for path in (ROOT / folder).glob(pattern)}
-        assert wanted
-        inside = folder if folder.startswith("psa_fast") else f"psa_fast/{folder}"
-        assert {f"{inside}/{name}" for name in wanted} <= names
-    assert "psa_fast/py.typed" in names
-    assert {name.split("/")[0] for name in names if name.endswith(".py")} == OWN
-
-
-def test_the_wheels_commands_run_away_from_the_repository(psa_fast, tmp_path):
-    from psa_fast import __version__
-
-    assert psa_fast("--version").split() == ["psa-fast", __version__]
-    psa_fast("sandbox", "data", "--help")
-    printed = psa_fast("plan", "--recipe", "llava-1.5-7b", "--stage", "2", "--gpus", "8", "--gpu_gb", "80")
-    assert "8" in printed
