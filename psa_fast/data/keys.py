@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -51,7 +52,9 @@ def foreign_layout(row: Mapping[str, Any], keep: Collection[str] = ()) -> str | 
 @lru_cache(maxsize=4096)
 def meant_field(key: str) -> str | None:
     """Return the field of ours that a foreign key is easily taken for, None for a key that says something else."""
-    plain = key.strip().lower().replace("-", "_").replace(" ", "_")
+    # a zero-width character or a full-width letter makes another key that looks the same
+    seen = (c for c in unicodedata.normalize("NFKC", key) if unicodedata.category(c) not in ("Cf", "Cc"))
+    plain = "".join(seen).strip().lower().replace("-", "_").replace(" ", "_")
     if plain in _MEANT:
         return _MEANT[plain]
     squeezed = plain.replace("_", "")

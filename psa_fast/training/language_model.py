@@ -32,7 +32,10 @@ def prepare_language_model(model: PsaVLM, config: TrainConfig) -> None:
 
 def recompute(language: Any, every: int) -> None:
     """Layers 1, 1 + every, 1 + 2 every, ... keep their input only and run again in the backward pass."""
-    language.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    # transformers 5.20 knows the second name only, later ones call it deprecated
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = getattr(language, next(name for name in names if hasattr(language, name)))
+    enable({"use_reentrant": False}, every_n_layers=every)
     # transformers makes the embeddings require gradients, which only the reentrant form needs: a gradient for nobody
     language.disable_input_require_grads()
 

@@ -5,6 +5,7 @@ import torch
 from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 
 from psa_fast.models import ImageFeatures, PsaVLM
+from psa_fast.training.language_model import recompute
 
 
 def build(vlm=None, tokens=3, **kwargs):
@@ -258,7 +259,7 @@ def test_activation_checkpointing_and_training_mode_keep_the_gradients(batch):
     reference = {n: p.grad.clone() for n, p in psa.named_parameters() if p.grad is not None}
     psa.zero_grad()
     psa.train()
-    psa.vlm.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(psa.vlm, 1)
     psa(**batch).loss.backward()
     for name, p in psa.named_parameters():
         if p.requires_grad:

@@ -15,6 +15,7 @@ from tiny_vlm import SMALL, make_batch, make_vlm
 from psa_fast.models import PsaConfig, PsaVLM, add_lora, load_base
 from psa_fast.models.addon import base_of, check_files, fingerprint, read_config
 from psa_fast.models.lora import has_adapter, target_pattern
+from psa_fast.training.language_model import recompute
 
 FIELDS = {"vision_hidden_size": 24, "hidden_size": 40, "image_tokens": 16, "num_attention_heads": 5}
 
@@ -224,7 +225,7 @@ def test_transformers_knows_of_the_adapter(lora, tmp_path):
     for checkpointing in (False, True):
         psa.train()
         if checkpointing:
-            psa.vlm.activation_checkpointing_enable({"use_reentrant": False})
+            recompute(psa.vlm, 1)
         psa.zero_grad()
         psa(**batch).loss.backward()
         got = {n: p.grad.clone() for n, p in psa.named_parameters() if ".lora_" in n}
@@ -232,7 +233,7 @@ def test_transformers_knows_of_the_adapter(lora, tmp_path):
         for name, gradient in expected.items():
             torch.testing.assert_close(got[name], gradient)
         expected = got
-    psa.vlm.activation_checkpointing_disable()
+    psa.vlm.gradient_checkpointing_disable()
     psa.eval()
     ids = batch["input_ids"][2:, :8]
     assert psa.generate(ids, image_counts=[0], max_new_tokens=3).shape == (1, 3)

@@ -18,6 +18,7 @@ from psa_fast.models import ConceptBottleneck, PsaConfig
 from psa_fast.training import activations
 from psa_fast.training.activations import Dims, Layout, Tuning
 from psa_fast.training.config import parse_args, read_deepspeed_config
+from psa_fast.training.language_model import recompute
 from psa_fast.training.plan import Machine, estimate, measure, model_states, remedies
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,7 +219,7 @@ def test_layers_keep_what_autograd_saves_when_some_are_recomputed(every, back):
         torch.manual_seed(0)
         model = LlamaModel(LlamaConfig(**TINY, num_hidden_layers=layers)).to(torch.bfloat16).train()
         if every and layers == 5:
-            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+            recompute(model, every)
         embeds = torch.randn(1, 96, 64, dtype=torch.bfloat16, requires_grad=True)
         found[layers] = bytes_saved(
             model, lambda m=model, x=embeds: m(inputs_embeds=x, use_cache=False).last_hidden_state
