@@ -78,13 +78,13 @@ demo: $(STAMP)
 	deepspeed train.py --stage 1 --resume auto
 	deepspeed train.py --stage 2 --resume auto
 	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --out $(DEMO)/world
-	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO)
+	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO) --overwrite
 	@echo; echo "report: $(DEMO)/report.md"
 
 # the concept head alone, so the language model is not run
 ablation: $(STAMP)
 	deepspeed train.py --stage 1 --query first --stage1_objective concept --output_dir runs/query-first --resume auto
-	psa-fast evaluate --data $(DEMO)/world --stage query_prompt=$(DEMO)/stage1 --stage query_first=runs/query-first/stage1 --out runs/query-first
+	psa-fast evaluate --data $(DEMO)/world --stage query_prompt=$(DEMO)/stage1 --stage query_first=runs/query-first/stage1 --out runs/query-first --overwrite
 
 test: $(STAMP) lint
 	PSA_FAST_LOCK=$(LOCK) OMP_NUM_THREADS=2 python -m pytest -m "not gpu" --durations=15
