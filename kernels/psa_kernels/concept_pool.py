@@ -45,7 +45,7 @@ class PoolConfig:
 FEW_ROWS = PoolConfig()
 MANY_ROWS = PoolConfig(score_channels=64, pool_keys=16, pool_channels=64, num_warps=8, num_stages=3)
 # exact fp32 products are not tensor core instructions: larger tiles would spill
-FP32 = PoolConfig(16, 32, 16, 32, 32, num_stages=2)
+FP32 = PoolConfig(16, 16, 16, 32, 32, num_stages=2)
 
 # keys that a program of the softmax takes at once; the paper's 640 are one block
 SOFTMAX_KEYS = 1024

@@ -264,7 +264,7 @@ def test_a_file_that_takes_no_more_is_named_and_what_was_flushed_counts(tmp_path
         assert len(cache) == 9
         assert cache.check(map(key, range(9))) == []
         assert [problem.split(": ", 1)[1] for problem in cache.problems] == [
-            "1 entries at its end have no line in the index: not used"
+            "1 entries at its end have no line in rank-00000.jsonl: not used"
         ]
         cache.put(key(9), feature(9))
     assert torch.equal(FeatureCache(tmp_path, TOWER, SHAPE, rank=0).get(key(9)), feature(9))
