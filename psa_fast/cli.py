@@ -8,6 +8,7 @@ import os
 import sys
 
 from psa_fast import __version__
+from psa_fast.files import shown
 
 # before torch is imported: threads that spin while they wait starve each other where jobs share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -70,7 +71,7 @@ def _sentence(error: OSError) -> str:
     """What could not be read or written, and why, without the error's number."""
     if error.filename is None or error.strerror is None:
         return str(error)
-    return f"{error.filename}: {error.strerror}"
+    return f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
 
 
 if __name__ == "__main__":
