@@ -149,6 +149,7 @@ def _read(
     from psa_fast.data.records import load_records
     from psa_fast.evaluation.check import check_prompts, longest_hint, require_labels
     from psa_fast.models import PsaConfig
+    from psa_fast.models.addon import check_base_folder, read_config
     from psa_fast.safety.load import CONFIG, checked_hash, load_prompter
 
     everything = load_records(file, image_folder)
@@ -159,7 +160,9 @@ def _read(
         )
     records = spread(everything, args.limit)
     for folder in todo.addons.values():
-        checked_hash(folder)  # a missing or unreadable file is met now, not after the stages before
+        # a missing or unreadable file, or another base, is met now, not after the stages before
+        checked_hash(folder)
+        check_base_folder(folder, read_config(folder), todo.base)
     # the add-on with the longest images; prompts that it can take, the others can
     tokens = {f: PsaConfig.from_json_file(Path(f) / CONFIG).num_safety_tokens for f in todo.addons.values()}
     longest = max(tokens, key=lambda folder: tokens[folder], default=None)
