@@ -8,7 +8,7 @@ import os
 import sys
 
 from psa_fast import __version__
-from psa_fast.files import shown
+from psa_fast.files import shorten, shown
 
 # before torch is imported: threads that spin while they wait starve each other where jobs share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
+        _refuse_nothing(args)
         code = args.func(args)
         if sys.stdout is not None:  # closed by the caller (`>&-`)
             sys.stdout.flush()
@@ -60,6 +61,19 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"psa-fast: error: {error}", file=sys.stderr)
         return 2
+
+
+def _refuse_nothing(args: argparse.Namespace) -> None:
+    """Refuse a path or name that is empty, which would mean the folder one stands in, or that no file can have.
+
+    What a prompt or a training option may be is said where they are read.
+    """
+    if args.command in ("train", "plan"):
+        return
+    for name, given in vars(args).items():
+        for text in given if isinstance(given, list) else [given]:
+            if isinstance(text, str) and name != "prompt" and (not text or "\0" in text):
+                raise ValueError(f"{'FILE' if name == 'file' else f'--{name}'} is {shorten(text)}, which names nothing")
 
 
 def _silence_stdout() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
+from psa_fast.files import unwritable_text
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -130,6 +131,8 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.policy import Policy
 
+    if wrong := unwritable_text(_settings(args, todo)):
+        raise ValueError(f"--{wrong}, which a report cannot hold; name it in UTF-8")
     policy = Policy.load(args.policy)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     with OutputFolder(Path(args.out)).claim() as out:
