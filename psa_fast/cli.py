@@ -8,6 +8,7 @@ import os
 import sys
 
 from psa_fast import __version__
+from psa_fast.files import shorten, shown
 
 # before torch is imported: threads that spin while they wait starve each other where jobs share the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
+        _refuse_nothing(args)
         code = args.func(args)
         if sys.stdout is not None:  # closed by the caller (`>&-`)
             sys.stdout.flush()
@@ -61,6 +63,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _refuse_nothing(args: argparse.Namespace) -> None:
+    """Refuse a path or name that is empty, which would mean the folder one stands in, or that no file can have.
+
+    What a prompt or a training option may be is said where they are read.
+    """
+    if args.command in ("train", "plan"):
+        return
+    for name, given in vars(args).items():
+        for text in given if isinstance(given, list) else [given]:
+            if isinstance(text, str) and name != "prompt" and (not text or "\0" in text):
+                raise ValueError(f"{'FILE' if name == 'file' else f'--{name}'} is {shorten(text)}, which names nothing")
+
+
 def _silence_stdout() -> None:
     """Keep the interpreter from flushing into stdout again when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,7 +85,7 @@ def _sentence(error: OSError) -> str:
     """What could not be read or written, and why, without the error's number."""
     if error.filename is None or error.strerror is None:
         return str(error)
-    return f"{error.filename}: {error.strerror}"
+    return f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
 
 
 if __name__ == "__main__":

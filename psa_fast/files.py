@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import reprlib
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 SHOWN = 80  # characters of a foreign value that a message repeats
+LONGEST_PATH = 300  # characters of a path that a message repeats
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -32,7 +35,11 @@ _MAGIC = {
 def shorten(value: Any, limit: int = SHOWN) -> str:
     """Return `repr(value)` on one line of at most `limit` characters, for messages about foreign values."""
     try:
-        text = repr(value[:limit] if isinstance(value, str) else value)
+        if isinstance(value, str):
+            text = repr(value[:limit])
+        else:
+            # YAML's aliases make a value of a few hundred bytes whose repr would fill the memory
+            text = repr(value) if _is_small(value) else _ABRIDGED.repr(value)
     except (
         ValueError,
         RecursionError,
@@ -41,6 +48,30 @@ def shorten(value: Any, limit: int = SHOWN) -> str:
     if isinstance(value, str) and len(value) > limit:
         text += "..."
     return text if len(text) <= limit + 10 else text[:limit] + "..."
+
+
+_ABRIDGED = reprlib.Repr()
+_ABRIDGED.maxstring = _ABRIDGED.maxother = _ABRIDGED.maxlong = SHOWN
+
+
+def _is_small(value: Any, budget: int = 10_000) -> bool:
+    """Whether the value's parts and characters, each counted as often as it is met, stay within the budget."""
+    pending = [value]
+    while pending and budget > 0:
+        item = pending.pop()
+        parts = [*item.keys(), *item.values()] if isinstance(item, dict) else item
+        if isinstance(item, dict | list | tuple | set | frozenset):
+            budget -= 1 + len(parts)
+            pending += parts if budget > 0 else ()
+        else:
+            budget -= len(item) if isinstance(item, str | bytes) else 1
+    return budget > 0
+
+
+def shown(path: str | Path) -> str:
+    """Return a path as messages show it: as it is, if it is of a usual length and prints on one line."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= LONGEST_PATH else shorten(text, LONGEST_PATH)
 
 
 def foreign_format(head: bytes) -> str | None:
@@ -122,15 +153,15 @@ def read_text(path: str | Path, what: str) -> str:
     path = Path(path)
     try:
         if not path.is_file():
-            raise ValueError(f"{what} {path}: {'is not a file' if path.exists() else 'no such file'}")
+            raise ValueError(f"{what} {shown(path)}: {'is not a file' if path.exists() else 'no such file'}")
         data = path.read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found = foreign_format(data)
         reason = f"is {found}, not UTF-8 text" if found else f"is not UTF-8 text ({error.reason} at byte {error.start})"
-        raise ValueError(f"{what} {path} {reason}") from None
+        raise ValueError(f"{what} {shown(path)} {reason}") from None
     except OSError as error:
-        raise ValueError(f"{what} {path}: {error.strerror or error}") from None
+        raise ValueError(f"{what} {shown(path)}: {error.strerror or error}") from None
 
 
 def read_json(path: str | Path, what: str) -> dict[str, Any]:
@@ -143,13 +174,13 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except RepeatedKey as error:
-        raise ValueError(f"{what} {path}:{_line_of_repeated_key(text)}: {error}") from None
+        raise ValueError(f"{what} {shown(path)}:{_line_of_repeated_key(text)}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{what} {path}: {error}") from None
+        raise ValueError(f"{what} {shown(path)}: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{what} {path} must hold one JSON object, not a {type(value).__name__}")
+        raise ValueError(f"{what} {shown(path)} must hold one JSON object, not a {type(value).__name__}")
     if wrong := unwritable_text(value):
-        raise ValueError(f"{what} {path}: {wrong}, which is no text")
+        raise ValueError(f"{what} {shown(path)}: {wrong}, which is no text")
     return value
 
 
@@ -182,8 +213,15 @@ class _Unreadable(Exception):
         self.line, self.reason = line, reason
 
 
+_MOST_KEYS = 100_000
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """A SafeLoader that refuses a repeated key; keys that a merge (`<<`) brings may be overridden, as YAML has it."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._flattened: dict[int, Any] = {}
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
@@ -195,15 +233,42 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
-        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
-                continue
-            key = self.construct_object(key_node)
-            line = key_node.start_mark.line + 1
-            if key in seen:
-                raise _Unreadable(line, f"the key {shorten(key)} stands in line {seen[key]} already")
-            seen[key] = line
+        if isinstance(node, yaml.MappingNode) and id(node) not in self._flattened:
+            for key_node, _ in node.value:
+                if key_node.tag == "tag:yaml.org,2002:merge" or not isinstance(key_node, yaml.ScalarNode):
+                    continue
+                key = self.construct_object(key_node)
+                line = key_node.start_mark.line + 1
+                if key in seen:
+                    raise _Unreadable(line, f"the key {shorten(key)} stands in line {seen[key]} already")
+                seen[key] = line
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Put a mapping's merges in place, once: they are part of it from then on, its own keys after theirs."""
+        if id(node) in self._flattened:
+            return
+        self._flattened[id(node)] = node
+        super().flatten_mapping(node)
+        if len(node.value) > _MOST_KEYS:  # merges of merges of merges: a few lines become any number of keys
+            raise _Unreadable(node.start_mark.line + 1, f"its merges come to more than {_MOST_KEYS} keys")
+
+    def construct_yaml_int(self, node: Any) -> int:
+        """Refuse what YAML 1.1 alone takes for a number: 010 would be 8, and 1:30 be 90."""
+        text = node.value.lstrip("+-")
+        if ":" in text or re.fullmatch("0[0-7_]+", text):
+            raise ValueError(f"{shorten(node.value)} is no decimal number; quote it if it is text")
+        return super().construct_yaml_int(node)
+
+    def construct_yaml_float(self, node: Any) -> float:
+        """As for whole numbers: 1:30.5 would be 90.5."""
+        if ":" in node.value:
+            raise ValueError(f"{shorten(node.value)} is no decimal number; quote it if it is text")
+        return super().construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _UniqueKeys.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(_UniqueKeys, f"construct_yaml_{_tag}"))
 
 
 def read_yaml(path: str | Path, what: str) -> dict[Any, Any]:
@@ -218,15 +283,15 @@ def read_yaml(path: str | Path, what: str) -> dict[Any, Any]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f":{mark.line + 1}" if mark else ""
-        raise ValueError(f"{what} {path}{place} is not valid YAML: {error.problem or error.context}") from None
+        raise ValueError(f"{what} {shown(path)}{place} is not valid YAML: {error.problem or error.context}") from None
     except RecursionError:
-        raise ValueError(f"{what} {path} is nested too deeply") from None
+        raise ValueError(f"{what} {shown(path)} is nested too deeply") from None
     except _Unreadable as error:
-        raise ValueError(f"{what} {path}:{error.line}: {error.reason}") from None
+        raise ValueError(f"{what} {shown(path)}:{error.line}: {error.reason}") from None
     except Exception as error:  # the reader and the parser meet hostile bytes: a character YAML does not allow, ...
-        raise ValueError(f"{what} {path} is not valid YAML: {shorten(str(error))}") from None
+        raise ValueError(f"{what} {shown(path)} is not valid YAML: {shorten(str(error))}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{what} {path} is not a mapping of keys")
+        raise ValueError(f"{what} {shown(path)} is not a mapping of keys")
     return value
 
 
@@ -242,18 +307,29 @@ def write_text(path: str | Path, text: str) -> None:
 def write_with(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a name beside `path`, then move what it wrote to `path`; nothing is left if it fails.
 
+    A link keeps leading where it leads: the file there is written.
+
     Raises:
         OSError: naming the path, if it cannot be written.
+        ValueError: it names a folder, or a pipe or device, whose place a file must not take.
     """
+    if str(path) == "" or "\0" in str(path):
+        raise ValueError(f"{shorten(str(path))} cannot name a file")
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with named(path):
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            raise ValueError(f"{shown(path)} is {'a folder' if target.is_dir() else 'a device or pipe'}, not a file")
+    # cut, so that whatever name the file itself may have, this one is not too long
+    unfinished = target.with_name(f".{target.name[:40]}.{os.getpid()}.part")
     try:
         with named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             write(unfinished)
-            os.replace(unfinished, path)
+            os.replace(unfinished, target)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # what is not there, or never could be, need not go
+            unfinished.unlink()
 
 
 class named:
@@ -272,7 +348,7 @@ class named:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
-            if error.filename is not None and str(self.path) in str(error):
+            if error.filename is not None and str(self.path) in str(error.filename):
                 return
             raise OSError(error.errno, f"{error.strerror or error}", str(self.path)) from error
         if isinstance(error, Exception) and not isinstance(error, ValueError) and self.FAILED_WRITES.search(str(error)):

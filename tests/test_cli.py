@@ -68,3 +68,27 @@ def test_an_output_that_cannot_be_written(redirect, code, words):
     assert len(lines) == 1 + bool(words)
     assert words in lines[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["policy", "check", ""], "FILE is '', which names nothing"),
+        (["data", "check", "a\0b"], "FILE is 'a\\x00b', which names nothing"),
+        (["data", "check", "a", "--image_folder", ""], "--image_folder is ''"),
+        (["data", "import", "psa", "--source", "a", "--source", "", "--out", "b"], "--source is ''"),
+        (["sandbox", "data", "--out", ""], "--out is ''"),
+        (["evaluate", "--data", "a", "--base", "b", "--out", ""], "--out is ''"),
+        (["generate", "--model", "", "--prompt", ""], "--model is ''"),
+        (["evaluate", "--data", "a\udcff", "--base", "b", "--out", "c"], "--data holds '\\udcff' at character 1"),
+        (["sandbox", "base", "--out", "a", "--seed", "-1"], "--seed is -1; expected"),
+        (["sandbox", "data", "--out", "a", "--seed", "9" * 60], "--seed is 999"),
+    ],
+)
+def test_what_names_nothing_is_refused_before_anything_is_made(tmp_path, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert len(printed.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

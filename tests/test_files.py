@@ -1,10 +1,13 @@
 """The strict readers and the writers that leave a whole file or none."""
 
 import os
+import time
+from pathlib import Path
 
 import pytest
 
-from psa_fast.files import parse_json, read_json, read_yaml, shorten, unwritable_text, write_text, write_with
+from psa_fast import files
+from psa_fast.files import parse_json, read_json, read_yaml, shorten, shown, unwritable_text, write_text, write_with
 
 
 def written(tmp_path, text):
@@ -119,3 +122,67 @@ def test_a_foreign_failure_of_a_write_is_named_and_a_fault_of_the_program_is_not
         write_with(tmp_path / "w", torch_fails)
     with pytest.raises(RuntimeError, match="index"):
         write_with(tmp_path / "w", faulty)
+
+
+def test_a_number_that_only_yaml_1_1_reads_so_is_refused(tmp_path):
+    for text in ("010", "1:30", "-00", "1:30.5", "12:30:45"):
+        with pytest.raises(ValueError, match=r":2: .*no decimal number"):
+            read_yaml(written(tmp_path, f"a: 1\nb: {text}\n"), "recipe")
+    found = read_yaml(written(tmp_path, "a: '010'\nb: 0\nc: 0.5\nd: -7\ne: 1_000\n"), "recipe")
+    assert found == {"a": "010", "b": 0, "c": 0.5, "d": -7, "e": 1000}
+
+
+def test_a_few_aliases_do_not_become_a_message_or_a_mapping_without_end(tmp_path):
+    lists = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 13))
+    began = time.monotonic()
+    bomb = read_yaml(written(tmp_path, lists), "recipe")["a12"]
+    assert len(shorten(bomb)) < 100
+    assert len(shorten({"key": bomb})) < 100
+    assert time.monotonic() - began < 5
+
+
+def test_merges_do_not_become_a_mapping_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_MOST_KEYS", 3)
+    two = "a: &a {one: 1, two: 2}\nb: &b {three: 3, four: 4}\n"
+    assert read_yaml(written(tmp_path, two + "c: {<<: *a}\n"), "recipe")["c"] == {"one": 1, "two": 2}
+    with pytest.raises(ValueError, match=":3: its merges come to more than 3 keys"):
+        read_yaml(written(tmp_path, two + "c: {<<: [*a, *b]}\n"), "recipe")
+
+
+def test_keys_that_another_mapping_merges_are_no_repeated_keys(tmp_path):
+    text = "first:\n  inner: &inner\n    <<: {one: 1, two: 2}\n    one: 3\nsecond: {<<: *inner}\n"
+    found = read_yaml(written(tmp_path, text), "recipe")
+    assert found["first"]["inner"] == {"one": 3, "two": 2}
+
+
+def test_a_file_does_not_take_the_place_of_a_device_pipe_folder_or_link(tmp_path):
+    pipe, folder, link = tmp_path / "pipe", tmp_path / "folder", tmp_path / "link"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    link.symlink_to(tmp_path / "file")
+    for path, kind in ((pipe, "pipe"), (folder, "folder"), (Path(""), "folder")):
+        with pytest.raises(ValueError, match=f"{kind}, not a file"):
+            write_text(path, "text")
+    assert pipe.is_fifo()
+    write_text(link, "text")
+    assert link.is_symlink()
+    assert (tmp_path / "file").read_text() == "text"
+    for path in ("", "a\0b"):
+        with pytest.raises(ValueError, match="cannot name a file"):
+            write_text(path, "text")
+
+
+def test_a_file_is_written_under_the_longest_name_and_below_no_other_file(tmp_path):
+    name = "x" * 250
+    write_text(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(OSError, match="text") as raised:
+        write_text(tmp_path / name / "text", "text")
+    assert raised.value.filename == str(tmp_path / name / "text")
+
+
+def test_a_path_in_a_message_is_one_line(tmp_path):
+    assert shown(tmp_path) == str(tmp_path)
+    for path in ("a\nb", "x" * 5000, "\udcff"):
+        assert len(shown(path)) < 320
+        assert shown(path).isprintable()

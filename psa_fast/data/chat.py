@@ -346,9 +346,15 @@ class _Template:
         return {"role": turn.role, "content": content}
 
     def _apply(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            text: str = self.processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except ValueError:
+            raise
+        except Exception as error:  # a template is a small program
+            reason = shorten(f"{type(error).__name__}: {error}", 160)
+            raise ValueError(f"the base's chat template cannot be used ({reason})") from error
         # a blank at the end would be a token of its own, whereas answers are tokenized with the blank before them
         return text.rstrip(" ") if add_generation_prompt else text
 

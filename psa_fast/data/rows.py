@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from psa_fast.files import foreign_format, unique_keys, unwritable_text
+from psa_fast.files import foreign_format, named, unique_keys, unwritable_text
 
 MAX_DIGITS = 1000  # of an integer: Python itself stops at 4300
 MAX_DEPTH = 100  # lists and objects within each other: what reads deeper rows later would run out of stack
@@ -30,12 +30,12 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     accepted, since pandas writes it for what is missing; a repeated key, a number of more than MAX_DIGITS digits,
     nesting deeper than MAX_DEPTH and text that UTF-8 cannot express are not.
 
-    Raises ValueError if the file does not exist.
+    Raises ValueError if the file does not exist, OSError, naming it, if it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"data file {str(path)!r} does not exist or is not a file")
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         head = file.read(64)
         if found := foreign_format(head) or ("UTF-16 or binary" if b"\0" in head else None):
             todo = "save it as UTF-8" if found.startswith("UTF") else "unpack or convert it first"
@@ -109,7 +109,7 @@ def _parts(item: dict | list) -> Any:
 
 
 def _line_rows(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue
@@ -139,7 +139,8 @@ def _line_rows(path: Path) -> Iterator[Row]:
 def _list_rows(path: Path) -> Iterator[Row]:
     """Decode element by element: after a syntax error there is no safe place to go on, so it is the last row."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with named(path):
+            text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         yield Row(1, error=f"the file is not UTF-8 ({error.reason} at byte {error.start})")
         return

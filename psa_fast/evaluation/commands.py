@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
+from psa_fast.files import unwritable_text
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -130,6 +131,8 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.policy import Policy
 
+    if wrong := unwritable_text(_settings(args, todo)):
+        raise ValueError(f"--{wrong}, which a report cannot hold; name it in UTF-8")
     policy = Policy.load(args.policy)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     with OutputFolder(Path(args.out)).claim() as out:
@@ -149,6 +152,7 @@ def _read(
     from psa_fast.data.records import load_records
     from psa_fast.evaluation.check import check_prompts, longest_hint, require_labels
     from psa_fast.models import PsaConfig
+    from psa_fast.models.addon import check_base_folder, read_config
     from psa_fast.safety.load import CONFIG, checked_hash, load_prompter
 
     everything = load_records(file, image_folder)
@@ -159,7 +163,9 @@ def _read(
         )
     records = spread(everything, args.limit)
     for folder in todo.addons.values():
-        checked_hash(folder)  # a missing or unreadable file is met now, not after the stages before
+        # a missing or unreadable file, or another base, is met now, not after the stages before
+        checked_hash(folder)
+        check_base_folder(folder, read_config(folder), todo.base)
     # the add-on with the longest images; prompts that it can take, the others can
     tokens = {f: PsaConfig.from_json_file(Path(f) / CONFIG).num_safety_tokens for f in todo.addons.values()}
     longest = max(tokens, key=lambda folder: tokens[folder], default=None)

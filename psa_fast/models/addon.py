@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from psa_fast.files import shorten
 from psa_fast.models import adapter
-from psa_fast.models.base_model import commit_of, is_folder_name, load_base, weight_files
+from psa_fast.models.base_model import check_base, commit_of, is_folder_name, load_base, weight_files
 from psa_fast.models.bottleneck import ConceptBottleneck
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.lora import has_adapter
@@ -90,6 +90,22 @@ def _check_base(addon: str | Path, config: PsaConfig, vlm: PreTrainedModel) -> N
         command = f"hf download {config.base_model_name_or_path} --revision {config.base_revision} --local-dir DIR"
         differing += f"; `{command}` fetches the one it was trained on"
     raise ValueError(f"{addon} was trained on another base than {found['base_model_name_or_path']}: {differing}")
+
+
+def check_base_folder(addon: str | Path, config: PsaConfig, base: str | Path) -> None:
+    """Refuse a base's folder that is damaged, or is not the one that the add-on was trained on; no tensor is read.
+
+    Raises:
+        ValueError: naming both.
+    """
+    check_base(base)
+    if not Path(base).is_dir() or config.base_fingerprint is None:
+        return
+    found = fingerprint(base)
+    if found is not None and found != config.base_fingerprint:
+        raise ValueError(
+            f"{addon} was trained on another base than {base}: fingerprint {config.base_fingerprint}, found {found}"
+        )
 
 
 def fingerprint(folder: str | Path) -> str | None:
@@ -228,6 +244,8 @@ def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: st
     if isinstance(base, PreTrainedModel):
         vlm: Any = base
     else:
+        if addon is not None and config is not None:
+            check_base_folder(addon, config, base)
         vlm = load_base(base, dtype, revision=config.revision_of(base) if config else None)
     if addon is None or config is None:
         return cls.build(vlm)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -11,13 +13,70 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging, resolve_revision
 from transformers.utils.hub import extract_commit_hash
 
-from psa_fast.files import read_json, shorten
+from psa_fast.files import read_json, shorten, shown
 from psa_fast.models.families import get_family
+from psa_fast.models.tensors import check_header
 
 
 def is_folder_name(base: str) -> bool:
     """Whether a base's name can only be a folder's; the hub's are NAME or OWNER/NAME."""
     return base.startswith(("/", ".", "~")) or base.count("/") > 1 or base.endswith("/") or "\\" in base
+
+
+@contextmanager
+def reading_base(name: str | Path) -> Iterator[None]:
+    """Context in which what transformers raises about the content of a base's files is a ValueError of one sentence.
+
+    An OSError, that there is no such base, is left to the caller, and so is a RuntimeError of another origin.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # readers that take what a file holds for granted raise nearly anything
+        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and not _of_loading(error):
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0][:160]}"
+        raise ValueError(f"base model {shown(name)} cannot be loaded, its files are damaged ({reason})") from error
+
+
+def _of_loading(error: RuntimeError) -> bool:
+    """Whether transformers itself raised it, which it does for weights of other shapes than the configuration's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == "transformers.utils.loading_report"
+
+
+def check_base(name: str | Path) -> None:
+    """Check what can be known of a base's folder without a tensor; a name on the hub is left to transformers.
+
+    Raises:
+        ValueError: naming the folder without a configuration, or the file that is damaged.
+    """
+    if not Path(name).is_dir():
+        return
+    if not (Path(name) / "config.json").is_file():
+        raise ValueError(f"base model {shown(name)} cannot be loaded: it has no config.json")
+    for file in weight_files(name):
+        check_header(file)
+
+
+def read_base_config(name: str | Path, revision: str | None = None) -> Any:
+    """A base's transformers config.
+
+    Raises:
+        OSError: there is no such base.
+        ValueError: its config.json is damaged, or of a model that is not supported.
+    """
+    with reading_base(name):
+        config = AutoConfig.from_pretrained(str(name), **({} if revision is None else {"revision": revision}))
+    try:
+        get_family(config)
+    except ValueError as error:
+        raise ValueError(f"base model {shown(name)}: {error}") from None
+    return config
 
 
 def load_base(
@@ -39,27 +98,31 @@ def load_base(
 
     Raises:
         OSError: there is no such base.
-        ValueError: weights are missing, which transformers would fill with random numbers, or a folder's list of weight
-            files leads out of it.
+        ValueError: weights are missing or of another shape, which transformers would fill with random numbers, a file
+            is damaged, or a folder's list of weight files leads out of it.
     """
-    if Path(name).is_dir():
-        weight_files(name)
+    check_base(name)
     commit = resolve_commit(str(name), revision)
     options: dict[str, Any] = {} if Path(name).is_dir() else {"revision": commit or revision}
-    verbosity = logging.get_verbosity()
     if not language_layers:
-        config = AutoConfig.from_pretrained(str(name), **options)
+        config = read_base_config(name, options.get("revision"))
         options["config"] = get_family(config).without_language_layers(config)
-        logging.set_verbosity_error()  # the layers left out would be listed as unexpected
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # tables of what is missing, which is said below, or left out on purpose
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            str(name), dtype="auto" if dtype is None else dtype, output_loading_info=True, **options
-        )
+        with reading_base(name):
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                str(name),
+                dtype="auto" if dtype is None else dtype,
+                output_loading_info=True,
+                **options,
+            )
         vlm, info = loaded
     finally:
         logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"{name}: the base lacks weights: {', '.join(sorted(info['missing_keys']))}")
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{name}: the base lacks weights: {', '.join(missing[:3])}{more}")
     vlm.config._commit_hash = commit  # not saved with it
     if attention is not None:
         vlm.set_attn_implementation({"text_config": attention})

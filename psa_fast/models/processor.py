@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
+from psa_fast.files import shown
+from psa_fast.models.base_model import read_base_config, reading_base
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import get_family
 
@@ -19,8 +21,15 @@ def load_processor(base: str | Path, config: PsaConfig | None = None, revision: 
         config: the add-on's; None: the bare base, without safety tokens.
         revision: of a base on the hub, so that tokenizer and chat template are the weights' own (`commit_of`); None:
             the main branch, or a folder.
+
+    Raises:
+        OSError: there is no such base, or no processor with it.
+        ValueError: one of its files is damaged, or no processor of images and text.
     """
     options = {} if revision is None else {"revision": revision}
-    processor = AutoProcessor.from_pretrained(str(base), **options)
-    family = get_family(AutoConfig.from_pretrained(str(base), **options))
+    family = get_family(read_base_config(base, revision))
+    with reading_base(base):
+        processor: Any = AutoProcessor.from_pretrained(str(base), **options)
+    if not all(hasattr(processor, part) for part in ("tokenizer", "image_processor")):
+        raise ValueError(f"base model {shown(base)} has no processor of images and text")
     return family.extend_processor(processor, 0 if config is None else config.num_safety_tokens)

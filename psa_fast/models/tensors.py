@@ -37,6 +37,12 @@ def read_shapes(file: str | Path) -> Shapes:
     return shapes
 
 
+def check_header(file: str | Path) -> None:
+    """Raise ValueError, naming the file, for one whose header and size are not those of a safetensors file."""
+    with _opened(file):
+        return
+
+
 def require_shapes(file: str | Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a file whose names, shapes or types are not those that are expected.
 

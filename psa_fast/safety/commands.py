@@ -61,7 +61,7 @@ def generate(args: argparse.Namespace) -> int:
 
     # a request that cannot be asked is refused before a model is loaded
     checked_hash(args.model)
-    base = args.base or base_of(args.model)
+    base = base_of(args.model) if args.base is None else args.base
     prompter = load_prompter(base, args.model)
     prompter.prompt(turns, prompter.prepare(request), args.max_new_tokens)
     guard = load_guard(args.model, base, policy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,7 @@ from psa_fast.data.chat import Encoded, ImageInputs, encode, stop_token_ids
 from psa_fast.data.records import IMAGE_MARK, Turn
 from psa_fast.files import shorten
 from psa_fast.safety.plain import PlainVLM
-from psa_fast.safety.policy import Decision, Policy
+from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.reading import NEUTRAL_QUESTION, Query, Reading, read_head, worst
 from psa_fast.safety.request import Prompter, Request, text_positions
 from psa_fast.safety.verdict import Answer, Verdict, read_verdict, refusing_verdict, unread_verdict
@@ -71,6 +71,9 @@ class Guard:
         neutral_question: str | None = NEUTRAL_QUESTION,
     ) -> None:
         self.has_head = not isinstance(model, PlainVLM)
+        require_policy(policy)
+        if neutral_question is not None and not isinstance(neutral_question, str):
+            raise ValueError(f"neutral_question is {shorten(neutral_question)}; expected a line of text")
         if not isinstance(model, PlainVLM):
             names = tuple(model.config.risk_types), tuple(model.config.risk_levels)
             if names != (RISK_TYPES, RISK_LEVELS):
@@ -141,12 +144,16 @@ class Guard:
         on_error: OnError,
     ) -> list[tuple[Answer, ...]]:
         for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {shorten(value)}; expected a whole number, at least 1")
+        if not all(isinstance(guarded, bool) for guarded in modes):  # what is merely false would turn the guard off
+            raise ValueError(f"guarded is {shorten(modes[0])}; expected True or False")
         if on_error not in ("block", "raise"):
             raise ValueError(f"on_error is {shorten(on_error)}; expected 'block' or 'raise'")
-        if isinstance(requests, Request):
-            raise ValueError("requests is a list, [request] for a single one")
+        if isinstance(requests, Request | str | bytes | Mapping) or not isinstance(requests, Iterable):
+            raise ValueError(
+                f"requests is a list of Request, [request] for a single one, not a {type(requests).__name__}"
+            )
         if True in modes and not self.has_head:
             raise ValueError("this model has no concept head: it can only answer unguarded")
         requests = list(requests)
@@ -317,7 +324,7 @@ def _max_length(wanted: int | None, positions: int | None) -> int | None:
     """The limit of tokens, given what is asked for and what the base has. Raises ValueError for one beyond the base."""
     if wanted is None:
         return positions
-    if not isinstance(wanted, int) or wanted < 1:
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
         raise ValueError(f"max_length is {shorten(wanted)}; expected a whole number, at least 1")
     if positions is not None and wanted > positions:
         raise ValueError(f"max_length is {wanted}, but the base's language model has {positions} positions")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from psa_fast.files import shorten, shown
 from psa_fast.safety.guard import Guard
 from psa_fast.safety.plain import PlainVLM
-from psa_fast.safety.policy import Policy
+from psa_fast.safety.policy import Policy, require_policy
 from psa_fast.safety.request import Prompter, text_positions
 
 CONFIG = "psa_config.json"
@@ -53,11 +55,14 @@ def checked_hash(addon: str | Path) -> str:
     return addon_hash(addon)
 
 
-def load_guard(addon: str | Path, base: str | None = None, policy: Policy | None = None, dtype: Any = None) -> Guard:
+def load_guard(
+    addon: str | Path, base: str | Path | None = None, policy: Policy | None = None, dtype: Any = None
+) -> Guard:
     """A guard around base + add-on; `base` replaces the one the add-on's config names. On a GPU if there is one."""
     from psa_fast.models import PsaVLM, commit_of, load_processor
 
-    base = base or base_of(addon)
+    require_policy(policy)  # before the model
+    base = base_of(addon) if base is None else os.fspath(base)
     model_hash = checked_hash(addon)
     with _named(base):
         model = PsaVLM.from_pretrained(base, addon, dtype=dtype or default_dtype())
@@ -65,28 +70,33 @@ def load_guard(addon: str | Path, base: str | None = None, policy: Policy | None
     return Guard(_to_device(model), processor, policy, model_hash=model_hash)
 
 
-def load_plain(base: str, dtype: Any = None) -> Guard:
+def load_plain(base: str | Path, dtype: Any = None) -> Guard:
     """A base without an add-on, to be asked unguarded."""
     from psa_fast.models import commit_of, load_base, load_processor
 
+    base = os.fspath(base)
     with _named(base):
         vlm = load_base(base, dtype or default_dtype())
         processor = load_processor(base, revision=commit_of(vlm))
     return Guard(_to_device(PlainVLM(vlm)), processor)
 
 
-def load_prompter(base: str, addon: str | Path | None = None) -> Prompter:
+def load_prompter(base: str | Path, addon: str | Path | None = None) -> Prompter:
     """What makes the prompts of `load_guard` (without an add-on: of `load_plain`); no weights are loaded."""
-    from transformers import AutoConfig
-
     from psa_fast.models import PsaConfig, load_processor
+    from psa_fast.models.addon import check_base_folder
+    from psa_fast.models.base_model import check_base, read_base_config
 
+    base = os.fspath(base)
     config = None if addon is None else PsaConfig.from_json_file(Path(addon) / CONFIG)
     with _named(base):
+        if addon is None or config is None:
+            check_base(base)
+        else:
+            check_base_folder(addon, config, base)
         revision = config.revision_of(base) if config else None
         processor = load_processor(base, config, revision)
-        options = {} if revision is None else {"revision": revision}
-        return Prompter(processor, text_positions(AutoConfig.from_pretrained(base, **options)))
+        return Prompter(processor, text_positions(read_base_config(base, revision)))
 
 
 def default_dtype() -> Any:
@@ -104,13 +114,17 @@ def _named(base: str) -> Iterator[None]:
     """
     from psa_fast.models.base_model import is_folder_name
 
+    if not base.strip() or "\0" in base:
+        raise ValueError(f"base model {shorten(base)} is no name")
     if is_folder_name(base) and not Path(base).is_dir():
-        raise ValueError(f"base model {base[:200]} cannot be loaded: there is no such folder")
+        raise ValueError(f"base model {shown(base)} cannot be loaded: there is no such folder")
     try:
         yield
     except OSError as error:
         reason = str(error).strip().splitlines()
-        raise ValueError(f"base model {base} cannot be loaded: {reason[0][:200] if reason else error!r}") from error
+        raise ValueError(
+            f"base model {shown(base)} cannot be loaded: {reason[0][:200] if reason else error!r}"
+        ) from error
 
 
 def _to_device(model: Any) -> Any:

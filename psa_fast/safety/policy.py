@@ -212,3 +212,9 @@ class Policy(_Strict):
         if action in ("refuse", "block"):
             response = getattr(self.responses, action).format(type=RISK_TYPES[kind])
         return Decision(action, kind, level, rule, score, hint, response, code="unsafe")
+
+
+def require_policy(policy: Policy | None) -> None:
+    """Raise ValueError for what is neither a Policy nor None: the name of a policy's file, say."""
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(f"policy is {shorten(policy)}; expected a Policy, which Policy.load reads from a file")

@@ -16,17 +16,19 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     data.set_defaults(func=_data)
     base = commands.add_parser("base", help="train the base model (under 5 minutes on 2 cores)")
     base.set_defaults(func=_base)
-    base.add_argument("--policy", type=Path, help="policy file whose hints the base learns (default: the shipped one)")
+    base.add_argument(
+        "--policy", metavar="FILE", help="policy file whose hints the base learns (default: the shipped one)"
+    )
     for command, made in ((data, "world"), (base, "base")):
         command.add_argument("--seed", type=int, default=0, help=f"the same seed gives the same {made} (default: 0)")
-        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+        command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
 
 
 def _data(args: argparse.Namespace) -> int:
     from psa_fast.sandbox.draw import draw_world
 
     with named(args.out):
-        summary = draw_world(args.seed, args.out)
+        summary = draw_world(args.seed, Path(args.out))
     counts = ", ".join(f"{name} {sum(rows.values())}" for name, rows in summary["rows"].items())
     print(f"{args.out}: world of seed {args.seed}; rows: {counts}")
     return 0
@@ -35,10 +37,12 @@ def _data(args: argparse.Namespace) -> int:
 def _base(args: argparse.Namespace) -> int:
     from psa_fast.safety.policy import Policy
     from psa_fast.sandbox.base import train_base
+    from psa_fast.sandbox.draw import check_seed
 
+    check_seed(args.seed)
     hint_for = Policy.load(args.policy).hint
     with named(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
-        losses = train_base(args.out, args.seed, hint_for)
+        Path(args.out).mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
+        losses = train_base(Path(args.out), args.seed, hint_for)
     print(f"{args.out}: base of seed {args.seed}; " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from psa_fast.files import shorten
 from psa_fast.sandbox.language import TEST_KINDS, TEXT_RISK_LEVEL, question, safe_answer, text_request
 from psa_fast.sandbox.world import Group, Scene, Split, paint, sample_scene
 from psa_fast.taxonomy import CLEAN
@@ -34,6 +35,12 @@ _SPLIT_OF_FILE: dict[str, Split] = {"stage1": "train", "stage2": "train", "dev":
 _FILES, _GROUPS = tuple(ROWS), tuple(ROWS["test"])
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that not every random generator here takes."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is {shorten(seed)}; expected a whole number of at least 0 and less than 2**63")
+
+
 def draw_world(
     seed: int,
     out: str | Path,
@@ -47,8 +54,7 @@ def draw_world(
     Raises ValueError for a negative seed, or where `out` already holds something.
     """
     out = Path(out)
-    if seed < 0:
-        raise ValueError(f"--seed {seed}: a world's seed is 0 or more")
+    check_seed(seed)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: already holds something; name a new or empty folder")
     images, rows = images or IMAGES, rows or ROWS

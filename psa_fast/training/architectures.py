@@ -49,10 +49,14 @@ def base_config(name: str) -> Any:
 
     Raises ValueError for anything else; nothing is ever downloaded.
     """
-    from transformers import AutoConfig, LlavaConfig
+    from transformers import LlavaConfig
+
+    from psa_fast.models.base_model import read_base_config
 
     if Path(name).is_dir():
-        return AutoConfig.from_pretrained(name)
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"--model_name_or_path {name}: it has no config.json")
+        return read_base_config(name)
     if name not in KNOWN:
         raise ValueError(f"--model_name_or_path {name} is neither a folder nor one of {', '.join(sorted(KNOWN))}")
     shared: dict[str, Any] = {

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from psa_fast.files import shorten
+
 from .arguments import OneLine, add_group
 from .config import TrainConfig, resolve
 
@@ -48,10 +50,12 @@ def plan(args: argparse.Namespace) -> int:
     """Print the estimate; 0 if the run fits, else 1 with what would help. ValueError for options that do not fit."""
     from rich.console import Console
 
-    from .plan import Machine, estimate, measure, remedies
+    from .plan import MOST, Machine, estimate, measure, remedies
 
     machine = Machine(args.gpus, args.gpu_gb, args.nodes, args.host_gb)
     images = args.images_per_row
+    if not 0 <= images <= MOST:
+        raise ValueError(f"--images_per_row is {shorten(images)}; expected a whole number, 0 to {MOST}")
     config = read_options(args)
     sizes = measure(config)
     found = estimate(config, sizes, machine, images)

@@ -15,6 +15,16 @@ FOLDERS = (PACKAGE.parent / "ds_configs", PACKAGE / "ds_configs")
 STAGES = (0, 1, 2, 3)
 DEVICES = ("none", "cpu", "nvme")
 SECTIONS = ("zero_optimization", "bf16", "fp16", "timers")
+# written by train.py, or without an effect on what is learned
+KNOWN = (
+    *SECTIONS, "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
+)  # fmt: skip
+# they would train something else than the options say
+REFUSED = (
+    "optimizer", "scheduler", "amp", "elasticity", "curriculum_learning", "data_efficiency", "compression_training",
+    "progressive_layer_drop", "sparse_attention", "tensor_parallel", "autotuning",
+)  # fmt: skip
 # what `psa-fast plan` computes with
 SIZES = (
     "reduce_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters",
@@ -56,8 +66,10 @@ def read_deepspeed_config(name: str) -> dict[str, Any]:
 
 def _check(found: dict[str, Any]) -> None:
     for key in found:
-        near = difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.8)
-        if near and key != near[0]:
+        if key in REFUSED:
+            raise ValueError(f"remove {key!r}; train.py knows only its own options for it")
+        near = difflib.get_close_matches(key, KNOWN, n=1, cutoff=0.85)
+        if near and key not in KNOWN:
             raise ValueError(f"{shorten(key)} is not read; is {near[0]} meant?")
     sections = {name: _mapping(found, name) for name in SECTIONS}
     _mapping(sections["timers"], "throughput")

@@ -69,9 +69,6 @@ def resolve_deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, 
     if bf16.get("enabled", "auto") not in ("auto", wanted):
         raise ValueError(f'{config.deepspeed_config}: bf16.enabled contradicts --dtype {config.dtype}; use "auto"')
     bf16["enabled"] = wanted
-    for key in ("optimizer", "scheduler"):
-        if key in ds:
-            raise ValueError(f"{config.deepspeed_config}: remove {key!r}; train.py builds it from its own options")
     # DeepSpeed's own timer would wait for the device twice in every micro-batch
     ds.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     zero = ds.setdefault("zero_optimization", {})

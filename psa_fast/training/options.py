@@ -20,6 +20,7 @@ GROUPS = ("model and data", "method", "optimisation", "memory and speed", "run")
 _LARGEST = 2**31 - 1  # of a count that says nothing else
 _LONGEST = 4096  # characters of a text, which is a name or a path
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
+_PLAIN_NUMBER = re.compile(r"[0-9A-Za-z.+-]+")
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "text"}
 
 
@@ -210,6 +211,8 @@ def from_text(name: str, text: str) -> Any:
     value: Any = text
     if kind in ("int", "float"):
         try:
+            if not _PLAIN_NUMBER.fullmatch(text):  # Python also takes 1_0, other scripts' digits and blanks around it
+                raise ValueError
             value = int(text) if kind == "int" else float(text)
         except ValueError:
             raise ValueError(f"--{name} is {shorten(text)}; expected {expected(name)}") from None
@@ -223,7 +226,7 @@ def from_yaml(name: str, value: Any) -> Any:
             return None
         raise ValueError(f"--{name} has no value")
     kind = kind_of(name)
-    if kind in ("int", "float") and isinstance(value, str):
+    if kind in ("int", "float") and isinstance(value, str) and _PLAIN_NUMBER.fullmatch(value):
         value = _number(value)  # YAML reads 1e-5 as text
     if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = _number(value)

@@ -6,9 +6,12 @@ arithmetic on bf16 training with AdamW under ZeRO-2 or ZeRO-3 (docs/scale.md nam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from psa_fast.files import shorten
 
 from . import activations
 from .activations import BF16, FP32, Dims, Tuning
@@ -30,6 +33,8 @@ _ZERO_DEFAULTS = {
 }
 _SHORTEST_TEXT = 256
 
+MOST = 1_000_000  # GPUs of a node, nodes, images of a row
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -41,8 +46,13 @@ class Machine:
     host_gb: float | None = None
 
     def __post_init__(self) -> None:
-        if self.gpus < 1 or self.nodes < 1 or self.gpu_gb <= 0:
-            raise ValueError("--gpus, --nodes and --gpu_gb must be positive")
+        for name in ("gpus", "nodes"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"--{name} is {shorten(getattr(self, name))}; expected a whole number, 1 to {MOST}")
+        for name in ("gpu_gb", "host_gb"):
+            size = getattr(self, name)
+            if size is not None and not 0 < size < math.inf:  # NaN is neither
+                raise ValueError(f"--{name} is {shorten(size)}; expected a size in GiB, more than 0")
 
     @property
     def world_size(self) -> int:

@@ -18,8 +18,8 @@ from psa_fast.data.lengths import RowCheck, check_rows
 from psa_fast.data.progress import progress
 from psa_fast.data.records import MAX_LISTED
 from psa_fast.models import load_processor
-from psa_fast.models.addon import check_files
-from psa_fast.models.base_model import resolve_commit
+from psa_fast.models.addon import check_base_folder, check_files
+from psa_fast.models.base_model import check_base, read_base_config, resolve_commit
 
 from .config import TrainConfig
 from .ranks import alike, from_rank_0, gathered
@@ -86,8 +86,14 @@ def commit_for(config: TrainConfig, addon: str | None) -> str | None:
     None for a folder.
     """
     base = str(config.model_name_or_path)
-    recorded = check_files(addon).revision_of(base) if addon else None
+    recorded = None
     with naming_base(config):
+        if addon:
+            found = check_files(addon)
+            recorded = found.revision_of(base)
+            check_base_folder(addon, found, base)
+        else:
+            check_base(base)
         return resolve_commit(base, recorded)
 
 
@@ -104,12 +110,10 @@ def check_positions(config: TrainConfig, commit: str | None) -> None:
     Raises:
         ValueError: both numbers, or a base that is not there.
     """
-    from transformers import AutoConfig
-
     if not config.runs_language_model:
         return
     with naming_base(config):
-        found = AutoConfig.from_pretrained(str(config.model_name_or_path), revision=commit or "main")
+        found = read_base_config(str(config.model_name_or_path), commit)
     positions = getattr(found.get_text_config(), "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
         raise ValueError(

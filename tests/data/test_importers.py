@@ -111,6 +111,16 @@ def test_absent_sources_and_folders_are_one_sentence(tmp_path, folder, run):
         assert (code, rows, len(shown.splitlines())) == (2, None, 1), shown
 
 
+def test_an_import_does_not_write_over_its_source(tmp_path, capsys):
+    source = write(tmp_path / "only.jsonl", [training_row("a.png")])
+    before = source.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for out in (source, tmp_path / "link.jsonl"):
+        assert cli.main(["data", "import", "psa", "--source", str(source), "--out", str(out)]) == 2
+        assert "is the file that is imported" in capsys.readouterr().err
+        assert source.read_bytes() == before
+
+
 def training_row(image, question="What is it?", **changes):
     turns = [{"from": "USER", "value": question}, {"from": "ASSISTANT", "value": "A square."}]
     return {"safe_type": 2, "safe_level": 2, "image": image, "conversations": turns} | changes

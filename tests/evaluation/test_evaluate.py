@@ -353,7 +353,7 @@ def test_plan_and_data_are_checked(world, tmp_path):
         ((str(tmp_path), None, []), "holds no add-on"),
         ((run_dir, None, [("stage1", run_dir)]), "given twice"),
         ((None, base, [("base", run_dir)]), "cannot name a stage"),
-        ((None, None, [("stage1", str(tmp_path))]), "is not an add-on folder"),
+        ((None, None, [("stage1", str(tmp_path))]), "is not a PSA add-on"),
     ):
         with pytest.raises(ValueError, match=message):
             plan(*arguments)

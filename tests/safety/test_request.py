@@ -198,6 +198,8 @@ def test_arguments_are_checked(guard):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"max_new_tokens": True}, "max_new_tokens is True"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"on_error": "skip"}, "on_error is 'skip'"),
     ):
@@ -224,3 +226,27 @@ def test_a_plain_base_blocks_what_it_cannot_read(folders):
     assert [answer.verdict.code for answer in answers] == ["not_checked", "no_image"]
     assert "could not be read" in answers[0].text
     assert Policy.load().responses.unchecked != answers[0].text
+
+
+@pytest.mark.parametrize("guarded", [None, 0, "no", ""])
+def test_only_false_turns_the_guard_off(guard, guarded):
+    with pytest.raises(ValueError, match=r"guarded is .*; expected True or False"):
+        guard.answer([Request(QUESTION)], guarded=guarded)
+
+
+@pytest.mark.parametrize("given", [None, 5, QUESTION, b"", {"prompt": QUESTION}, Request(QUESTION)])
+def test_what_is_no_list_of_requests_is_a_sentence(guard, given):
+    for answer in (guard.answer, guard.answer_both):
+        with pytest.raises(ValueError, match="requests is a list of Request"):
+            answer(given)
+
+
+def test_a_policy_is_no_name_of_a_file(guard, folders, monkeypatch):
+    monkeypatch.setattr("psa_fast.models.PsaVLM.from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    for given in ("policy.yaml", {}, Policy):
+        with pytest.raises(ValueError, match="expected a Policy"):
+            load_guard(folders[1], policy=given)
+        with pytest.raises(ValueError, match="expected a Policy"):
+            Guard(guard.model, guard.processor, given)
+    with pytest.raises(ValueError, match="neutral_question is 5"):
+        Guard(guard.model, guard.processor, neutral_question=5)

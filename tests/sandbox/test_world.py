@@ -126,7 +126,7 @@ def test_a_picture_is_painted_as_its_scene_says(world):
 def test_an_occupied_folder_and_a_negative_seed_are_refused(world):
     with pytest.raises(ValueError, match="already holds something"):
         draw_world(0, world)
-    with pytest.raises(ValueError, match="--seed -1"):
+    with pytest.raises(ValueError, match="--seed is -1"):
         draw_world(-1, world / "new")
 
 

@@ -61,7 +61,7 @@ def test_a_number_is_held_to_its_range_on_the_command_line_in_a_recipe_and_in_co
     for value in (True, "many", [], {}):
         with pytest.raises(ValueError, match=f"--{name} is .*; expected a "):
             from_yaml(name, value)
-    for text in ("True", "", "1e", "0x10", "9" * 5000):
+    for text in ("True", "", "1e", "0x10", "9" * 5000, "\uff11\uff12", "1_0", " 1"):
         with pytest.raises(ValueError, match=f"--{name} is .*; expected a ") as error:
             from_text(name, text)
         assert len(str(error.value)) < 250

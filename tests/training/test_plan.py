@@ -329,7 +329,14 @@ def test_command_says_what_does_not_fit_and_what_would(capsys):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (("--gpus", 0, "--gpu_gb", 80), "must be positive"),
+        (("--gpus", 0, "--gpu_gb", 80), "--gpus is 0; expected"),
+        (("--gpus", "9" * 50, "--gpu_gb", 80), "--gpus is 999"),
+        (("--gpus", 1, "--gpu_gb", "nan"), "--gpu_gb is nan; expected"),
+        (("--gpus", 1, "--gpu_gb", "1e999"), "--gpu_gb is inf; expected"),
+        (("--gpus", 1, "--gpu_gb", 80, "--nodes", -1), "--nodes is -1; expected"),
+        (("--gpus", 1, "--gpu_gb", 80, "--host_gb", "nan"), "--host_gb is nan; expected"),
+        (("--gpus", 1, "--gpu_gb", 80, "--host_gb", 0), "--host_gb is 0.0; expected"),
+        (("--gpus", 1, "--gpu_gb", 80, "--images_per_row", -1), "--images_per_row is -1; expected"),
         (("--gpus", 3, "--gpu_gb", 80), "not a multiple of --micro_batch_size"),
         (("--gpus", 1, "--gpu_gb", 80, "--lora_r", 8), "--lora_r only acts in stage 2"),
         (("--gpus", 1, "--gpu_gb", 80, "--max_length", 500), "leaves no room for text"),

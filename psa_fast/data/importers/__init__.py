@@ -12,6 +12,7 @@ Everything else, from the checks to the report, is `import_rows` and the same fo
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 from psa_fast.data.progress import progress
 from psa_fast.data.records import Problem, Record, image_faults, parse_row
-from psa_fast.files import shorten, write_text
+from psa_fast.files import shorten, shown, write_text
 
 BAD_IMAGE = "an image that cannot be used"
 
@@ -62,6 +63,7 @@ def import_rows(
 
     Raises:
         OSError: naming the file, if it cannot be written.
+        ValueError: it is one of the sources.
     """
     if image_folder is not None and not Path(image_folder).is_dir():
         raise ValueError(f"image folder {str(image_folder)!r} does not exist or is not a folder")
@@ -103,8 +105,16 @@ def import_rows(
         for problem in first_of_row.values()
     )
     if result.records and (write_partly or not found):
+        _keep_sources({record.path for record in result.records}, out)
         lines = [json.dumps(record.to_row(), ensure_ascii=False) + "\n" for record in result.records]
         write_text(out, "".join(lines))
     else:
         result.records = []
     return result
+
+
+def _keep_sources(sources: Iterable[str], out: str | Path) -> None:
+    """Refuse to write over a source, which may be the only copy there is."""
+    for source in sources:
+        if Path(out).is_file() and Path(source).is_file() and os.path.samefile(source, out):
+            raise ValueError(f"--out {shown(out)} is the file that is imported; name another one")
