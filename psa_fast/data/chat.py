@@ -318,7 +318,7 @@ class _Template:
 
     def tokenize(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids and character offsets; the tokenizer's own prefix (BOS) is put on unless the template wrote it."""
-        plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         input_ids, offsets = list(plain["input_ids"]), [tuple(span) for span in plain["offset_mapping"]]
         bos = self.tokenizer.bos_token
         if bos is None or not text.startswith(bos):
