@@ -241,6 +241,12 @@ def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: st
         base = base if base is not None else base_of(addon, config)
     if base is None:
         raise ValueError("no base model is given")
+    tensors: dict[str, Tensor] = {}
+    if addon is not None and config is not None:
+        # read whole before the base, which takes minutes where these take seconds
+        tensors = dict(read_tensors(Path(addon) / WEIGHTS, (config.checksums or {}).get(WEIGHTS)))
+        if not isinstance(base, PreTrainedModel):
+            _check_adapter(Path(addon), config)
     if isinstance(base, PreTrainedModel):
         vlm: Any = base
     else:
@@ -252,8 +258,6 @@ def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: st
 
     folder, checksums = Path(addon), config.checksums or {}
     _check_base(addon, config, vlm)
-    # read whole before a module is built: they are small
-    tensors = dict(read_tensors(folder / WEIGHTS, checksums.get(WEIGHTS)))
     psa = cls.build(vlm, replace(config, checksums=None))
     own = dict(psa.named_parameters())
     for name, tensor in tensors.items():
@@ -263,6 +267,14 @@ def load(cls: type[PsaVLM], base: str | Path | PreTrainedModel | None, addon: st
     if _has(folder, ADAPTER):
         _load_adapter(psa, folder / ADAPTER, checksums.get(ADAPTER))
     return psa
+
+
+def _check_adapter(addon: Path, config: PsaConfig) -> None:
+    """Raise ValueError for an adapter whose numbers are not those that were saved; nothing is kept."""
+    if _has(addon, ADAPTER):
+        text = adapter.text_of(adapter.read_adapter_config(addon / ADAPTER))
+        for _ in read_tensors(addon / ADAPTER / adapter.WEIGHTS, (config.checksums or {}).get(ADAPTER), text):
+            continue
 
 
 def _load_changed(psa: PsaVLM, file: Path, checksum: str | None) -> set[str]:

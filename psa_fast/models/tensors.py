@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from psa_fast.files import shorten, write_with
+from psa_fast.files import RepeatedKey, shorten, unique_keys, write_with
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -29,6 +30,7 @@ def read_shapes(file: str | Path) -> Shapes:
     """
     shapes = {}
     with _opened(file) as tensors:
+        _refuse_repeated(file)
         for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
             part = tensors.get_slice(name)
             if part.get_dtype() not in _FLOATS:
@@ -104,6 +106,16 @@ def _update(digest: Any, name: str, tensor: Tensor) -> None:
     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest.update(flat.view(torch.uint8).numpy().data)
+
+
+def _refuse_repeated(file: str | Path) -> None:
+    """Raise ValueError for a header that names a tensor twice, of which safetensors takes the last."""
+    with Path(file).open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    try:
+        json.loads(header, object_pairs_hook=unique_keys)
+    except RepeatedKey as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def _some(names: list[str]) -> str:
