@@ -24,6 +24,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter/adapter_config.json", "adapter/adapte
 CHANGED = "llm/model.safetensors"
 
 Damage = Callable[[Path, random.Random], str]
+Outputs = dict[str, torch.Tensor]
 
 # values no field of either JSON file may turn into a number or a name in silence
 STRANGE = [
@@ -47,33 +48,64 @@ def tamper(addon: Path, folder: Path, seed: int, count: int) -> Iterator[tuple[s
         shutil.rmtree(copy)
 
 
-def judge(
-    addon: Path, load: Callable[[Path], dict[str, torch.Tensor]], original: dict[str, torch.Tensor]
-) -> str | None:
-    """What is wrong with how a damaged add-on loads, None if nothing is.
+def make_addon(folder: Path) -> Path:
+    """Save a tiny base and an add-on with all of its parts: LoRA, and base weights that were trained beside it."""
+    from tiny_vlm import SMALL, make_vlm
 
-    Right is either of two: it computes what the original does, bit for bit, or it is refused within LIMIT_S by a
-    ValueError or OSError whose text names a file or folder of the add-on.
+    from psa_fast.models import PsaVLM, add_lora
+
+    make_vlm(layers=1).save_pretrained(folder / "base")
+    vlm = make_vlm(layers=1)
+    torch.manual_seed(1)
+    psa = PsaVLM.build(vlm, num_safety_tokens=3, **SMALL)
+    add_lora(psa, r=4, alpha=8, dropout=0.1)
+    psa.family.module(psa.vlm, "connector").requires_grad_(True)
+    with torch.no_grad():
+        for name, parameter in psa.named_parameters():
+            if "lora_B" in name or "multi_modal_projector" in name:
+                parameter.normal_(std=0.05)
+    psa.save_addon(folder / "addon")
+    return folder / "addon"
+
+
+def outputs(addon: Path) -> Outputs:
+    """What a loaded add-on computes for a fixed batch, and LoRA's dropout, which acts in training only."""
+    from tiny_vlm import make_batch, make_vlm
+
+    from psa_fast.models import PsaVLM
+
+    psa = PsaVLM.from_pretrained(make_vlm(layers=1), addon).eval()
+    with torch.no_grad():
+        out = psa(**make_batch(3))
+    dropout = torch.tensor([m.p for m in psa.modules() if isinstance(m, torch.nn.Dropout)])
+    return {"loss": out.loss, "concept_logits": out.concept_logits, "dropout": dropout}
+
+
+def judge(addon: Path, original: Outputs) -> tuple[str, str]:
+    """The verdict on how a damaged add-on loads, and a word on it.
+
+    "ok": it computes what the original does, bit for bit. "named": it is refused within LIMIT_S by a ValueError or
+    OSError whose text names a file or folder of the add-on. Anything else is a fault.
     """
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(LIMIT_S)
     try:
-        got = load(addon)
+        got = outputs(addon)
     except _TooLongError:
-        return f"took more than {LIMIT_S} s"
+        return "hang", f"took more than {LIMIT_S} s"
     except (ValueError, OSError) as error:
         text = str(error)
         if str(addon) not in text:
-            return f"the message names no path: {text[:200]}"
+            return "no sentence", f"the message names no path: {text[:200]}"
         if len(text) > 2 * len(str(addon)) + 300 or "\n" in text:
-            return f"the message is no sentence: {len(text)} characters, {text[:300]}"
-        return None
+            return "no sentence", f"{len(text)} characters, {text[:300]}"
+        return "named", text
     except BaseException as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return "foreign exception", f"{type(error).__name__}: {str(error)[:200]}"
     finally:
         signal.alarm(0)
     same = got.keys() == original.keys() and all(torch.equal(got[name], original[name]) for name in original)
-    return None if same else "loaded, and computes something else"
+    return ("ok", "as it was") if same else ("silent", "loaded, and computes something else")
 
 
 class _TooLongError(BaseException):

@@ -63,41 +63,14 @@ def _policies(count: int, seed: int, folder: Path) -> Iterator[Case]:
 
 
 def _addons(count: int, seed: int, folder: Path) -> Iterator[Case]:
-    try:
-        import addons
-    except ModuleNotFoundError as error:
-        if error.name != "addons":
-            raise
-        yield "addons", "absent", "tests/fuzz/addons.py is not there"
-        return
+    import addons
     import torch
-    from tiny_vlm import SMALL, make_batch, make_vlm
-
-    from psa_fast.models import PsaVLM, add_lora
 
     torch.set_num_threads(1)
-    torch.manual_seed(1)
-    make_vlm(layers=1).save_pretrained(folder / "base")
-    psa = PsaVLM.build(make_vlm(layers=1), num_safety_tokens=3, **SMALL)
-    add_lora(psa, r=4, alpha=8, dropout=0.1)
-    psa.family.module(psa.vlm, "connector").requires_grad_(True)
-    with torch.no_grad():
-        for name, parameter in psa.named_parameters():
-            if "lora_B" in name or "multi_modal_projector" in name:
-                parameter.normal_(std=0.05)
-    psa.save_addon(folder / "addon")
-
-    def outputs(addon: Path) -> dict:
-        loaded = PsaVLM.from_pretrained(make_vlm(layers=1), addon).eval()
-        with torch.no_grad():
-            out = loaded(**make_batch(3))
-        dropout = torch.tensor([m.p for m in loaded.modules() if isinstance(m, torch.nn.Dropout)])
-        return {"loss": out.loss, "concept_logits": out.concept_logits, "dropout": dropout}
-
-    original = outputs(folder / "addon")
-    for what, copy in addons.tamper(folder / "addon", folder, seed, count):
-        fault = addons.judge(copy, outputs, original)
-        yield what, "ok" if fault is None else "fault", fault or "as it was, or refused"
+    addon = addons.make_addon(folder)
+    original = addons.outputs(addon)
+    for what, copy in addons.tamper(addon, folder, seed, count):
+        yield what, *addons.judge(copy, original)
 
 
 def run(part: str, count: int, seed: int) -> dict:
