@@ -13,8 +13,8 @@ from psa_fast.data.records import IMAGE_MARK, Turn
 from psa_fast.files import shorten
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Query, Reading, read_head, worst
-from psa_fast.safety.request import Prompter, Request, text_positions
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Query, Question, Reading, read_head, take, worst
+from psa_fast.safety.request import Prompter, Request, keep_mark, text_positions
 from psa_fast.safety.verdict import Answer, Verdict, read_verdict, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
@@ -31,7 +31,8 @@ OnError = Literal["block", "raise"]
 class _Asked:
     """A request that can be asked: its place in the caller's list, its turns, images and prompt.
 
-    `neutral` is the neutral question about its images, None where none is asked.
+    `neutral` is the neutral question about its images, None where none is asked. `alone` holds both for each image,
+    as if it had come alone, where there are several.
     """
 
     number: int
@@ -39,10 +40,22 @@ class _Asked:
     images: ImageInputs | None
     prompt: Encoded
     neutral: Encoded | None
+    alone: tuple[tuple[Encoded, Encoded | None], ...] = ()
 
     @property
     def count(self) -> int:
         return self.prompt.image_count
+
+    def questions(self, first: int) -> list[Question]:
+        """What the concept head is asked, `first` being the place of the request's first image in the features."""
+        images = range(first, first + self.count)
+        asked: list[tuple[Query, Encoded | None, Sequence[int], int | None]] = []
+        if self.count:
+            asked += [("prompt", self.prompt, images, None), ("neutral", self.neutral, images, None)]
+        for place, (own, neutral) in enumerate(self.alone):
+            asked += [("prompt", own, images[place : place + 1], place)]
+            asked += [("neutral", neutral, images[place : place + 1], place)]
+        return [Question(query, prompt, chosen, place) for query, prompt, chosen, place in asked if prompt is not None]
 
 
 class Guard:
@@ -226,7 +239,15 @@ class Guard:
         turns = request.turns
         images = self._prompter.prepare(request)
         prompt = self._prompter.prompt(turns, images, max_new_tokens)
-        return _Asked(number, turns, images, prompt, self._neutral_prompt(images))
+        neutral = self._neutral_prompt(images)
+        if images is None or prompt.image_count < 2 or not self.has_head:
+            return _Asked(number, turns, images, prompt, neutral)
+        alone = []
+        for place in range(prompt.image_count):
+            image = ImageInputs(images.pixel_values[place : place + 1], images.placeholders[place : place + 1])
+            own = self._prompter.prompt(keep_mark(turns, place, NEUTRAL_QUESTION), image, max_new_tokens)
+            alone.append((replace(own, pixel_values=None), self._neutral_prompt(image)))
+        return _Asked(number, turns, images, prompt, neutral, tuple(alone))
 
     def _with_hint(self, request: _Asked, hint: str | None, max_new_tokens: int) -> Encoded:
         if hint is None:
@@ -259,18 +280,19 @@ class Guard:
 
     def _read(self, asked: Sequence[_Asked], features: Any) -> list[tuple[Verdict, Decision]]:
         """Per request its verdict and the policy's decision, by the worst of the readings."""
-        with_image = [request for request in asked if request.count]
-        readings: dict[int, list[Reading]] = {request.number: [] for request in with_image}
-        if with_image and not isinstance(self.model, PlainVLM):
-            counts = [request.count for request in with_image]
-            queries: dict[Query, list[Encoded]] = {"prompt": [request.prompt for request in with_image]}
-            neutral = [request.neutral for request in with_image if request.neutral is not None]
-            if neutral:
-                queries["neutral"] = neutral
-            for query, prompts in queries.items():
-                found = read_head(self.model, query, prompts, counts, features, self._pad_right)
-                for request, reading in zip(with_image, found, strict=True):
-                    readings[request.number].append(reading)
+        readings: dict[int, list[Reading]] = {}
+        if not isinstance(self.model, PlainVLM):
+            questions: list[Question] = []
+            owners: list[int] = []
+            first = 0
+            for request in asked:
+                mine = request.questions(first)
+                questions += mine
+                owners += [request.number] * len(mine)
+                first += request.count
+            found = read_head(self.model, questions, features, self._pad_right)
+            for number, reading in zip(owners, found, strict=True):
+                readings.setdefault(number, []).append(reading)
         rows = []
         for request in asked:
             if self.policy is None or not request.count:
@@ -292,7 +314,7 @@ class Guard:
         new_ids = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            features=_take(features, images) if images else None,
+            features=take(features, images) if images else None,
             image_counts=torch.tensor([counts[row] for row in rows], device=ids.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -329,10 +351,3 @@ def _max_length(wanted: int | None, positions: int | None) -> int | None:
     if positions is not None and wanted > positions:
         raise ValueError(f"max_length is {wanted}, but the base's language model has {positions} positions")
     return wanted
-
-
-def _take(features: Any, images: list[int]) -> Any:
-    """The features of some images (a row may come twice: with and without its hint)."""
-    if isinstance(features, torch.Tensor):
-        return features[images]
-    return type(features)(*(tensor[images] for tensor in features))

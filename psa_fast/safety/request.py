@@ -95,6 +95,22 @@ def check_turns(turns: Sequence[Turn], images: int) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
+def keep_mark(turns: Sequence[Turn], place: int, filler: str) -> tuple[Turn, ...]:
+    """The turns with the one mark at `place` (from 0, over all turns) and no other, as if that image came alone.
+
+    A turn that is left without text gets `filler`.
+    """
+    kept, seen = [], 0
+    for turn in turns:
+        pieces = turn.text.split(IMAGE_MARK)
+        text = pieces[0]
+        for piece in pieces[1:]:
+            text += (IMAGE_MARK if seen == place else "") + piece
+            seen += 1
+        kept.append(Turn(turn.role, text if text.strip() else filler))
+    return tuple(kept)
+
+
 @dataclass(frozen=True)
 class Prompter:
     """Makes the prompts of one model: its processor, and the most tokens that prompt and answer may have together."""

@@ -17,7 +17,8 @@ class Verdict:
     `code` is the reason for programs, `rule` the same as a sentence. `checked` is False where nothing was read: no
     image, no concept head, or a request that cannot be read at all, which is blocked and whose fault is `error`.
     `applied` is False for unguarded generation: action and hint are what the policy would have done. `query` tells
-    which reading decided, probabilities and score are that reading's; they are None if not read or not finite.
+    which reading decided, and `picture` which picture it was shown alone (from 0; None: all of them together).
+    Probabilities and score are that reading's; they are None if not read or not finite.
     """
 
     checked: bool
@@ -34,6 +35,7 @@ class Verdict:
     policy_hash: str | None = None
     model_hash: str | None = None
     query: Query | None = None
+    picture: int | None = None
     error: str | None = None
     code: Code = field(kw_only=True)
 
@@ -66,6 +68,7 @@ def read_verdict(reading: Reading, decision: Decision) -> Verdict:
         level_probs=dict(zip(RISK_LEVELS, reading.level_probs, strict=True)) if finite else None,
         hint=decision.hint,
         query=reading.query,
+        picture=reading.picture,
         code=decision.code,
     )
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from tiny_llava import picture
 
+from psa_fast.data.records import Turn
 from psa_fast.models import PsaVLM
 from psa_fast.safety import Guard, Request, load_guard
 from psa_fast.safety.policy import Policy
 from psa_fast.safety.reading import NEUTRAL_QUESTION, Reading, worst
+from psa_fast.safety.request import keep_mark
 from psa_fast.sandbox.language import all_texts
 from psa_fast.sandbox.processor import build_tokenizer
 from psa_fast.taxonomy import CLEAN
@@ -67,8 +69,8 @@ def test_the_verdict_is_the_worse_of_the_prompts_and_the_neutral_questions(guard
     """The oracle is a guard without the second reading, asked with the prompt and with the neutral question."""
     alone = Guard(guard.model, guard.processor, neutral_question=None)
     for seed in range(4):
-        # two images, the second is another row's: rows must not mix
-        images = (picture(seed),), (picture(seed), picture(seed + 9))
+        # rows must not mix
+        images = (picture(seed),), (picture(seed + 9),)
         both = guard.answer([Request(prompt, each) for each in images], max_new_tokens=1)
         for answer, each in zip(both, images, strict=True):
             own, neutral = (
@@ -108,7 +110,7 @@ def test_words_that_silence_the_head_do_not_turn_the_guard_off(guard, monkeypatc
     assert [answer.verdict.query for answer in answers] == ["prompt", "neutral"]
     assert [answer.verdict.action for answer in unguarded] == ["hint", "allow"]
     assert len(passes) == 2  # one vision pass for each call
-    assert len(heads) == 3
+    assert [len(ids) for ids in heads] == [4, 2]  # one pass of the head, all questions in it
 
 
 def test_the_question_is_a_line_of_text_that_the_sandbox_knows(guard):
@@ -126,3 +128,67 @@ def test_a_query_that_is_no_text_needs_no_second_question(folders, guard):
     assert first.neutral_question is None
     (answer,) = first.answer([Request("red ?", (picture(0),))], max_new_tokens=1)
     assert answer.verdict.query == "prompt"
+
+
+def strictness(verdict):
+    return verdict.unsafe, LEVELS.index(verdict.level) if verdict.unsafe else 0, round(verdict.unsafe_score, 4)
+
+
+LEVELS = ("none", "low", "medium", "high")
+
+
+@pytest.mark.parametrize("layout", ["{m}\n{m}\n{m}\n{q}", "{q} {m}{m} {m}", "{m} {q} {m}\n{m}"])
+def test_no_picture_hides_what_another_shows_alone(guard, layout):
+    """The oracle is the same guard, asked about each picture by itself."""
+    question = "what colour is the circle ?"
+    text = layout.format(m="<image>", q=question)
+    for seed in range(6):
+        pictures = [picture(seed * 3 + i) for i in range(3)]
+        (together,) = guard.answer([Request(text, tuple(pictures))], max_new_tokens=1)
+        singles = [
+            guard.answer([Request(keep_mark(Request(text, tuple(pictures)).turns, i, ""), (one,))], max_new_tokens=1)[0]
+            for i, one in enumerate(pictures)
+        ]
+        assert strictness(together.verdict) >= max(strictness(single.verdict) for single in singles)
+        if together.verdict.picture is not None:
+            single = singles[together.verdict.picture].verdict
+            assert together.verdict.type_probs == pytest.approx(single.type_probs, rel=1e-4)
+            assert together.verdict.query == single.query
+
+
+def test_a_cloak_that_clears_the_pooled_reading_clears_no_picture(guard, monkeypatch):
+    """A head that any request of two pictures silences: the verdict names the picture that it was shown alone."""
+
+    def concept_logits(features, counts, ids, mask):
+        logits = torch.zeros(len(ids), 11)
+        starts = [sum(counts[:row]) for row in range(len(counts))]
+        for row, (start, count) in enumerate(zip(starts, counts.tolist(), strict=True)):
+            risky = count == 1 and torch.equal(features.vision[start], shown.vision[1])
+            logits[row, 4 if risky else CLEAN] = logits[row, 10 if risky else 7] = 9.0
+        return logits
+
+    images = (picture(1), picture(2), picture(3))
+    shown = guard.model.encode_images(
+        guard.processor.image_processor(list(images), return_tensors="pt")["pixel_values"]
+    )
+    monkeypatch.setattr(guard.model, "concept_logits", concept_logits)
+    # neighbours with other numbers of pictures: places must not shift
+    requests = [
+        Request("red ?", (picture(7),)),
+        Request("red ?"),
+        Request("red ?", images),
+        Request("red ?", images[::2]),
+    ]
+    answers = guard.answer(requests, max_new_tokens=1)
+    assert [answer.verdict.action for answer in answers] == ["allow", "allow", "hint", "allow"]
+    assert answers[2].verdict.picture == 1
+    assert answers[2].verdict.type == "privacy"
+
+
+def test_a_turn_that_showed_another_picture_only_still_says_something(guard):
+    turns = (Turn("user", "<image>"), Turn("assistant", "red ."), Turn("user", "<image>\nblue ?"))
+    (answer,) = guard.answer([Request(turns, (picture(1), picture(2)))], max_new_tokens=1)
+    assert answer.verdict.checked
+    assert answer.verdict.error is None
+    assert [turn.text for turn in keep_mark(turns, 1, "what ?")] == ["what ?", "red .", "<image>\nblue ?"]
+    assert [turn.text for turn in keep_mark(turns, 0, "what ?")] == ["<image>", "red .", "\nblue ?"]
