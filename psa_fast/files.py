@@ -295,6 +295,13 @@ def read_yaml(path: str | Path, what: str) -> dict[Any, Any]:
     return value
 
 
+def refuse_pipe_or_folder(path: str | Path) -> None:
+    """Raise ValueError for what stands in the place of a file of ours: opening a pipe would wait for ever."""
+    path = Path(path)
+    if path.is_dir() or path.is_fifo():
+        raise ValueError(f"{shown(path)} is a {'folder' if path.is_dir() else 'pipe'}, not a file")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all, its folder made if need be.
 

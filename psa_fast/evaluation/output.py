@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from psa_fast.files import named, read_json
+from psa_fast.files import named, read_json, refuse_pipe_or_folder
 
 LOCK = ".evaluate.lock"
 REPORT = "report.json"
@@ -36,6 +36,7 @@ class OutputFolder:
         """
         with named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            refuse_pipe_or_folder(self.path / LOCK)
             lock = (self.path / LOCK).open("w")
         with lock:
             try:
@@ -70,6 +71,7 @@ class OutputFolder:
     def answers(self, stage: str) -> Iterator[TextIO]:
         """The open file of a stage's answers; write to it with `append`."""
         part = self._part(stage)
+        refuse_pipe_or_folder(part)
         with named(part):
             stream = part.open("w", encoding="utf-8", newline="\n")
         self._stages.append(stage)

@@ -91,7 +91,7 @@ def save_checkpoint(engine: Any, config: TrainConfig, step: int, total_steps: in
 
     def begin() -> None:
         for left in config.stage_dir.glob(".checkpoint-*"):  # by a run that was killed
-            shutil.rmtree(left)
+            _delete(left)
         temporary.mkdir(parents=True)
 
     def end() -> None:
@@ -147,10 +147,20 @@ def _agree(failure: OSError | None, temporary: Path) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint; a kill in the middle leaves no folder that looks like one with files missing."""
-    if folder.exists():
+    if os.path.lexists(folder):
         doomed = folder.with_name(f".{folder.name}.old")
+        if os.path.lexists(doomed):
+            _delete(doomed)
         os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, or the file or link that stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def check_tensors(folder: Path) -> None:

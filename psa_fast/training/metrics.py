@@ -65,14 +65,14 @@ class MetricsLog:
         kept = []
         if path.exists() and start_step:
             # a killed run may have left half a line; whatever lies beyond the checkpoint is run again
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
+            with named(path):
+                lines = path.read_bytes().splitlines()
+            for line in lines:
+                step = _step_of(line)
+                if step is None:
                     console.print(f"{path}: dropping an incomplete line left by the interrupted run")
-                    continue
-                if row["step"] <= start_step:
-                    kept.append(line)
+                elif step <= start_step:
+                    kept.append(line.decode())
         with named(path):
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(line + "\n" for line in kept))
@@ -131,6 +131,15 @@ class MetricsLog:
         """TensorBoard's thread would print a traceback of a full disk; its next write raises the same error."""
         if not isinstance(failure.exc_value, OSError):
             self._hook(failure)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of the log, None for what is no whole line of it."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def shown(loss: float | None) -> str:

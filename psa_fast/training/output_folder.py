@@ -11,7 +11,7 @@ from typing import TextIO
 import torch.distributed as dist
 from rich.console import Console
 
-from psa_fast.files import named
+from psa_fast.files import named, refuse_pipe_or_folder
 from psa_fast.models.addon import ADAPTER, CHANGED, CONFIG, WEIGHTS
 
 from .checkpoint import STATE
@@ -72,6 +72,10 @@ def _claim(config: TrainConfig, console: Console, locks: list[TextIO]) -> None:
     with named(config.output_dir):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     path = Path(config.output_dir) / f".stage{config.stage}.lock"
+    for file in (path, folder / METRICS):
+        refuse_pipe_or_folder(file)
+    if (folder / BOARD).exists() and not (folder / BOARD).is_dir():
+        raise ValueError(f"{folder / BOARD} is not a folder")
     with named(path):
         locks.append(path.open("w"))
     try:

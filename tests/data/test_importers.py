@@ -111,6 +111,19 @@ def test_absent_sources_and_folders_are_one_sentence(tmp_path, folder, run):
         assert (code, rows, len(shown.splitlines())) == (2, None, 1), shown
 
 
+def test_columns_that_repeat_and_cells_beyond_them_are_refused(tmp_path, folder, run):
+    table = tmp_path / "SafeBench.csv"
+    arguments = ("figstep", "--csv", table, "--image_folder", folder)
+    table.write_text(HEAD + "ForbidQI,7,1,Privacy Violation,Who, me?,x\nForbidQI,8,2,Legal Opinion,q,x\n")
+    code, shown, rows = run(*arguments)
+    assert (code, [row["id"] for row in rows]) == (2, ["figstep_ForbidQI_8_2"])
+    assert f"{table}:2: the row has more cells than the table has columns" in shown
+    table.write_text("category_name," + HEAD + "Fraud,ForbidQI,7,1,Privacy Violation,q,x\n")
+    code, shown, rows = run(*arguments)
+    assert (code, rows) == (2, None)
+    assert f"{table}:1: the column category_name is there twice" in shown
+
+
 def test_an_import_does_not_write_over_its_source(tmp_path, capsys):
     source = write(tmp_path / "only.jsonl", [training_row("a.png")])
     before = source.read_bytes()

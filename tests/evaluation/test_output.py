@@ -82,3 +82,17 @@ def test_a_report_is_replaced_by_its_like_only(tmp_path):
     report.write_text("{")
     with pytest.raises(ValueError, match="--overwrite"):
         out.check_older_report(settings)
+
+
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "answers-base.jsonl.part")
+    with (
+        OutputFolder(tmp_path).claim() as out,
+        pytest.raises(ValueError, match=r"answers-base.jsonl.part is a pipe, not a file"),
+        out.answers("base"),
+    ):
+        pass
+    (tmp_path / ".evaluate.lock").unlink()
+    os.mkfifo(tmp_path / ".evaluate.lock")
+    with pytest.raises(ValueError, match=r"lock is a pipe, not a file"), OutputFolder(tmp_path).claim():
+        pass

@@ -339,3 +339,16 @@ def test_leftovers_of_a_killed_save_are_no_checkpoints_and_go(runs, base, world,
     assert sorted(p.name for p in stage.iterdir() if "checkpoint" in p.name) == ["checkpoint-6"]
     for name, tensor in weights(runs / "stage1").items():
         assert torch.equal(weights(stage)[name], tensor), name
+
+
+def test_what_stands_in_a_checkpoint_s_place_goes_as_a_checkpoint_does(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (tmp_path / "checkpoint-1").write_text("a file")
+    (tmp_path / "checkpoint-2").symlink_to(kept)
+    (tmp_path / "checkpoint-3").symlink_to(tmp_path / "absent")
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / ".checkpoint-4.old").write_text("of a run that was killed")
+    for step in (1, 2, 3, 4):
+        checkpoint._remove(tmp_path / f"checkpoint-{step}")
+    assert list(tmp_path.iterdir()) == [kept]

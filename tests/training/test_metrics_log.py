@@ -70,3 +70,13 @@ def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint_and_half_a_line(tmp
     log.write(row(3))
     log.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_lines_that_no_run_wrote_are_dropped_from_a_resumed_log(tmp_path):
+    junk = [b"\xff", b"[]", b'{"step": "x"}', b'{"step": 1.0}', b"{}", b"[" * 100_000, b'{"step": 2']
+    whole = json.dumps(row(1)).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*junk, whole, json.dumps(row(2)).encode(), b""]))
+    console = Console(record=True, width=300)
+    MetricsLog(tmp_path, 3, 1, console, "stage 1").close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole + b"\n"
+    assert console.export_text().count("dropping an incomplete line") == len(junk)

@@ -1,5 +1,7 @@
 """Only what a run wrote is deleted, and only one run writes."""
 
+import os
+
 import pytest
 from rich.console import Console
 
@@ -59,3 +61,18 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, group_of_one):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         claim(TrainConfig(output_dir=str(tmp_path / "file" / "out")), Console(quiet=True))
+
+
+@pytest.mark.parametrize("name", [".stage1.lock", "stage1/metrics.jsonl"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_pipe_or_folder_in_a_file_s_place_is_refused_and_not_waited_for(tmp_path, group_of_one, name, make):
+    (tmp_path / "stage1").mkdir()
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a .*, not a file"):
+        claim(TrainConfig(output_dir=str(tmp_path)), Console(quiet=True))
+
+
+def test_a_file_in_the_place_of_tensorboard_s_folder_is_refused(tmp_path, group_of_one):
+    fill(tmp_path / "stage1", ["tensorboard"])
+    with pytest.raises(ValueError, match="tensorboard is not a folder"):
+        claim(TrainConfig(output_dir=str(tmp_path)), Console(quiet=True))

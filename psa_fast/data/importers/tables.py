@@ -6,14 +6,16 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from psa_fast.files import read_text
 
 LONGEST_CELL = 2**24  # characters; csv's own limit is 131072, which a model's answer may exceed
 
 
-def read_table(path: str | Path, columns: Sequence[str], what: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yield the line (from 1) and the cells of each row; a cell that the row lacks is empty.
+def read_table(path: str | Path, columns: Sequence[str], what: str) -> Iterator[tuple[int, dict[str | None, Any]]]:
+    """Yield the line (from 1) and the cells of each row; a cell that the row lacks is empty,
+    and those beyond the last column stand under None.
 
     Args:
         path: the CSV file, UTF-8, with the columns' names in its first line.
@@ -21,7 +23,7 @@ def read_table(path: str | Path, columns: Sequence[str], what: str) -> Iterator[
         what: the table in messages, "FigStep CSV", say.
 
     Raises:
-        ValueError: naming the file and the line, for one that is absent, no CSV or lacks a column.
+        ValueError: naming the file and the line, for one that is absent, no CSV, or lacks or repeats a column.
     """
     reader = csv.DictReader(io.StringIO(read_text(path, what), newline=""), restval="")
     limit = csv.field_size_limit(LONGEST_CELL)
@@ -29,6 +31,9 @@ def read_table(path: str | Path, columns: Sequence[str], what: str) -> Iterator[
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path}:1: no column {', '.join(missing)}; is this a {what}?")
+        names = list(reader.fieldnames or ())
+        if repeated := [name for name in columns if names.count(name) > 1]:
+            raise ValueError(f"{path}:1: the column {repeated[0]} is there twice")
         rows, line = [], reader.line_num + 1
         for row in reader:
             rows.append((line, row))
