@@ -40,10 +40,8 @@ def shorten(value: Any, limit: int = SHOWN) -> str:
         else:
             # YAML's aliases make a value of a few hundred bytes whose repr would fill the memory
             text = repr(value) if _is_small(value) else _ABRIDGED.repr(value)
-    except (
-        ValueError,
-        RecursionError,
-    ):  # an integer of more digits than Python prints; a list within a list within ...
+    # an integer of more digits than Python prints; a list within a list within ...
+    except (ValueError, RecursionError):
         return f"a {type(value).__name__} too large to show"
     if isinstance(value, str) and len(value) > limit:
         text += "..."
