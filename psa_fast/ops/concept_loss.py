@@ -181,8 +181,9 @@ def _torch_concept_loss(
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    # entering torch.autocast costs as much as three of these small operations
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)  # meta has none
+    # entering torch.autocast costs as much as three of these small operations, and the meta device has none
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    on = available and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if on else contextlib.nullcontext()
 
 

@@ -146,6 +146,9 @@ def _compute(
         least = _MIN_CHUNK_ROWS_CPU if hidden.device.type == "cpu" else _MIN_CHUNK_ROWS
         step = _chunk_rows(labels.numel(), count, vocabulary, width, least)
         buffer = h.new_empty(min(step, count), padded)
+        if not kernel:
+            # a CPU's bf16 product reads padded rows to their end, and nothing times NaN is NaN
+            buffer[:, vocabulary:] = 0
         row_loss = h.new_empty(count, dtype=wide)
         weight_sum = _WeightSum(weight, dtype, wide, math.ceil(count / step)) if need_weight else None
         d_bias = h.new_zeros(vocabulary, dtype=wide) if need_bias else None
