@@ -26,8 +26,8 @@ def test_the_installed_set_passes():
     [
         ("transformers", "5.19.3", r"needs transformers 5\.20 or newer, 5\.19\.3 is installed: pip install 'transf"),
         ("peft", "0.17.1", r"needs peft 0\.18 or newer, 0\.17\.1 is installed: pip install 'peft>=0\.18'"),
-        ("torch", "2.10.1+cpu", r"needs torch 2\.11 or newer, 2\.10\.1\+cpu is installed"),
-        ("deepspeed", None, r"deepspeed is not installed: pip install 'deepspeed>=0\.19\.3'"),
+        ("torch", "2.10.1+cpu", r"needs torch 2\.13 or newer, 2\.10\.1\+cpu is installed"),
+        ("deepspeed", None, r"deepspeed is not installed: pip install 'deepspeed>=0\.19\.8'"),
     ],
 )
 def test_an_old_or_absent_package_is_named_with_its_remedy(monkeypatch, package, installed, sentence):
