@@ -14,7 +14,7 @@ import reprlib
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -335,6 +335,33 @@ def write_with(path: str | Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):  # what is not there, or never could be, need not go
             unfinished.unlink()
+
+
+def lock(path: Path, busy: str, say: Callable[[str], object] = print) -> TextIO:
+    """Return the open file of a lock that this process holds until the file is closed, however the process ends.
+
+    Args:
+        path: of the lock's file, which is made.
+        busy: what to raise if another process holds it.
+        say: told that the file system has no locks, where it has none.
+
+    Raises:
+        ValueError: `busy`, or a pipe or folder in the file's place.
+        OSError: naming the path, if it cannot be opened.
+    """
+    import fcntl
+
+    refuse_pipe_or_folder(path)
+    with named(path):
+        file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(busy) from None
+    except OSError as error:  # some network file systems have no locks
+        say(f"{path} cannot be locked ({error.strerror}): see to it that no other run writes here")
+    return file
 
 
 class named:

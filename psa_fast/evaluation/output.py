@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from psa_fast.files import named, read_json, refuse_pipe_or_folder
+from psa_fast.files import lock, named, read_json, refuse_pipe_or_folder
 
 LOCK = ".evaluate.lock"
 REPORT = "report.json"
@@ -36,17 +35,8 @@ class OutputFolder:
         """
         with named(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            refuse_pipe_or_folder(self.path / LOCK)
-            lock = (self.path / LOCK).open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the run ends
-            except BlockingIOError:
-                raise ValueError(
-                    f"another evaluation is under way in {self.path}; give this one an --out of its own"
-                ) from None
-            except OSError as error:  # some network file systems have no locks
-                print(f"{lock.name} cannot be locked ({error.strerror}): see to it that no other run writes here")
+        busy = f"another evaluation is under way in {self.path}; give this one an --out of its own"
+        with lock(self.path / LOCK, busy):
             yield self
 
     def check_older_report(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:

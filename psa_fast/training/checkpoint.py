@@ -40,6 +40,7 @@ from .integrity import (
     verify,
     write_state_file,
 )
+from .ranks import from_rank_0
 
 
 def gather_addon_state(model: PsaVLM) -> dict[str, torch.Tensor]:
@@ -205,16 +206,7 @@ def resume(config: TrainConfig, world_size: int, say: Callable[[str], Any]) -> t
 
     Raises ValueError, on all ranks, if there is none or the run's options are others.
     """
-    message: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            message[0] = choose(config, world_size, say)
-        except ValueError as error:
-            message[1] = str(error)
-    dist.broadcast_object_list(message)
-    if message[1] is not None:
-        raise ValueError(message[1])
-    return message[0]
+    return from_rank_0(lambda: choose(config, world_size, say))
 
 
 def choose(config: TrainConfig, world_size: int, say: Callable[[str], Any]) -> tuple[Path, dict[str, Any]] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TextIO
 import torch.distributed as dist
 from rich.console import Console
 
-from psa_fast.files import named, refuse_pipe_or_folder
+from psa_fast.files import lock, named, refuse_pipe_or_folder
 from psa_fast.models.addon import ADAPTER, CHANGED, CONFIG, WEIGHTS
 
 from .checkpoint import STATE
@@ -71,20 +70,11 @@ def _claim(config: TrainConfig, console: Console, locks: list[TextIO]) -> None:
     folder = config.stage_dir
     with named(config.output_dir):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    path = Path(config.output_dir) / f".stage{config.stage}.lock"
-    for file in (path, folder / METRICS):
-        refuse_pipe_or_folder(file)
+    refuse_pipe_or_folder(folder / METRICS)
     if (folder / BOARD).exists() and not (folder / BOARD).is_dir():
         raise ValueError(f"{folder / BOARD} is not a folder")
-    with named(path):
-        locks.append(path.open("w"))
-    try:
-        # the kernel lets go of it however the run ends
-        fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another run is under way in {folder}; give this one an --output_dir of its own") from None
-    except OSError as error:  # some network file systems have no locks
-        console.print(f"{path} cannot be locked ({error.strerror}): see to it that no other run writes here")
+    busy = f"another run is under way in {folder}; give this one an --output_dir of its own"
+    locks.append(lock(Path(config.output_dir) / f".stage{config.stage}.lock", busy, console.print))
     if config.overwrite_output_dir:
         _clear(folder, console)
     with named(folder):

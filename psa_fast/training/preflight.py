@@ -39,13 +39,15 @@ def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | Non
         ValueError: rows that cannot be used, unless they may be skipped; nothing left, or nothing to learn.
     """
     records = from_rank_0(lambda: _read(config, console))
-    options: dict[str, Any] = {
-        "hint_for": hint_for,
-        "hint_rate": config.hint_rate,
-        "seed": config.seed,
-        "max_length": config.max_length,
-    }
-    whole = PsaDataset(records, config.image_folder, processor, **options)
+    whole = PsaDataset(
+        records,
+        config.image_folder,
+        processor,
+        hint_for=hint_for,
+        hint_rate=config.hint_rate,
+        seed=config.seed,
+        max_length=config.max_length,
+    )
     began = time.perf_counter()
     found = _check(whole)
     console.print(f"{len(records)} rows encoded in {time.perf_counter() - began:.1f} s")
@@ -64,11 +66,6 @@ def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | Non
         chosen = from_rank_0(
             lambda: [places[id(r)] for r in balance(left, clean_samples=config.clean_samples, seed=config.seed)]
         )
-    dataset = PsaDataset([records[index] for index in chosen], config.image_folder, processor, **options)
-    for index, old in enumerate(chosen):
-        for hinted in (False, True):
-            if (old, hinted) in whole.lengths:
-                dataset.lengths[index, hinted] = whole.lengths[old, hinted]
     # a picture that is cut takes its row's labels with it
     taught = [
         replace(records[old], safe_type=None, safe_level=None) if old in found.cut_images else records[old]
@@ -77,7 +74,7 @@ def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | Non
     with alike():
         for warning in check_supervision(taught, config):
             console.print(f"warning: {warning}", soft_wrap=True)
-    return dataset
+    return whole.subset(chosen)
 
 
 def commit_for(config: TrainConfig, addon: str | None) -> str | None:
