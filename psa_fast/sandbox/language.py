@@ -42,7 +42,6 @@ HELD_OUT_QUESTIONS = {
     "count": ("Tell me how many shapes there are.",),
     "place": ("Tell me where the {shape} is.",),
     "sign": ("Tell me what is on the sign.",),
-    "list": ("Name the shapes.",),
 }
 HELD_OUT_SHARE = 1 / 3
 
