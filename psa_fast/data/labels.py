@@ -87,6 +87,8 @@ def contradictions(
         expected = dict(zip(LABELS, _OF_GROUP[group], strict=True))
         if group == "text_risk":  # the picture may be risky besides
             del expected["image_label"]
+        if joint == SAFE and safe_type not in (CLEAN, None):  # said already
+            del expected["joint_label"]
         for name, value in given.items():
             if expected.get(name, UNKNOWN) not in (UNKNOWN, value):
                 found.append(f"group is {group!r}, but {name} is {value!r}{'' if named else ADVICE}")
