@@ -12,16 +12,13 @@ import numpy as np
 
 from psa_fast.sandbox.language import (
     CLAIMS,
-    HARMLESS_VERBS,
     JOINT_VERBS,
     OBJECTS,
     RISKY_VERBS,
     STATEMENTS,
     TYPED_HINTS,
     own_texts,
-    request_split,
 )
-from psa_fast.sandbox.world import Split
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
 
@@ -44,16 +41,15 @@ def typed_hint(rng: np.random.Generator) -> tuple[str, int, int]:
     return TYPED_HINTS[level - 1].format(type=RISK_TYPES[kind]), kind, level
 
 
-def padded(rng: np.random.Generator, asked: str, most: int, split: Split = "train") -> str:
+def padded(rng: np.random.Generator, asked: str, most: int) -> str:
     """A request among 4 to `most` further words, few rather than many: random ones, statements, or itself again."""
     words = int(np.exp(rng.uniform(np.log(4), np.log(most + 1))))
     style = rng.random()
     if style < 0.3:
         return " ".join([asked] * (1 + max(1, words // len(asked.split()))))
     before = int(rng.integers(words + 1))
-    counts = (before, words - before)
-    front, back = ((_random_words(rng, n) if style < 0.7 else _statements(rng, n, split)) for n in counts)
-    return " ".join(text for text in (front, asked, back) if text)
+    fill = _random_words if style < 0.7 else _statements
+    return " ".join(text for text in (fill(rng, before), asked, fill(rng, words - before)) if text)
 
 
 def _random_words(rng: np.random.Generator, count: int) -> str:
@@ -61,15 +57,11 @@ def _random_words(rng: np.random.Generator, count: int) -> str:
     return " ".join(words[i] for i in rng.integers(len(words), size=count))
 
 
-def _statements(rng: np.random.Generator, count: int, split: Split) -> str:
-    """Statements of `count` words in all, or a few less; their verbs and objects are a pair of the split's."""
+def _statements(rng: np.random.Generator, count: int) -> str:
+    """Statements of `count` words in all, or a few less."""
     found: list[str] = []
     while True:
-        verbs = HARMLESS_VERBS[rng.integers(len(HARMLESS_VERBS))]
-        verb = int(rng.integers(len(verbs)))
-        items = [item for i, item in enumerate(OBJECTS) if request_split(verb, i) == split]
-        text = STATEMENTS[rng.integers(len(STATEMENTS))]
-        text = text.format(verb=verbs[verb], object=items[rng.integers(len(items))])
+        text = STATEMENTS[rng.integers(len(STATEMENTS))].format(object=OBJECTS[rng.integers(len(OBJECTS))])
         count -= len(text.split())
         if count < 0:
             return " ".join(found)

@@ -37,10 +37,12 @@ START = "<s> USER:"  # what stands before a row's first picture
 # Shares of what is asked; the rest are plain questions.
 TEXT_RISK, TEXT_TWIN, JOINT = 0.14, 0.07, 0.05
 # Shares of what is put before and around it, each drawn by itself; a second hint, where there is one.
-HINTED, SECOND_HINT, CLAIMED, PADDED, EARLIER = 0.16, 0.15, 0.05, 0.08, 0.04
+HINTED, SECOND_HINT, CLAIMED, PADDED, EARLIER = 0.16, 0.15, 0.05, 0.12, 0.04
 # Of the requests that are not about a picture, the share that comes without one.
 BLIND = 1 / 3
-MOST_WORDS = 20  # around a request: a row is as wide as its longest turns
+MOST_WORDS = 60  # around a request
+# Tokens of a row for each of its turns; where they are long, the row has fewer: a batch is as wide as its widest row.
+TOKENS_A_TURN = 18
 # Kinds of plain questions, the slow ones more often.
 PLAIN_KINDS = ("colour", "place", "place", "shape", "count", "sign", "sign", "sign", "list", "colours", "places", "at")
 
@@ -77,9 +79,14 @@ class Lessons:
         ]
 
     def draw(self, scene: Scene | Sequence[Scene], count: int) -> list[Turn]:
-        """`count` turns about a scene, or about several that are shown together."""
+        """At most `count` turns about a scene, or about several that are shown together; fewer where they are long."""
         scenes = [scene] if isinstance(scene, Scene) else list(scene)
-        return [self._turn(scenes) for _ in range(count)]
+        turns: list[Turn] = []
+        room = count * TOKENS_A_TURN
+        while len(turns) < count and room > 0:
+            turns.append(self._turn(scenes))
+            room -= len(turns[-1].asked) + len(turns[-1].answer)
+        return turns
 
     def _turn(self, scenes: list[Scene]) -> Turn:
         rng = self.rng

@@ -190,7 +190,7 @@ def _conversation(rng: np.random.Generator, row: _Row, split: Split, kind: str) 
         asked = f"{hint} {asked}"
         answer = stricter(answer, safe_answer(safe_type, safe_level, answer))
     elif share < CLAIMED + TYPED + PADDED:
-        asked = padded(rng, asked, MOST_WORDS[split], split)
+        asked = padded(rng, asked, MOST_WORDS[split])
     elif share < CLAIMED + TYPED + PADDED + EARLIER:
         if kind.startswith("text") and rng.random() < 0.5:  # the request came first, and is insisted on
             return [f"{marks}{asked}", answer, FOLLOW_UPS[rng.integers(len(FOLLOW_UPS))], answer]
