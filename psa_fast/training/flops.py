@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from psa_fast.models import PsaVLM
+from psa_fast.models import PsaConfig, PsaVLM
 from psa_fast.models.projector import DepthwiseConv3x3, SqueezeExcite
 from psa_fast.taxonomy import IGNORE_INDEX
 
@@ -43,7 +43,8 @@ class Load:
         positions: tokens with padding.
         pairs: a position with itself or an earlier one of its sample.
         supervised: positions with a label.
-        typed, levelled: samples with an image and a risk type, with an image and a level.
+        typed, levelled: rows of the type loss and of the level loss: a sample's label by its whole prompt, again by
+            its worst window, and its picture's own label, as far as the add-on is trained on them.
         images, image_rows: images, and samples that have one.
     """
 
@@ -58,7 +59,7 @@ class Load:
     image_rows: int
 
     @classmethod
-    def of(cls, batch: dict[str, Any]) -> Load:
+    def of(cls, batch: dict[str, Any], psa: PsaConfig) -> Load:
         """From a collated batch (data.pack or data.collate) that is still on the CPU."""
         labels, counts = batch["labels"], batch["image_counts"]
         lengths = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(1).tolist()
@@ -69,8 +70,8 @@ class Load:
             positions=labels.numel(),
             pairs=sum(n * (n + 1) // 2 for n in lengths),
             supervised=int((labels[:, 1:] != IGNORE_INDEX).sum()),
-            typed=int(((batch["safe_type"] != IGNORE_INDEX) & pictured).sum()),
-            levelled=int(((batch["safe_level"] != IGNORE_INDEX) & pictured).sum()),
+            typed=_concept_rows(batch, "type", psa),
+            levelled=_concept_rows(batch, "level", psa),
             images=int(counts.sum()),
             image_rows=int(pictured.sum()),
         )
@@ -125,6 +126,16 @@ class StageFlops:
     def total(self, load: Load) -> int:
         """FLOPs of a batch."""
         return sum(self.parts(load).values())
+
+
+def _concept_rows(batch: dict[str, Any], head: str, psa: PsaConfig) -> int:
+    """Targets of a head that PsaVLM.forward stacks for the batch."""
+    pictured = batch["image_counts"] > 0
+    request = batch[f"safe_{head}"] != IGNORE_INDEX
+    count = int((request if psa.reads_text else request & pictured).sum()) * (2 if psa.query_window else 1)
+    if psa.neutral_query and f"picture_{head}" in batch:
+        count += int(((batch[f"picture_{head}"] != IGNORE_INDEX) & pictured).sum())
+    return count
 
 
 def _trained(module: nn.Module) -> bool:
