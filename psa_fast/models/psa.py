@@ -207,7 +207,7 @@ class PsaVLM(nn.Module):
             if self.config.neutral_query and (picture_type is not None or picture_level is not None):
                 own = _targets(picture_type, picture_level, index, has_images)
                 pictured = to_device([count > 0 for count in chosen], index.device)
-                own = own.masked_fill(~pictured.unsqueeze(1), IGNORE_INDEX)
+                own = own.masked_fill(~pictured.view(-1, 1, 1), IGNORE_INDEX)
                 query = torch.cat([query, torch.zeros_like(query)], 1)
                 targets = torch.cat([targets, own], 1)
             windows = None
