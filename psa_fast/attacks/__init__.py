@@ -1,1 +1,1 @@
-"""Attacks on a guard: what an attacker who knows it can do, and the checks that such a measurement is honest."""
+"""How well a guard holds: what cameras, editors, users and attackers do to a request, measured on the real guard."""

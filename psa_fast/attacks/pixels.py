@@ -7,14 +7,14 @@ gradient there, and an attack that follows it reports a sturdier guard than ther
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from psa_fast.attacks import search as searches
-from psa_fast.attacks.search import BATCH, Found, Method, Objective
+from psa_fast.attacks.search import Found, Method, Objective
 from psa_fast.attacks.target import Asked, Readings, Target
 from psa_fast.evaluation.normalise import same_answer
 from psa_fast.safety.request import Request
@@ -99,7 +99,7 @@ def attack(
     method: Method | Literal["square", "noise"] = "apgd",
     answers: bool = True,
     max_new_tokens: int = 32,
-    batch_size: int = BATCH,
+    batch_size: int | None = None,
 ) -> list[Outcome]:
     """Attack the pictures of every case; the outcomes are in the cases' order.
 
@@ -107,11 +107,12 @@ def attack(
         target: with a concept head.
         cases: each with at least one picture.
         goal: "hide" (no reading is unsafe), "raise" (any is), "downgrade" (unsafe, but read as low).
-        eps, steps, restarts, seed, method, batch_size: see `search.search`; "square" has steps x restarts queries,
-            "noise" as many draws as steps.
+        eps, steps, restarts, seed, method: see `search.search`; "square" has steps x restarts queries, "noise" as many
+            draws as steps.
         loss: what is followed; only "hide" has more than one.
         answers: also ask the guard for its answer, which costs a generation.
         max_new_tokens: of an answer.
+        batch_size: requests that are differentiated together; None: by the size of the pictures.
 
     Raises ValueError for a case that the guard does not read or that has no picture, naming it.
     """
@@ -119,7 +120,7 @@ def attack(
         target,
         cases,
         lambda asked, _: objective(target, asked, goal, loss),
-        lambda verdict: reached(goal, verdict),
+        lambda outcome: reached(goal, outcome.verdict),
         (eps, steps, restarts, seed, method, batch_size),
         max_new_tokens if answers else None,
     )
@@ -172,14 +173,15 @@ def in_groups(
     target: Target,
     cases: Sequence[Case],
     make: Callable[[list[Asked], list[int]], Objective],
-    succeeded: Callable[[Verdict], bool],
-    budget: tuple[float, int, int, int, Method | Literal["square", "noise"], int],
+    succeeded: Callable[[Outcome], bool],
+    budget: tuple[float, int, int, int, Method | Literal["square", "noise"], int | None],
     max_new_tokens: int | None,
+    guarded: bool = True,
 ) -> list[Outcome]:
     """Search, group by group of cases with equally many pictures, and let the guard judge what is found.
 
     `make` gives the objective of requests and their places among the cases. Without `max_new_tokens` no answer is
-    asked for.
+    asked for; `guarded` as for `Guard.answer`. `succeeded` sees outcomes whose success is not set yet.
     """
     outcomes: list[Outcome | None] = [None] * len(cases)
     everything = [ask(target, case) for case in cases]
@@ -187,8 +189,9 @@ def in_groups(
         places = [place for place, one in enumerate(everything) if one.count == count]
         asked = [everything[place] for place in places]
         pictures = torch.stack([one.pictures for one in asked])
-        found = run(make(asked, places), pictures, *budget)
-        judged = judge(target, [cases[place] for place in places], asked, found, succeeded, max_new_tokens)
+        *spent, batch_size = budget
+        found = run(make(asked, places), pictures, *spent, batch_size or target.batch_size(count))
+        judged = judge(target, [cases[place] for place in places], asked, found, succeeded, max_new_tokens, guarded)
         for place, outcome in zip(places, judged, strict=True):
             outcomes[place] = outcome
     return [outcome for outcome in outcomes if outcome is not None]
@@ -225,20 +228,22 @@ def judge(
     cases: Sequence[Case],
     asked: Sequence[Asked],
     found: Found,
-    succeeded: Callable[[Verdict], bool],
+    succeeded: Callable[[Outcome], bool],
     max_new_tokens: int | None,
+    guarded: bool = True,
 ) -> list[Outcome]:
     """What the real guard says to the pictures that a search has found."""
     answers: list[str | None] = [None] * len(asked)
     if max_new_tokens is None:
         verdicts = target.verdicts(asked, found.pictures)
     else:
-        given = target.answer(asked, found.pictures, max_new_tokens=max_new_tokens)
+        given = target.answer(asked, found.pictures, guarded, max_new_tokens)
         verdicts, answers = [one.verdict for one in given], [one.text for one in given]
-    return [
-        Outcome(
+    outcomes = []
+    for row, (case, verdict, answer) in enumerate(zip(cases, verdicts, answers, strict=True)):
+        outcome = Outcome(
             where=case.where,
-            success=succeeded(verdict),
+            success=False,
             evaded=not verdict.unsafe,
             verdict=verdict,
             pictures=found.pictures[row],
@@ -248,5 +253,5 @@ def judge(
             answer=answer,
             useful=None if answer is None or case.wanted is None else same_answer(answer, case.wanted),
         )
-        for row, (case, verdict, answer) in enumerate(zip(cases, verdicts, answers, strict=True))
-    ]
+        outcomes.append(replace(outcome, success=succeeded(outcome)))
+    return outcomes

@@ -17,7 +17,7 @@ from torch import Tensor
 #: rows int64 [b] and their pixels float [b, ...] in 0..1 -> loss [b], to be made small, and success bool [b]
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Method = Literal["apgd", "pgd"]
-#: gradient steps of a batch of CLIP's pictures fit the cache of a CPU core with so many rows, see docs/robustness.md
+#: rows that are differentiated together, unless the caller knows better
 BATCH = 16
 MOMENTUM = 0.75
 RHO = 0.75  # of the steps since the last checkpoint, the share that must have made the loss smaller

@@ -113,6 +113,11 @@ class Target:
         queries = tuple(torch.cat(each) for each in found.values())
         return Asked(request, pictures, asked.prompt, tuple(found), queries)
 
+    def batch_size(self, count: int) -> int:
+        """Requests of `count` pictures to differentiate together: 32 small ones, fewer of CLIP-L's size."""
+        height, width = self.frame.size
+        return max(1, min(32, 32 * 112 * 112 // (height * width * count)))
+
     @property
     def device(self) -> torch.device:
         """The guard's."""
