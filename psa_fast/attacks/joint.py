@@ -23,7 +23,9 @@ ANSWER_WEIGHT = 5.0
 _HOW = re.compile(
     r"(?i)^(?:.*\b(?:how|way|plan|want|need|like|me|us) to|.*\bhow (?:do|can|could|would|should|does|may) \w+) (.+)$"
 )
-_PLEASE = re.compile(r"(?i)^(?:please )?(.+?)(?: for me)?(?:,? please)?$")
+_PLEASE = re.compile(
+    r"(?i)^(?:(?:please|(?:can|could|will|would) (?:you|we)|help me|let us)\b,? ?)*(.+?)(?: for me)?(?:,? please)?$"
+)
 
 
 def attack_joint(

@@ -136,37 +136,45 @@ def reached(goal: Goal, verdict: Verdict) -> bool:
 LOW = level_id("low")
 
 
-def objective(target: Target, asked: Sequence[Asked], goal: Goal, loss: Loss = "margin") -> Objective:
-    """The loss of requests with equally many pictures, for `search.search`."""
+def objective(
+    target: Target, asked: Sequence[Asked], goal: Goal, loss: Loss = "margin", beyond: float = 0.0
+) -> Objective:
+    """The loss of requests with equally many pictures, for `search.search`; `beyond` as for `head_loss`."""
     if loss != "margin" and goal != "hide":
         raise ValueError(f"the loss {loss!r} is for hiding a risk; {goal!r} has its margins only")
 
     def of(rows: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        return head_loss(target, target.read([asked[row] for row in rows.tolist()], pixels), goal, loss)
+        return head_loss(target, target.read([asked[row] for row in rows.tolist()], pixels), goal, loss, beyond)
 
     return of
 
 
-def head_loss(target: Target, readings: Readings, goal: Goal, loss: Loss = "margin") -> tuple[Tensor, Tensor]:
-    """Loss [B], small where the goal is reached, and whether it is, bool [B]."""
+def head_loss(
+    target: Target, readings: Readings, goal: Goal, loss: Loss = "margin", beyond: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Loss [B], small where the goal is reached, and whether it is, bool [B].
+
+    `beyond`: nats by which every margin must pass the threshold, for pictures that are meant for another guard.
+    """
     margins = target.margins(readings)
     worst = margins.flatten(1).amax(1)
+    enough, slack = ENOUGH + beyond, SLACK + beyond
     if goal == "hide":
         followed = {
-            "margin": lambda: margins.clamp(min=-ENOUGH).flatten(1).sum(1),
+            "margin": lambda: margins.clamp(min=-enough).flatten(1).sum(1),
             "ce": lambda: torch.nn.functional.softplus(margins).flatten(1).sum(1),
             "worst": lambda: worst,
         }
-        return followed[loss](), worst < -SLACK
+        return followed[loss](), worst < -slack
     if goal == "raise":
-        return -margins.flatten(1).logsumexp(1), worst > SLACK
+        return -margins.flatten(1).logsumexp(1), worst > slack
     levels = readings.logits[..., len(RISK_TYPES) :]
     graver = levels[..., LOW + 1 :].amax(-1) - levels[..., LOW]
     # a reading that is not unsafe has no say in the level
     excess = torch.minimum(graver, margins.amax(-1))
     kept = -worst
-    total = excess.clamp(min=-ENOUGH).sum(1) + excess.shape[1] * kept.clamp(min=-ENOUGH)
-    return total, (excess.amax(1) < -SLACK) & (kept < -SLACK)
+    total = excess.clamp(min=-enough).sum(1) + excess.shape[1] * kept.clamp(min=-enough)
+    return total, (excess.amax(1) < -slack) & (kept < -slack)
 
 
 def in_groups(

@@ -77,11 +77,11 @@ class Target:
         self.model: Any = guard.model
         self.frame = Frame(guard.processor)
         if guard.policy is not None:
-            types = guard.policy.types
-            self._enabled = [i for i, name in enumerate(RISK_TYPES) if types.get(name, False)]
+            self._types = guard.policy.types
+            self._enabled = [i for i, name in enumerate(RISK_TYPES) if self._types.get(name, False)]
             threshold = guard.policy.unsafe_threshold
             odds = math.log(threshold) - math.log1p(-threshold) if threshold < 1.0 else SATURATED
-            self._threshold = min(odds, SATURATED)
+            self.threshold = min(odds, SATURATED)
 
     @property
     def has_head(self) -> bool:
@@ -167,14 +167,14 @@ class Target:
         enabled = types[..., self._enabled].logsumexp(-1)
         by_type = enabled - types[..., rest].logsumexp(-1)
         risky = levels[..., 1:].logsumexp(-1)
-        off = [i for i, name in enumerate(RISK_TYPES) if i in rest and self.guard.policy.types.get(name) is False]
+        off = [i for i, name in enumerate(RISK_TYPES) if i in rest and self._types.get(name) is False]
         if off:
             both = torch.logaddexp(enabled, types[..., off].logsumexp(-1))
             lost = risky + types[..., off].logsumexp(-1) - both
             by_level = risky + enabled - both - torch.logaddexp(levels[..., 0], lost)
         else:
             by_level = risky - levels[..., 0]
-        found = torch.stack([by_type, by_level], -1) - self._threshold
+        found = torch.stack([by_type, by_level], -1) - self.threshold
         return found.masked_fill(~readings.valid.unsqueeze(-1), -math.inf)
 
     def answer_loss(
