@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from psa_fast.attacks.pixels import Case, Outcome, ask, attack, judge, objective, reached, run
+from psa_fast.attacks.pixels import Case, Effort, Outcome, ask, attack, judge, objective, reached, run
 from psa_fast.attacks.target import Target
 from psa_fast.evaluation.metrics import rate
 
@@ -120,7 +120,8 @@ def converged(target: Target, cases: Sequence[Case], eps: float, steps: int, see
     """Two and a half times the steps and three starts find no more than the interval of the first search allows."""
     once = rate([one.success for one in _hide(target, cases, eps, steps, seed)])
     longer = rate([one.success for one in _hide(target, cases, eps, math.ceil(2.5 * steps), seed + 1, restarts=3)])
-    assert once.high is not None and longer.value is not None
+    assert once.high is not None
+    assert longer.value is not None
     numbers = {"n": len(cases), "eps": eps, "once": once.to_json(), "longer": longer.to_json()}
     return Control("converged", longer.value <= once.high, numbers)
 
@@ -247,7 +248,7 @@ def transfer(
         theirs = [ask(surrogate, cases[place]) for place in places]
         pictures = torch.stack([one.pictures for one in theirs])
         of = objective(surrogate, theirs, "hide", beyond=FAR)
-        found = run(of, pictures, eps, steps, restarts, seed, "apgd", surrogate.batch_size(count))
+        found = run(of, pictures, Effort(eps, steps, restarts, seed), surrogate.batch_size(count))
         mine, chosen = [asked[place] for place in places], [cases[place] for place in places]
         judged = judge(target, chosen, mine, found, lambda one: reached("hide", one.verdict), max_new_tokens)
         outcomes.update(zip(places, judged, strict=True))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from psa_fast.attacks.pixels import Case, Outcome, ask, head_loss, in_groups
+from psa_fast.attacks.pixels import Case, Effort, Outcome, ask, head_loss, in_groups
 from psa_fast.attacks.search import Method, Objective
 from psa_fast.attacks.target import Asked, Target
 from psa_fast.data.records import IMAGE_MARK
@@ -68,7 +68,7 @@ def attack_joint(
         cases,
         make,
         lambda outcome: bool(outcome.useful) and (outcome.evaded or not guarded),
-        (eps, steps, restarts, seed, method, batch_size),
+        Effort(eps, steps, restarts, seed, method, batch_size),
         max_new_tokens,
         guarded,
     )
@@ -129,7 +129,7 @@ def random_noise(
         cases,
         make,
         lambda outcome: bool(outcome.useful) and outcome.evaded,
-        (eps, draws, 1, seed, "noise", None),
+        Effort(eps, draws, seed=seed, method="noise"),
         max_new_tokens,
     )
 

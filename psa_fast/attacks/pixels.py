@@ -55,6 +55,18 @@ class Budget:
     eps: tuple[int, ...] = (1, 2, 4, 8, 16)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """One search: radius in 255ths, steps (queries, draws) of each start, starts, seed, method, rows at once."""
+
+    eps: float
+    steps: int
+    restarts: int = 1
+    seed: int = 0
+    method: Method | Literal["square", "noise"] = "apgd"
+    batch_size: int | None = None
+
+
 BUDGETS = {"quick": Budget(40, 1, 60), "standard": Budget(40, 3, 200)}
 
 
@@ -121,7 +133,7 @@ def attack(
         cases,
         lambda asked, _: objective(target, asked, goal, loss),
         lambda outcome: reached(goal, outcome.verdict),
-        (eps, steps, restarts, seed, method, batch_size),
+        Effort(eps, steps, restarts, seed, method, batch_size),
         max_new_tokens if answers else None,
     )
 
@@ -182,7 +194,7 @@ def in_groups(
     cases: Sequence[Case],
     make: Callable[[list[Asked], list[int]], Objective],
     succeeded: Callable[[Outcome], bool],
-    budget: tuple[float, int, int, int, Method | Literal["square", "noise"], int | None],
+    effort: Effort,
     max_new_tokens: int | None,
     guarded: bool = True,
 ) -> list[Outcome]:
@@ -197,8 +209,7 @@ def in_groups(
         places = [place for place, one in enumerate(everything) if one.count == count]
         asked = [everything[place] for place in places]
         pictures = torch.stack([one.pictures for one in asked])
-        *spent, batch_size = budget
-        found = run(make(asked, places), pictures, *spent, batch_size or target.batch_size(count))
+        found = run(make(asked, places), pictures, effort, target.batch_size(count))
         judged = judge(target, [cases[place] for place in places], asked, found, succeeded, max_new_tokens, guarded)
         for place, outcome in zip(places, judged, strict=True):
             outcomes[place] = outcome
@@ -213,22 +224,15 @@ def ask(target: Target, case: Case) -> Asked:
         raise ValueError(f"{case.where}: {error}" if case.where else str(error)) from error
 
 
-def run(
-    of: Objective,
-    pictures: Tensor,
-    eps: float,
-    steps: int,
-    restarts: int,
-    seed: int,
-    method: Method | Literal["square", "noise"],
-    batch_size: int,
-) -> Found:
-    """One of the searches, by its name."""
-    if method == "square":
-        return searches.square(of, pictures, eps, steps * restarts, seed, batch_size=batch_size)
-    if method == "noise":
-        return searches.noise(of, pictures, eps, steps, seed, batch_size)
-    return searches.search(of, pictures, eps, steps, restarts, seed, method, batch_size)
+def run(of: Objective, pictures: Tensor, effort: Effort, batch_size: int) -> Found:
+    """The search that `effort` names; `batch_size` where it names none."""
+    rows = effort.batch_size or batch_size
+    if effort.method == "square":
+        queries = effort.steps * effort.restarts
+        return searches.square(of, pictures, effort.eps, queries, effort.seed, batch_size=rows)
+    if effort.method == "noise":
+        return searches.noise(of, pictures, effort.eps, effort.steps, effort.seed, rows)
+    return searches.search(of, pictures, effort.eps, effort.steps, effort.restarts, effort.seed, effort.method, rows)
 
 
 def judge(
