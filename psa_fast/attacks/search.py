@@ -42,12 +42,12 @@ class Found:
 
 def checkpoints(steps: int) -> list[int]:
     """The steps after which APGD looks back (Croce & Hein 2020, arXiv 2003.01690, section 3)."""
-    places, before = [0.0, 0.22], 0.0
-    while places[-1] < 1.0:
+    places, before = [22], 0  # in hundredths: .57 of 100 steps must not become 58
+    while places[-1] < 100:
         last = places[-1]
-        places.append(last + max(last - before - 0.03, 0.06))
+        places.append(last + max(last - before - 3, 6))
         before = last
-    return sorted({math.ceil(place * steps) for place in places if 0 < place <= 1})
+    return sorted({-(-place * steps // 100) for place in places if place <= 100})
 
 
 def search(
