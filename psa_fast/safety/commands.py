@@ -79,8 +79,8 @@ def generate(args: argparse.Namespace) -> int:
 def describe(verdict: Verdict) -> str:
     """A verdict in one line: what was done and why, or that nothing was checked."""
     if not verdict.checked:
-        blocked = "block, " if verdict.applied and verdict.action == "block" else ""
-        return f"{blocked}NOT CHECKED FOR RISKS: {verdict.rule.partition(': ')[2]}"
+        blocked = ", blocked" if verdict.applied and verdict.action == "block" else ""
+        return f"NOT CHECKED FOR RISKS: {verdict.rule.partition(': ')[2]}{blocked}"
     note = "" if verdict.applied else ", not applied"
     score = "" if verdict.unsafe_score is None else f", unsafe score {verdict.unsafe_score:.3f}"
     kind = "" if verdict.type is None else f", type {verdict.type}, level {verdict.level}"

@@ -310,7 +310,7 @@ class Guard:
             for request in asked:
                 mine = request.questions(first)
                 questions += mine
-                owners += [request.number] * len(mine)
+                owners += [request.number] * sum(1 + len(question.parts) for question in mine)
                 first += request.count
             found = read_head(self.model, questions, features, self._pad_right)
             for number, reading in zip(owners, found, strict=True):

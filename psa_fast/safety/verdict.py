@@ -15,11 +15,11 @@ class Verdict:
     """What the concept head read and what the policy did with it; names as in the taxonomy.
 
     `code` is the reason for programs, `rule` the same as a sentence. `checked` is False where nothing was read: no
-    image before an add-on that reads no text, no concept head, or a request that cannot be read at all, which is blocked and whose fault is `error`.
-    `applied` is False for unguarded generation: action and hint are what the policy would have done. `query` tells
-    which reading decided, and `picture` which picture it was shown alone (from 0; None: all of them together). For a
-    turn or a window `query_number` says which, from 0, and `query_span` its tokens in the prompt, [first, behind last].
-    Probabilities and score are that reading's; they are None if not read or not finite.
+    image before an add-on that reads no text, no concept head, or a request that cannot be read at all, which is
+    blocked and whose fault is `error`. `applied` is False for unguarded generation: action and hint are what the policy
+    would have done. `query` tells which reading decided, and `picture` which picture it was shown alone (from 0; None:
+    all of them together). For a turn or a window `query_number` says which, from 0, and `query_span` its tokens in the
+    prompt, [first, behind last]. Probabilities and score are that reading's; they are None if not read or not finite.
     """
 
     checked: bool
