@@ -27,7 +27,7 @@ from psa_fast.taxonomy import IGNORE_INDEX, RISK_LEVELS, RISK_TYPES
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
 
-# in double precision a probability is exactly 1 from these log-odds on, so a threshold of 1 means them
+# in double precision a probability is 1 from about these log-odds on: what a threshold of 1 comes to
 SATURATED = 36.7
 
 

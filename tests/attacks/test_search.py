@@ -156,7 +156,7 @@ def test_saturation_hides_cross_entropy_but_no_margin():
 
 
 def test_square_finds_more_than_noise_and_less_than_the_gradient(linear):
-    weights, pictures, objective = linear
+    _, pictures, objective = linear
     loose = lambda r, x: (objective(r, x)[0], r < 0)  # noqa: E731
     by_gradient = search(loose, pictures, 8, 20).loss
     by_square = square(loose, pictures, 8, 300).loss
@@ -167,7 +167,13 @@ def test_square_finds_more_than_noise_and_less_than_the_gradient(linear):
 
 @pytest.mark.parametrize(
     ("eps", "steps", "restarts", "message"),
-    [(-1, 5, 1, "eps is -1"), (256, 5, 1, "eps"), (4, 0, 1, "steps is 0"), (4, 5, 0, "restarts"), (4, True, 1, "steps")],
+    [
+        (-1, 5, 1, "eps is -1"),
+        (256, 5, 1, "eps"),
+        (4, 0, 1, "steps is 0"),
+        (4, 5, 0, "restarts"),
+        (4, True, 1, "steps"),
+    ],
 )
 def test_a_budget_that_is_none_is_refused(linear, eps, steps, restarts, message):
     _, pictures, objective = linear

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from PIL import Image
+from tiny_cases import QUESTION, noisy
 from tiny_llava import picture
 
 from psa_fast.attacks.frame import Frame
@@ -13,14 +14,6 @@ from psa_fast.data.records import Turn
 from psa_fast.models import load_processor
 from psa_fast.safety import Policy, Request, load_guard
 from psa_fast.safety.load import load_plain
-
-QUESTION = "what colour is the circle ?"
-
-
-def noisy(seed, size=12):
-    values = torch.randint(0, 256, (size, size, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return Image.fromarray(values.numpy())
-
 
 REQUESTS = {
     "one": Request(QUESTION, (noisy(0),)),
@@ -66,7 +59,7 @@ def test_readings_of_a_batch_are_those_of_each_alone(guard):
     assert together.valid.sum(1)[0] < together.valid.sum(1)[1]  # windows
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.05, 0.97, 1.0])
+@pytest.mark.parametrize("threshold", [0.5, 0.05, 0.97])
 @pytest.mark.parametrize("off", [(), ("privacy",), ("privacy", "politics", "misleading")])
 def test_margins_are_the_policys_rule(guard, threshold, off):
     """On random logits: any margin is at least 0 exactly where the policy decides unsafe, taken reading by reading."""
@@ -76,6 +69,7 @@ def test_margins_are_the_policys_rule(guard, threshold, off):
     target = Target(guard)
     g = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(300, 1, 11, generator=g)).double()
+    logits[..., [6, 7]] += 4  # about half of them clean
     logits[:60] *= 6  # also sure ones
     margins = target.margins(_readings(logits))
     for row in range(300):
@@ -125,9 +119,15 @@ def test_answer_loss_is_the_language_models_and_greedy_is_what_it_says(guard):
     target = Target(guard)
     asked = [target.ask(REQUESTS[name]) for name in ("one", "turns", "flat")]
     pictures = torch.stack([one.pictures for one in asked])
-    own = [answer.text for answer in target.answer(asked, pictures, guarded=False, max_new_tokens=200)]
-    answers = [target.tokens(asked[0], own[0]), target.tokens(asked[1], "red"), target.tokens(asked[2], own[2])]
+    answers = []
+    for one, picture_ in zip(asked, pictures, strict=True):
+        features = guard.model.encode_images(target.frame.values(picture_.float() / 255))
+        ids = torch.tensor([one.prompt.input_ids])
+        answers.append(guard.model.generate(ids, features=features, max_new_tokens=3 + len(answers))[0])
+    answers[1] = answers[1].clone()
+    answers[1][2] = (answers[1][2] + 1) % 20  # one token is not what the model says
     losses, greedy = target.answer_loss(asked, answers, pictures.float() / 255)
+    assert greedy.tolist() == [True, False, True]
     for one, answer, loss, picture_ in zip(asked, answers, losses, pictures, strict=True):
         ids = torch.tensor([one.prompt.input_ids + answer.tolist()])
         labels = ids.clone()
@@ -136,7 +136,14 @@ def test_answer_loss_is_the_language_models_and_greedy_is_what_it_says(guard):
         with torch.no_grad():
             expected = guard.model(ids, pixel_values=values, labels=labels).loss_lm
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert greedy.tolist() == [False if not own[0] else greedy[0].item(), False, greedy[2].item()]
+
+
+def test_tokens_of_an_answer_end_with_the_token_that_closes_it(guard):
+    target = Target(guard)
+    tokenizer = guard.processor.tokenizer
+    for name in ("one", "turns"):
+        tokens = target.tokens(target.ask(REQUESTS[name]), "red green")
+        assert tokenizer.convert_ids_to_tokens(tokens.tolist()) == ["red", "green", "</s>"]
 
 
 def test_a_base_without_a_head_is_asked_for_answers_only(folders):
