@@ -49,6 +49,8 @@ PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwes
 
 # height and width in pixels at scale 1
 SIGN_SIZE, SHAPE_SIZE = (30, 28), (26, 26)
+# the least size factor, of what stands in a picture within a picture too
+SMALLEST = 0.55
 # share of scenes that are a picture within a picture
 FRAMED = 0.15
 
@@ -184,9 +186,10 @@ def _places(
     while True:
         found: list[tuple[Place, float, float]] = []
         for height, width in sizes:
-            largest = int(rng.integers(len(SCALES)))
+            scales = [scale for scale in SCALES if scale * zoom >= SMALLEST]
+            largest = int(rng.integers(len(scales)))
             for attempt in range(24):
-                scale = SCALES[max(0, largest - attempt)]
+                scale = scales[max(0, largest - attempt)]
                 turn = TURNS[rng.integers(len(TURNS))]
                 tall, wide = _turned(height * scale * zoom, width * scale * zoom, turn)
                 y = rng.uniform(top + tall / 2, top + side - tall / 2)
@@ -361,8 +364,10 @@ def lay(
         mask = _shape_mask(item.shape, round(SHAPE_SIZE[0] * place.scale * zoom, 1), place.turn)
         colour = (np.asarray(COLOURS[item.colour]) + rng.integers(-10, 11, 3)).astype(np.float32)
     top, left = round(place.y - mask.shape[0] / 2), round(place.x - mask.shape[1] / 2)
-    rows = slice(max(0, -top), min(mask.shape[0], canvas.shape[0] - top))
-    columns = slice(max(0, -left), min(mask.shape[1], canvas.shape[1] - left))
+    rows, columns = (
+        slice(max(0, -start), max(0, -start, min(length, edge - start)))
+        for start, length, edge in zip((top, left), mask.shape, canvas.shape, strict=False)
+    )
     mask = mask[rows, columns]
     spot = slice(top + rows.start, top + rows.stop), slice(left + columns.start, left + columns.stop)
     area = canvas[spot]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from psa_fast.models.families.base import Family
 
-#: vision towers known to end in `encoder.layers`, and whether they put a class token first
-_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False}
+#: supported vision towers, and whether they put a class token first
+_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "dpt": True}
 _tower_lock = threading.Lock()
 
 
