@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from psa_fast.sandbox.language import HintFor, all_texts
 from psa_fast.sandbox.content import draw_scenes, scene_pictures, to_pixels
+from psa_fast.sandbox.language import HintFor, all_texts
 from psa_fast.sandbox.lessons import START, Lessons, pack_turns
 from psa_fast.sandbox.optimise import Steps
 from psa_fast.sandbox.processor import MAX_LENGTH, build_processor

@@ -126,7 +126,7 @@ def _mosaic(rng: np.random.Generator, side: int) -> _Picture:
         for x in np.arange(offset[1], side + pitch / 3, pitch):
             if len(items) == MOST_ITEMS or rng.random() < 0.1:
                 continue
-            scale = min(MOSAIC_SCALES, key=lambda s, w=pitch / 33 * rng.uniform(0.75, 1.1): abs(s - w))  # type: ignore[misc]
+            scale = _nearest(MOSAIC_SCALES, pitch / 33 * rng.uniform(0.75, 1.1))
             slack = max(0.0, (pitch - 30 * scale) / 2)
             y_at, x_at = y + rng.uniform(-slack, slack), x + rng.uniform(-slack, slack)
             place = Place(float(y_at), float(x_at), scale, MOSAIC_TURNS[rng.integers(len(MOSAIC_TURNS))])
@@ -140,6 +140,10 @@ def _mosaic(rng: np.random.Generator, side: int) -> _Picture:
             lay(canvas, owners, len(items), item, rng)
     canvas = lit(canvas, rng) + 4.0 * rng.integers(-1, 2, (side, side, 1))
     return np.clip(canvas, 0, 255).astype(np.uint8), owners, _facts(items)
+
+
+def _nearest(values: tuple[float, ...], wanted: float) -> float:
+    return min(values, key=lambda value: abs(value - wanted))
 
 
 def to_pixels(pictures: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class TowerRecipe:
 
 
 def tower_config(hidden_size: int, layers: int, heads: int) -> DPTConfig:
-    """The tower's configuration: 36 patches and a class token of `hidden_size`, from a residual network of stride 16."""
+    """The tower's configuration: a residual network, then 36 patches and a class token of `hidden_size`."""
     from transformers import DPTConfig
 
     sizes = [64, 192, 256]
