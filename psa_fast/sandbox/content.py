@@ -131,7 +131,7 @@ def _mosaic(rng: np.random.Generator, side: int) -> _Picture:
             y_at, x_at = y + rng.uniform(-slack, slack), x + rng.uniform(-slack, slack)
             place = Place(float(y_at), float(x_at), scale, MOSAIC_TURNS[rng.integers(len(MOSAIC_TURNS))])
             item: Sign | Thing
-            if rng.random() < 0.55:
+            if rng.random() < 0.45:
                 glyph, marks = glyphs[rng.integers(len(glyphs))], MARKS[rng.integers(len(MARKS))]
                 item = Sign(glyph, marks, int(rng.integers(1, 4)), place)
             else:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SIDE = IMAGE_SIZE // PATCH
 # What is learned last weighs most.
-LINE_WEIGHTS = (3.0, 1.0, 3.0, 1.0, 2.0, 1.0)
+LINE_WEIGHTS = (6.0, 1.0, 3.0, 1.0, 2.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class TowerRecipe:
     layers: int = 2
     window_side: int = 48
     windows: int = 12000
-    window_steps: int = 1200
+    window_steps: int = 1700
     window_batch: int = 64
     window_lr: float = 4e-3
     pictures: int = 6000
     mosaics: float = 0.5
-    steps: int = 700
+    steps: int = 1000
     batch: int = 32
     lr: float = 2e-3
     warmup: int = 50
@@ -70,7 +70,7 @@ def tower_config(hidden_size: int, layers: int, heads: int) -> DPTConfig:
             "model_type": "bit",
             "embedding_size": 24,
             "hidden_sizes": sizes,
-            "depths": [1, 1, 1],
+            "depths": [1, 1, 2],
             "num_groups": 8,
             "layer_type": "preactivation",
             "hidden_act": "relu",
