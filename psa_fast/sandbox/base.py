@@ -119,10 +119,10 @@ def train_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vlm = build_base(processor, recipe)
-    vlm.train()
-    content_loss = train_tower(vlm, processor, np.random.default_rng([seed, 1]), recipe.tower, progress)
-    _level_norms(vlm)
-    answer_loss = _train_language(vlm, processor, recipe, hint_for, np.random.default_rng([seed, 2]), progress)
+        vlm.train()
+        content_loss = train_tower(vlm, processor, np.random.default_rng([seed, 1]), recipe.tower, progress)
+        _level_norms(vlm)
+        answer_loss = _train_language(vlm, processor, recipe, hint_for, np.random.default_rng([seed, 2]), progress)
     vlm.eval().save_pretrained(out)
     processor.save_pretrained(out)
     return {"content_loss": content_loss, "answer_loss": answer_loss}

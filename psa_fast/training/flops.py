@@ -143,7 +143,22 @@ def _tower(model: PsaVLM) -> int:
     width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     linears = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size)
     embedding = 2 * patches * vision.num_channels * vision.patch_size**2 * width
+    if getattr(vision, "is_hybrid", False):  # a residual network in place of one matrix
+        embedding = _hybrid_embedding(vision)
     return layers * (linears + 4 * positions**2 * width) + embedding
+
+
+def _hybrid_embedding(vision: Any) -> int:
+    """FLOPs of what comes before a hybrid tower's layers, counted while it runs on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        embeddings = AutoModel.from_config(vision).embeddings
+        pixels = torch.empty(1, vision.num_channels, vision.image_size, vision.image_size)
+    with FlopCounterMode(display=False) as counter:
+        embeddings(pixels)
+    return counter.get_total_flops()
 
 
 def _connector(connector: nn.Module, image_tokens: int) -> int:
