@@ -71,6 +71,9 @@ class TrainConfig:
     query: str = _method("prompt", "what of the prompt asks the concept head", choices=(
         "prompt", "first",
     ))  # fmt: skip
+    augment: str = _method("none", "random changes of the images that keep their labels", choices=(
+        "none", "light", "strong",
+    ))  # fmt: skip
     stage1_objective: str = _method(
         "joint", "stage 1: both losses or one half", stage=1, choices=("joint", "concept", "tokens")
     )
