@@ -74,6 +74,9 @@ class TrainConfig:
     augment: str = _method("none", "random changes of the images that keep their labels", choices=(
         "none", "light", "strong",
     ))  # fmt: skip
+    query_window: int = _method(
+        16, "tokens of the windows of a prompt that ask by themselves, 0: none", minimum=0, maximum=2**20
+    )
     stage1_objective: str = _method(
         "joint", "stage 1: both losses or one half", stage=1, choices=("joint", "concept", "tokens")
     )
