@@ -85,9 +85,9 @@ def _done(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[tuple
 
     kept = json.loads(json.dumps(settings))
     part = folder / PART
-    if (folder / JSON).exists() and not overwrite:
-        if read_json(folder / JSON, "report").get("provenance", {}).get("settings") != kept:
-            raise ValueError(f"{folder / JSON} is of other data or settings; name another --out, or give --overwrite")
+    older = read_json(folder / JSON, "report") if (folder / JSON).exists() and not overwrite else None
+    if older is not None and older.get("provenance", {}).get("settings") != kept:
+        raise ValueError(f"{folder / JSON} is of other data or settings; name another --out, or give --overwrite")
     done: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with named(part):
         lines = part.read_text(encoding="utf-8").splitlines() if part.exists() else []

@@ -69,9 +69,8 @@ def _natural() -> list[Condition]:
     found = []
     for name, (change, values) in t.SEVERITIES.items():
         for severity, value in enumerate(values[:_MILD], 1):
-            found.append(
-                _each(f"{name}-{severity}", lambda p, _, rng, f=change, v=value: f(p, v, rng), name in _MOVING)
-            )
+            apply = functools.partial(_by_severity, change, value)
+            found.append(_each(f"{name}-{severity}", apply, name in _MOVING))
     found += [
         _each("mirrored", lambda p, _, rng: t.flip_horizontal(p), True),
         _each("upside down", lambda p, _, rng: t.flip_vertical(p), True),

@@ -17,8 +17,8 @@ _WORDS = {
     "lost": "of the risks that the guard flags when they are asked plainly, those that it flags no more",
     "refused": "guarded answers to harmless requests with a refusal or a caution",
     "flagged": "harmless requests that the guard flags; behind it the same without the change",
-    "base": f"clean questions that the base answers rightly under the change; below {ABLE} the row is no failure of the "
-    "guard, since nobody could answer, and is in brackets",
+    "base": f"clean questions that the base answers rightly under the change; below {ABLE} nobody can "
+    "answer, the row is no failure of the guard and in brackets",
     "blocked": "requests too long for the model, refused unread and in no share",
 }
 
