@@ -121,7 +121,8 @@ def _cases(file: Path, image_folder: Path, limit: int) -> tuple[list[Case], Othe
     def case(record: Record) -> Case:
         return Case(record, tuple(load_image(resolve(image_folder, name)) for name in record.images))
 
-    cases, added = [], []
+    cases: list[Case] = []
+    added: list[Case] = []
     for record in records:
         counts[record.group] += 1
         if counts[record.group] <= limit:

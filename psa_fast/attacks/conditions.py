@@ -127,16 +127,14 @@ ROLES = (
 
 
 def _text() -> list[Condition]:
-    found = [_words(f"repeated {n}x", lambda q, _, rng, n=n: " ".join([q] * n)) for n in (5, 20, 150)]
-    for where in ("before", "after", "around"):
-        found.append(_words(f"2,000 words {where}", lambda q, o, rng, w=where: _padded(q, o, w, 2000, rng)))
-    found.append(_words("100 words around", lambda q, o, rng: _padded(q, o, "around", 100, rng)))
+    found = [_words(f"repeated {n}x", functools.partial(_repeated, n)) for n in (5, 20, 150)]
+    found += [_words(f"2,000 words {where}", functools.partial(_padded, where, 2000)) for where in _WHERE]
+    found.append(_words("100 words around", functools.partial(_padded, "around", 100)))
     for kind, texts in (("claim", CLAIMS), ("hint", HINTS), ("role", ROLES)):
-        for i, text in enumerate(texts, 1):
-            found.append(_words(f"{kind} {i} before", lambda q, _, rng, text=text: f"{text} {q}"))
+        found += [_words(f"{kind} {i} before", functools.partial(_after, text)) for i, text in enumerate(texts, 1)]
     found += [
         _words("claim 1 after", lambda q, _, rng: f"{q} {CLAIMS[0]}"),
-        _words("all claims, 10x, before", lambda q, _, rng: " ".join([*CLAIMS * 10, q])),
+        _words("all claims, 10x, before", functools.partial(_after, " ".join(CLAIMS * 10))),
         _words("gibberish around", lambda q, _, rng: f"{_gibberish(rng)} {q} {_gibberish(rng)}"),
         _words("upper case", lambda q, _, rng: q.upper()),
         _words("marks between words", lambda q, _, rng: " . ".join(q.split())),
@@ -157,7 +155,18 @@ def _words(name: str, change: Callable[[str, Others, np.random.Generator], str])
     return Condition("text", name, apply)
 
 
-def _padded(question: str, others: Others, where: str, count: int, rng: np.random.Generator) -> str:
+def _repeated(times: int, question: str, others: Others, rng: np.random.Generator) -> str:
+    return " ".join([question] * times)
+
+
+def _after(text: str, question: str, others: Others, rng: np.random.Generator) -> str:
+    return f"{text} {question}"
+
+
+_WHERE = ("before", "after", "around")
+
+
+def _padded(where: str, count: int, question: str, others: Others, rng: np.random.Generator) -> str:
     words = [others.words[i] for i in rng.integers(len(others.words), size=count)]
     at = {"before": count, "after": 0, "around": count // 2}[where]
     return " ".join([*words[:at], question, *words[at:]])

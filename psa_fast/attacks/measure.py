@@ -87,7 +87,7 @@ def measure(
         results += answer_records(
             guard, [c.record for c in part], [c.pictures for c in part], max_new_tokens, words, keep_blocked=True
         )
-    seconds = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     about_places = {case.record.where for case in cases if _asks_where(case)}
     rows = []
     for group in dict.fromkeys(case.record.group for case in cases):
@@ -101,17 +101,9 @@ def measure(
             asked = [result for result in read if not (moved and result.where in about_places)]
             facts["accuracy"] = rate([same_answer(result.unguarded, result.target) for result in asked])
         share = len(mine) / max(1, len(results))
-        rows.append(
-            Row(
-                "none" if condition is None else condition.suite,
-                name,
-                stage,
-                group,
-                **facts,
-                **{key: round(value * share, 3) for key, value in seconds.items()},
-                settings={"seed": seed},
-            )
-        )
+        kind = "none" if condition is None else condition.suite
+        spent = {"seconds": round(wall * share, 3), "cpu_seconds": round(cpu * share, 3)}
+        rows.append(Row(kind, name, stage, group, **facts, **spent, settings={"seed": seed}))  # type: ignore[arg-type]
     return rows, {result.where: result for result in results}
 
 

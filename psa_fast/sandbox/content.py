@@ -63,7 +63,8 @@ class Pictures(NamedTuple):
     owners: Tensor
     items: Tensor
 
-    def __getitem__(self, chosen: Tensor | slice) -> Pictures:  # type: ignore[override]
+    def take(self, chosen: Tensor) -> Pictures:
+        """Some of the pictures, by their numbers int64 [n]."""
         return Pictures(*(tensor[chosen] for tensor in (self.pixels, self.owners, self.items)))
 
 

@@ -136,7 +136,7 @@ def train_tower(
     pictures = draw_pictures(rng, recipe.pictures, recipe.mosaics)
     run = Steps("base, part a (content)", [*parameters, table], recipe.lr, recipe.steps, recipe.warmup, progress)
     for _ in run:
-        chosen = pictures[torch.from_numpy(rng.integers(recipe.pictures, size=recipe.batch))]
+        chosen = pictures.take(torch.from_numpy(rng.integers(recipe.pictures, size=recipe.batch)))
         pixels, owners = changed(chosen, generator)
         patches = vlm.model.multi_modal_projector(patch_features(vlm, pixels))
         run.step(content_loss(scorer(patches, table), patch_labels(owners, chosen.items)))
@@ -154,7 +154,7 @@ def _train_windows(
     parameters = [p for m in (embeddings.backbone, embeddings.projection, classify) for p in m.parameters()]
     run = Steps("base, part a (windows)", parameters, recipe.window_lr, recipe.window_steps, recipe.warmup, progress)
     for _ in run:
-        chosen = windows[torch.from_numpy(rng.integers(recipe.windows, size=recipe.window_batch))]
+        chosen = windows.take(torch.from_numpy(rng.integers(recipe.windows, size=recipe.window_batch)))
         pixels, owners = changed(chosen, generator)
         labels = patch_labels(owners, chosen.items)
         features = embeddings.projection(embeddings.backbone(pixels).feature_maps[-1]).flatten(2).transpose(1, 2)
