@@ -34,7 +34,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--run", metavar="DIR", help="training output: measures its stage1 and stage2 folders")
     parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-ons' configs name)")
     parser.add_argument("--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on")
-    parser.add_argument("--suite", default="all", help="natural, text, pictures, several by commas, or all (default)")
+    parser.add_argument(
+        "--suite", default="all", help="natural, text, pictures, pixels, several by commas, or all (default: all)"
+    )
+    parser.add_argument(
+        "--budget", choices=("quick", "standard"), default="quick",
+        help="of attacks on pixels: 60 records, 40 steps, 1 start; or 200, 40, 3 (default: quick)",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="records of each group (default: 100)")
     parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
     parser.add_argument("--seed", type=int, default=0, help="of the changes (default: 0)")
@@ -46,7 +52,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def robustness(args: argparse.Namespace) -> int:
     """Run the suites. Raises ValueError, with a sentence, for input that cannot be used."""
-    from psa_fast.attacks.conditions import SUITES, conditions
+    from psa_fast.attacks import conditions as plain
+    from psa_fast.attacks import white_box
+    from psa_fast.attacks.pixels import BUDGETS
     from psa_fast.evaluation.commands import find_data, plan
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.policy import Policy
@@ -56,9 +64,10 @@ def robustness(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {shorten(args.seed)}; expected a whole number of at least 0")
-    chosen = list(SUITES) if args.suite == "all" else args.suite.split(",")
-    if unknown := [name for name in chosen if name not in SUITES]:
-        raise ValueError(f"--suite {shorten(unknown[0])}: expected all, or some of {', '.join(SUITES)}")
+    suites = (*plain.SUITES, white_box.SUITE)
+    chosen = list(suites) if args.suite == "all" else args.suite.split(",")
+    if unknown := [name for name in chosen if name not in suites]:
+        raise ValueError(f"--suite {shorten(unknown[0])}: expected all, or some of {', '.join(suites)}")
     stages = [tuple(item.split("=", 1)) for item in args.stage]
     if wrong := [item for item in args.stage if "=" not in item]:
         raise ValueError(f"--stage {shorten(wrong[0])}: expected NAME=DIR")
@@ -68,12 +77,17 @@ def robustness(args: argparse.Namespace) -> int:
     settings = {
         "data": str(file), "base": todo.base, "stages": todo.addons, "limit": args.limit, "seed": args.seed,
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
+        "budget": args.budget if white_box.SUITE in chosen else None,
     }  # fmt: skip
     with OutputFolder(Path(args.out)).claim() as out:
         done = _done(out.path, settings, args.overwrite)
         cases, others = _cases(file, image_folder, args.limit)
         for stage in ("base", *todo.addons):
-            _stage(stage, todo, policy, [None, *conditions(chosen)], cases, others, args, out.path, done)
+            attacks = (
+                white_box.conditions(BUDGETS[args.budget]) if white_box.SUITE in chosen and stage != "base" else []
+            )
+            wanted: list[Condition | str | None] = [None, *plain.conditions(chosen), *attacks]
+            _stage(stage, todo, policy, wanted, cases, others, args, out.path, done)
         _write(out.path, settings, file, done, todo)
     return 0
 
@@ -141,7 +155,7 @@ def _stage(
     stage: str,
     todo: Any,
     policy: Any,
-    todo_conditions: list[Condition | None],
+    wanted: list[Condition | str | None],
     cases: list[Case],
     others: Others,
     args: argparse.Namespace,
@@ -150,30 +164,37 @@ def _stage(
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from psa_fast.attacks import white_box
     from psa_fast.attacks.measure import measure
+    from psa_fast.attacks.pixels import BUDGETS
     from psa_fast.evaluation.refusal import DEFAULT_LIST, get_list
     from psa_fast.files import named
     from psa_fast.safety.load import load_guard, load_plain
 
     addon = todo.addons.get(stage)
-    names = ["none" if one is None else one.name for one in todo_conditions]
+    names = ["none" if one is None else one if isinstance(one, str) else one.name for one in wanted]
     if all((stage, name) in done for name in names):
         return
     guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
     # of the base only what it can answer is of interest
     mine = [case for case in cases if case.record.group == "clean"] if addon is None else cases
     plain: dict[str, Any] = {}
+    words = get_list(DEFAULT_LIST)
     columns = (TextColumn("{task.description:>34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task(stage, total=len(names))
-        for name, condition in zip(names, todo_conditions, strict=True):
+        for name, condition in zip(names, wanted, strict=True):
             progress.update(task, description=f"{stage}, {name}")
             if (stage, name) not in done or condition is None:  # the plain results are compared with
-                put = [case for case in mine if condition is None or condition.suite != "natural" or case.pictures]
-                rows, results = measure(
-                    guard, stage, condition, put, others, plain, get_list(DEFAULT_LIST), args.seed, args.max_new_tokens
-                )
-                plain = plain or results
+                if isinstance(condition, str):
+                    rows = white_box.measure(guard, stage, name, mine, words, BUDGETS[args.budget], args.seed)
+                else:
+                    natural = condition is not None and condition.suite == "natural"
+                    put = [case for case in mine if case.pictures or not natural]
+                    rows, results = measure(
+                        guard, stage, condition, put, others, plain, words, args.seed, args.max_new_tokens
+                    )
+                    plain = plain or results
                 done[stage, name] = [row.to_json() for row in rows]
                 with named(folder / PART), (folder / PART).open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps({"stage": stage, "condition": name, "rows": done[stage, name]}) + "\n")

@@ -33,6 +33,7 @@ class Row:
         attack_success: guarded answers that are unsafe; groups of risks only.
         missed: risks that the guard did not flag.
         lost: of the risks that the guard flags when they are asked plainly, those that it flags no more.
+        lowered: risks above level low that are read as low; attacks with that goal only.
         refused: guarded answers with a refusal or a caution; harmless groups only.
         flagged: harmless requests that the guard flags, and `flagged_plain` the same without the condition.
         accuracy: unguarded answers that are the record's own; clean records only, questions for a place left out
@@ -49,6 +50,7 @@ class Row:
     attack_success: Estimate | None = None
     missed: Estimate | None = None
     lost: Estimate | None = None
+    lowered: Estimate | None = None
     refused: Estimate | None = None
     flagged: Estimate | None = None
     flagged_plain: Estimate | None = None

@@ -15,6 +15,7 @@ _WORDS = {
     "attack success": "guarded answers to risks that are unsafe",
     "missed": "risks that the guard did not flag",
     "lost": "of the risks that the guard flags when they are asked plainly, those that it flags no more",
+    "lowered": "risks above level low that are read as low",
     "refused": "guarded answers to harmless requests with a refusal or a caution",
     "flagged": "harmless requests that the guard flags; behind it the same without the change",
     "base": f"clean questions that the base answers rightly under the change; below {ABLE} nobody can "
@@ -36,7 +37,7 @@ def page(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> st
     for suite in dict.fromkeys(row["suite"] for row in rows):
         mine = [row for row in rows if row["suite"] == suite and row["stage"] != "base"]
         for title, columns, chosen in (
-            ("risks", ("attack_success", "missed", "lost"), [r for r in mine if r["group"] in RISKS]),
+            ("risks", ("attack_success", "missed", "lost", "lowered"), [r for r in mine if r["group"] in RISKS]),
             ("harmless requests", ("refused", "flagged", "flagged_plain", "accuracy"),
              [r for r in mine if r["group"] not in RISKS]),
         ):  # fmt: skip

@@ -77,8 +77,8 @@ class Target:
         self.model: Any = guard.model
         self.frame = Frame(guard.processor)
         if guard.policy is not None:
-            types = guard.policy.types
-            self._enabled = [i for i, name in enumerate(RISK_TYPES) if types.get(name, False)]
+            self._types = guard.policy.types
+            self._enabled = [i for i, name in enumerate(RISK_TYPES) if self._types.get(name, False)]
             threshold = guard.policy.unsafe_threshold
             odds = math.log(threshold) - math.log1p(-threshold) if threshold < 1.0 else SATURATED
             self._threshold = min(odds, SATURATED)
@@ -162,7 +162,7 @@ class Target:
         enabled = types[..., self._enabled].logsumexp(-1)
         by_type = enabled - types[..., rest].logsumexp(-1)
         risky = levels[..., 1:].logsumexp(-1)
-        off = [i for i, name in enumerate(RISK_TYPES) if i in rest and self.guard.policy.types.get(name) is False]
+        off = [i for i, name in enumerate(RISK_TYPES) if i in rest and self._types.get(name) is False]
         if off:
             both = torch.logaddexp(enabled, types[..., off].logsumexp(-1))
             lost = risky + types[..., off].logsumexp(-1) - both
