@@ -86,10 +86,10 @@ class LlavaFamily(Family):
         return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=device)
 
     def vision_features(self, vlm: nn.Module, pixel_values: Tensor) -> Tensor:
-        """One vision pass: only up to the layer that is used, without a graph where the tower is frozen."""
+        """One vision pass: only up to the layer that is used; a frozen tower has no graph unless the pixels do."""
         tower = self.module(vlm, "vision")
         frozen = not any(p.requires_grad for p in tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not (frozen and not pixel_values.requires_grad)):
             return self._select(tower, pixel_values)
 
     def _select(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
