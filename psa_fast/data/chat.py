@@ -36,8 +36,8 @@ class Encoded:
     `input_ids`, `labels` (unshifted, -100 where nothing is supervised) and `query_mask` (prompt text, which the concept
     query is made of) have the same length. `pixel_values` is [image_count, 3, H, W], None if no images were given;
     `vision_features` [image_count, S, Dv] where they stand in for the images. Where `max_length` cuts the row,
-    `cut_answer` says that supervised tokens were lost, `cut_images` how many images; then `safe_type` and `safe_level`
-    are -100, since what they are about may be gone.
+    `cut_answer` says that supervised tokens were lost, `cut_images` how many images; then all labels are -100, since
+    what they are about may be gone. `picture_type` and `picture_level` are the picture's own, whatever the request.
     """
 
     input_ids: list[int]
@@ -47,6 +47,8 @@ class Encoded:
     image_count: int = 0
     safe_type: int = IGNORE_INDEX
     safe_level: int = IGNORE_INDEX
+    picture_type: int = IGNORE_INDEX
+    picture_level: int = IGNORE_INDEX
     where: str = ""
     vision_features: Tensor | None = None
     cut_answer: bool = False
@@ -107,13 +109,17 @@ def encode(
         raise ValueError(f"{where}: {error}") from error
     if not isinstance(record_or_turns, Record):
         return encoded
-    kind, level = record_or_turns.safe_type, record_or_turns.safe_level
+    record = record_or_turns
+    labels = (record.safe_type, record.safe_level, *record.picture)
     if encoded.cut_images:  # a label never outlives its picture
-        kind = level = None
+        labels = (None,) * 4
+    kind, level, picture_type, picture_level = (IGNORE_INDEX if label is None else label for label in labels)
     return replace(
         encoded,
-        safe_type=IGNORE_INDEX if kind is None else kind,
-        safe_level=IGNORE_INDEX if level is None else level,
+        safe_type=kind,
+        safe_level=level,
+        picture_type=picture_type,
+        picture_level=picture_level,
         where=where,
     )
 

@@ -17,6 +17,7 @@ from psa_fast.data.records import Record
 from psa_fast.taxonomy import IGNORE_INDEX
 
 HintFor = Callable[[int, int], "str | None"]
+LABELS = ("safe_type", "safe_level", "picture_type", "picture_level")
 FeaturesOf = Callable[[Sequence[str]], torch.Tensor]
 
 
@@ -142,7 +143,7 @@ def collate(
     """Pad rows to one batch of PsaVLM.forward's arguments, plus "where": the rows' file:line.
 
     Returns input_ids, attention_mask, labels int64 [B, T], query_mask bool [B, T], pixel_values [N, 3, H, W] or None,
-    image_counts, safe_type, safe_level int64 [B].
+    image_counts, safe_type, safe_level, picture_type, picture_level int64 [B].
     """
     if not items:
         raise ValueError("a batch needs at least one row")
@@ -170,7 +171,7 @@ def pack(items: Sequence[Encoded]) -> dict[str, Any]:
     """Lay rows end to end: one row of PsaVLM.forward's arguments without padding, plus "where" as in `collate`.
 
     Returns input_ids, labels int64 [1, T], query_mask bool [1, T], lengths (python ints, one for each sample), and
-    pixel_values, image_counts, safe_type, safe_level as `collate`. The first label of each sample is -100.
+    pixel_values, image_counts and the labels as `collate`. The first label of each sample is -100.
     """
     if not items:
         raise ValueError("a batch needs at least one row")
@@ -192,7 +193,6 @@ def _per_sample(items: Sequence[Encoded]) -> dict[str, Any]:
         **({"vision_features": torch.cat(features)} if features else {}),
         "pixel_values": torch.cat(pixels) if pixels else None,
         "image_counts": torch.tensor([item.image_count for item in items]),
-        "safe_type": torch.tensor([item.safe_type for item in items]),
-        "safe_level": torch.tensor([item.safe_level for item in items]),
+        **{name: torch.tensor([getattr(item, name) for item in items]) for name in LABELS},
         "where": [item.where for item in items],
     }

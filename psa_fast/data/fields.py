@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from psa_fast.data.labels import BENIGN_GROUPS, GROUPS, default_group
 from psa_fast.files import shorten
 from psa_fast.taxonomy import CLEAN, level_id
 
 IMAGE_MARK = "<image>"
 SPLIT_MARK = "<split>"  # the official format's separator of two images in one path
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
-GROUPS = ("clean", "benign_twin", "risk", "text_risk", "text_twin")
-BENIGN_GROUPS = ("clean", "benign_twin", "text_twin")
 MAX_FAULTS = 10  # of one conversation that are listed
 
 
@@ -85,21 +84,16 @@ def read_turns(value: Any) -> tuple[tuple[Turn, ...] | None, list[str]]:
     return (tuple(turns) if len(turns) == len(value) else None), faults
 
 
-def default_group(safe_type: int | None) -> str:
-    """Return the group of a row that names none: "" without a type, for nothing is known of it then."""
-    return "" if safe_type is None else "clean" if safe_type == CLEAN else "risk"
-
-
-def read_group(value: Any, safe_type: int | None) -> str:
-    """Return the evaluation group, checked against the type."""
+def read_group(value: Any, safe_type: int | None, labels: tuple[str | None, ...] = (None, None, None)) -> str:
+    """Return the evaluation group, checked against the type; the default one where the row names none."""
     if value is None:
-        return default_group(safe_type)
+        return default_group(safe_type, labels)
     if value not in GROUPS:
         raise ValueError(f"group is {shorten(value)}; expected one of: {', '.join(GROUPS)}")
     if value in BENIGN_GROUPS and safe_type not in (CLEAN, None):
         raise ValueError(f"group is {value!r}, but safe_type is {safe_type}, which is not clean")
-    if value == "risk" and safe_type == CLEAN:
-        raise ValueError(f"group is 'risk', but safe_type is {CLEAN} (clean)")
+    if value in ("risk", "joint_risk") and safe_type == CLEAN:
+        raise ValueError(f"group is {value!r}, but safe_type is {CLEAN} (clean)")
     return str(value)
 
 

@@ -8,7 +8,10 @@ from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
-FIELDS = ("image", "safe_type", "safe_level", "conversations", "id", "source", "source_label", "split", "group")
+FIELDS = (
+    "image", "safe_type", "safe_level", "conversations", "id", "source", "source_label", "split", "group",
+    "image_label", "text_label", "joint_label",
+)  # fmt: skip
 
 # what others call what we read; a row that has one means something that we would not see
 _OTHER_NAMES = {
@@ -19,7 +22,9 @@ _OTHER_NAMES = {
 }
 _MEANT = {name: field for field, names in _OTHER_NAMES.items() for name in names.split()}
 # a letter too many or too few in these changes what is trained or measured
-_CHECKED_SPELLING = ("image", "safe_type", "safe_level", "conversations", "group")
+_CHECKED_SPELLING = (
+    "image", "safe_type", "safe_level", "conversations", "group", "image_label", "text_label", "joint_label",
+)  # fmt: skip
 
 _CONVERT = 'turn it into records first (docs/data.md, "Your own data")'
 # (keys that it has, what it is, what to do), the first that fits

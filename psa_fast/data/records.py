@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from psa_fast.data.fields import (
-    GROUPS,
     IMAGE_MARK,
     SPLIT_MARK,
     Turn,
     count_marks,
-    default_group,
     json_name,
     read_group,
     read_images,
@@ -27,6 +25,15 @@ from psa_fast.data.fields import (
 )
 from psa_fast.data.images import ImageError, check_image, resolve
 from psa_fast.data.keys import FIELDS, foreign_layout, meant_field
+from psa_fast.data.labels import (
+    GROUPS,
+    LABELS,
+    contradictions,
+    default_group,
+    default_labels,
+    picture_label,
+    read_label,
+)
 from psa_fast.data.progress import progress
 from psa_fast.data.rows import read_rows
 from psa_fast.files import shorten
@@ -78,7 +85,8 @@ class Record:
     `images` are paths relative to the image folder, in the order of the `<image>` marks in `turns`.
     `safe_type` and `safe_level` are ids, or None where the row has no label (plain instruction data).
     `group` is the evaluation group (GROUPS), by default "clean" for type clean, "risk" for the others and "" without a
-    type: such a row takes part in no safety metric. Keys that we do not know are kept in `extra`.
+    type: such a row takes part in no safety metric. `image_label`, `text_label` and `joint_label` say what is unsafe
+    (psa_fast.data.labels), by default what follows from group and type. Keys that we do not know are kept in `extra`.
     """
 
     images: tuple[str, ...]
@@ -93,10 +101,26 @@ class Record:
     path: str = ""
     line: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    image_label: str = ""
+    text_label: str = ""
+    joint_label: str = ""
 
     def __post_init__(self) -> None:
         if not self.group:
-            object.__setattr__(self, "group", default_group(self.safe_type))
+            given = self.image_label or None, self.text_label or None, self.joint_label or None
+            object.__setattr__(self, "group", default_group(self.safe_type, given))
+        for name, default in zip(LABELS, self._default_labels, strict=True):
+            if not getattr(self, name):
+                object.__setattr__(self, name, default)
+
+    @property
+    def _default_labels(self) -> tuple[str, str, str]:
+        return default_labels(self.group, self.safe_type, bool(self.images))
+
+    @property
+    def picture(self) -> tuple[int | None, int | None]:
+        """Type and level of the picture by itself, whatever is said about it; None where that is not known."""
+        return picture_label(self.image_label, self.safe_type, self.safe_level, bool(self.images))
 
     @property
     def where(self) -> str:
@@ -105,8 +129,11 @@ class Record:
 
     def to_row(self) -> dict[str, Any]:
         """The record as a JSON row in our own spelling (ids as numbers, roles user and assistant)."""
-        optional = {name: getattr(self, name) for name in FIELDS if name not in ("image", "conversations")}
+        optional = {name: getattr(self, name) for name in FIELDS if name not in ("image", "conversations", *LABELS)}
         row = {name: value for name, value in optional.items() if value is not None and (name, value) != ("group", "")}
+        for name, default in zip(LABELS, self._default_labels, strict=True):
+            if (value := getattr(self, name)) != default:
+                row[name] = value
         if self.images:
             row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
         row["conversations"] = [{"from": turn.role, "value": turn.text} for turn in self.turns]
@@ -288,7 +315,11 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
         messages.append(f"safe_level is {safe_level}, but safe_type is {CLEAN} (clean), whose only level is 0")
     turns, faults = read_turns(row.get("conversations"))
     messages += faults
-    group = read(read_group, row.get("group"), safe_type)
+    before = len(messages)
+    labels = tuple(read(read_label, name, row.get(name)) for name in LABELS)
+    group = read(read_group, row.get("group"), safe_type, labels)
+    if len(messages) == before:  # what could not be read contradicts nothing
+        messages += contradictions(labels, group, safe_type, bool(names), row.get("group") is not None)
     texts = {name: read(read_text, name, row.get(name)) for name in ("id", "source", "split")}
     extra = {name: value for name, value in row.items() if name not in FIELDS}
     problems = [Problem(path, line, message) for message in messages]
@@ -312,6 +343,7 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
         line=line,
         extra=extra,
         **texts,
+        **{name: label or "" for name, label in zip(LABELS, labels, strict=True)},
     )
     return problems, record
 
@@ -327,9 +359,14 @@ def _misnamed(keys: Iterable[str], path: str, line: int, keep_keys: Collection[s
 
 
 def fingerprint(records: Sequence[Record]) -> str:
-    """SHA-256 of what training takes from the records, in their order: images by path, labels and turns."""
+    """SHA-256 of what training takes from the records, in their order: images by path, labels and turns.
+
+    A picture's own label counts where it is not the row's.
+    """
     digest = hashlib.sha256()
     for record in records:
-        row = (record.images, record.safe_type, record.safe_level, [tuple(turn) for turn in record.turns])
+        row: tuple[Any, ...] = (record.images, record.safe_type, record.safe_level, [tuple(t) for t in record.turns])
+        if record.images and record.picture != row[1:3]:
+            row += (record.picture,)
         digest.update(repr(row).encode())
     return digest.hexdigest()

@@ -16,8 +16,10 @@ from psa_fast.sandbox.language import HintFor, all_texts
 
 logger = logging.getLogger(__name__)
 
-WORLD_SOURCES = ("world.py", "language.py", "draw.py")
-BASE_SOURCES = ("world.py", "language.py", "processor.py", "lessons.py", "optimise.py", "tower.py", "base.py")
+WORLD_SOURCES = ("world.py", "language.py", "around.py", "draw.py", "rows.py")
+BASE_SOURCES = (
+    "world.py", "language.py", "around.py", "processor.py", "lessons.py", "optimise.py", "tower.py", "base.py",
+)  # fmt: skip
 
 
 def default_cache() -> Path:

@@ -56,7 +56,9 @@ def train_step(
 
     own = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
     # without its labels a loss is not computed at all, on every rank alike
-    skipped = {"where"} | (set() if config.runs_bottleneck else {"safe_type", "safe_level"})
+    skipped = {"where"} | (
+        set() if config.runs_bottleneck else {"safe_type", "safe_level", "picture_type", "picture_level"}
+    )
     skipped |= set() if config.runs_language_model else {"labels"}
     norm: Any = None
     learning_rate = engine.get_lr()[0]  # of this step: the engine's step sets the next one's

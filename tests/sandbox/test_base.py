@@ -91,7 +91,8 @@ def test_packed_turns_see_what_they_would_see_alone():
     model = build_base(processor, TINY).eval().model.language_model
     lessons = Lessons(processor.tokenizer, hint_for, np.random.default_rng(0))
     scenes = draw_scenes(np.random.default_rng(2), 2)
-    rows = [lessons.draw(scene, 3) for scene in scenes]
+    rows = [lessons.draw(scene, 12) for scene in scenes]
+    assert {turn.sees for row in rows for turn in row} == {None, 3}
     prefix = torch.randn(2, 5, 32)
     pack = pack_turns(rows, 5)
     embeds = torch.cat([prefix, model.embed_tokens(pack.ids)], dim=1)
@@ -104,8 +105,9 @@ def test_packed_turns_see_what_they_would_see_alone():
             at = 0
             for turn in row:
                 ids = torch.tensor([[*turn.asked, *turn.answer]])
-                alone = torch.cat([prefix[b : b + 1], model.embed_tokens(ids)], dim=1)
-                expected = model(inputs_embeds=alone, use_cache=False).last_hidden_state[0, 5:]
+                seen = prefix[b : b + 1, : turn.sees]
+                alone = torch.cat([seen, model.embed_tokens(ids)], dim=1)
+                expected = model(inputs_embeds=alone, use_cache=False).last_hidden_state[0, seen.shape[1] :]
                 torch.testing.assert_close(packed[b, at : at + ids.shape[1]], expected, atol=1e-5, rtol=1e-4)
                 supervised = pack.supervised[b, at : at + ids.shape[1]].nonzero().flatten().tolist()
                 assert supervised == list(range(len(turn.asked) - 1, ids.shape[1] - 1))

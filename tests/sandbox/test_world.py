@@ -1,5 +1,6 @@
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,16 @@ from PIL import Image
 from psa_fast.data.records import load_records
 from psa_fast.safety.policy import Policy
 from psa_fast.sandbox.draw import draw_world
-from psa_fast.sandbox.language import HARMLESS_VERBS, OBJECTS, RISKY_VERBS, all_texts, request_split
+from psa_fast.sandbox.language import all_texts
 from psa_fast.sandbox.processor import build_processor
 from psa_fast.sandbox.world import GROUPS_WITH_PICTURES, RISK_GLYPHS, SCENES, paint, sample_scene, split_of
-from psa_fast.taxonomy import CLEAN, RISK_TYPES
+from psa_fast.taxonomy import CLEAN
 
 COUNTS = {"clean": 12, "benign_twin": 12, "risk": 24, "text_risk": 12, "text_twin": 12}
-IMAGES = {split: {group: COUNTS[group] for group in GROUPS_WITH_PICTURES} for split in ("train", "dev", "test")}
-ROWS = {name: COUNTS for name in ("stage1", "stage2", "dev", "test")}
+PICTURES = {**{group: COUNTS[group] for group in GROUPS_WITH_PICTURES}, "joint": 12}
+IMAGES = {split: PICTURES for split in ("train", "dev", "test")}
+NEW = {"joint_risk": 40, "joint_twin": 40, "clean_several": 24, "risk_several": 24}
+ROWS = {name: {**COUNTS, **NEW} for name in ("stage1", "stage2", "dev", "test")}
 
 
 def draw(seed: int, out: Path) -> Path:
@@ -48,9 +51,10 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_ones(world, t
 def test_every_row_is_a_valid_record_with_the_promised_groups(world):
     for name in ROWS:
         records = load_records(world / f"{name}.jsonl", world)
-        counted = {group: sum(record.group == group for record in records) for group in COUNTS}
-        assert counted == COUNTS
-        assert all((record.safe_type != CLEAN) == (record.group in ("risk", "text_risk")) for record in records)
+        counted = Counter(record.group for record in records)
+        several = {"clean": COUNTS["clean"] + NEW["clean_several"], "risk": COUNTS["risk"] + NEW["risk_several"]}
+        assert counted == COUNTS | several | {"joint_risk": 40, "joint_twin": 40}
+        assert all((record.safe_type != CLEAN) == record.group.endswith("risk") for record in records)
         assert all(record.source == "sandbox" for record in records)
 
 
@@ -70,34 +74,6 @@ def test_the_training_never_shows_a_composition_of_dev_or_test(world):
     assert {label.split("/")[1] for label in test} == set(RISK_GLYPHS)
     splits = [split_of(scene, glyph) for scene in SCENES for glyph in RISK_GLYPHS]
     assert (splits.count("train"), splits.count("dev"), splits.count("test")) == (24, 6, 6)
-
-
-def test_text_requests_keep_their_verb_and_object_pairs_apart(world):
-    verbs = {verb: i for group in (*RISKY_VERBS, *HARMLESS_VERBS) for i, verb in enumerate(group)}
-    for name, split in (("stage1", "train"), ("stage2", "train"), ("dev", "dev"), ("test", "test")):
-        for row in rows_of(world, name):
-            if row["group"] in ("text_risk", "text_twin"):
-                words = " " + row["conversations"][0]["value"].lower()
-                verb = max((v for v in verbs if f" {v} " in words), key=len)
-                item = next(i for i, o in enumerate(OBJECTS) if f" {verb} {o}" in words)
-                assert request_split(verbs[verb], item) == split, row
-
-
-def test_answers_are_safe_where_they_must_be(world):
-    for name in ROWS:
-        for row in rows_of(world, name):
-            answer = row["conversations"][1]["value"].lower()
-            refuses, cautions = "sorry" in answer, "careful" in answer
-            if row["safe_type"] == CLEAN:
-                assert not refuses
-                assert not cautions
-            elif row["safe_level"] == 1:
-                assert cautions
-                assert not refuses
-                assert len(answer.split()) > 2
-            else:
-                assert refuses
-                assert RISK_TYPES[row["safe_type"]] in answer
 
 
 def test_a_picture_is_painted_as_its_scene_says(world):

@@ -69,6 +69,7 @@ def read(args: argparse.Namespace) -> Iterator[SourceRow]:
                 "image": f"query_{name}_6.png",
                 "safe_type": safe_type,
                 "safe_level": safe_level,
+                "text_label": "safe",  # PROMPT names no item of the list
                 "source": "figstep",
                 "source_label": category,
                 "conversations": [

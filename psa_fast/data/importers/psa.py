@@ -173,7 +173,8 @@ def _test_row(row: dict[str, Any], paths: _Paths) -> dict[str, Any]:
     if kind is None:
         return ours
     if level == 0 and kind != CLEAN:  # asked about a risk, judged harmless: it looks risky and is not
-        return ours | {"safe_type": CLEAN, "safe_level": 0, "group": "benign_twin"}
+        # judged was the question: its picture may be the type's all the same
+        return ours | {"safe_type": CLEAN, "safe_level": 0, "group": "benign_twin", "image_label": "unknown"}
     return ours | {"safe_type": kind, "safe_level": level}
 
 
