@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from psa_fast.taxonomy import IGNORE_INDEX
+
+CONCEPT_LABELS = ("safe_type", "safe_level", "picture_type", "picture_level")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ def attack(
     steps: int,
     step_size: float | None = None,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Tensor:
     """PGD in L_inf from a random start: pixel values that make a loss large.
 
@@ -73,13 +79,16 @@ def attack(
         steps: gradient steps; 0 gives random noise.
         step_size: in 8-bit steps; None: 2.5 eps / steps, at most eps.
         generator: of the random start; None: torch's own.
+        start: the random start itself, fp32 in [0, 1) of the pixels' shape, as `random_start` draws it.
 
     Returns:
         Pixel values [N, C, H, W] without a graph.
     """
     clean = pixels.detach()
     size = min(eps, 2.5 * eps / max(steps, 1)) if step_size is None else step_size
-    drawn = torch.rand(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
+    drawn = start
+    if drawn is None:
+        drawn = torch.rand(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
     # bounds on the change itself: a clamp of the picture would have no gradient where the start lies outside
     least, most = scale.room(clean, eps)
     delta = ((2 * drawn - 1) * eps).clamp(least, most)
@@ -91,6 +100,72 @@ def attack(
         delta = (delta.detach() + size * slope.sign()).clamp(least, most)
     # a picture has no fraction of a step
     return scale.change(clean, delta.detach().round().clamp(least.ceil(), most.floor())).detach()
+
+
+def random_start(batch: Mapping[str, Any], seed: int, step: int) -> Tensor:
+    """Where attacks on a collated batch begin: fp32 in [0, 1) of its pictures' shape [N, C, H, W], on the CPU.
+
+    It depends on the seed, the step and the row's line alone: not on ranks, micro-batches or what was drawn before, so
+    a resumed run attacks as the whole one does.
+    """
+    pixels = batch["pixel_values"]
+    drawn = []
+    for where, count in zip(batch["where"], batch["image_counts"].tolist(), strict=True):
+        line = where.rpartition(":")[2]  # the path may differ where a run goes on
+        digest = hashlib.sha256(f"attack {seed} {step} {line}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        drawn.append(torch.rand(count, *pixels.shape[1:], generator=generator))
+    return torch.cat(drawn)
+
+
+@dataclass(frozen=True)
+class ConceptAttack:
+    """Stage 1's adversarial term: the concept loss on pixels that were changed to make that loss large.
+
+    Attributes:
+        weight: of the loss on attacked pixels, beside the clean one.
+        eps: budget in 8-bit steps.
+        steps: of PGD.
+        first_step: the first optimizer step with the term.
+        seed: of the random starts.
+        scale: of the processor.
+        label_smoothing: of the loss that is trained, so that the attack raises the same one.
+    """
+
+    weight: float
+    eps: float
+    steps: int
+    first_step: int
+    seed: int
+    scale: PixelScale
+    label_smoothing: float = 0.0
+
+    def inputs(self, model: Any, batch: Mapping[str, Any], inputs: Mapping[str, Any], step: int) -> dict[str, Any]:
+        """Arguments of PsaVLM.forward for the concept loss on attacked pixels; the language model is left out.
+
+        Rows without a picture keep no label: nothing of theirs can be attacked, and the clean pass has counted them.
+
+        Args:
+            model: PsaVLM, whose parameters get no gradient here.
+            batch: collated, on the CPU.
+            inputs: the same on the model's device, with the concept labels, without what forward does not take.
+            step: of the run, from 1.
+        """
+        changed = {name: value for name, value in inputs.items() if name != "labels"}
+        pictured = batch["image_counts"] > 0
+        for name in CONCEPT_LABELS:
+            if changed.get(name) is not None:
+                label = changed[name]
+                changed[name] = label.masked_fill(~pictured.to(label.device), IGNORE_INDEX)
+        pixels = changed["pixel_values"]
+        if pixels is None:
+            return changed
+
+        def loss_of(attacked: Tensor) -> Tensor:
+            return model(**{**changed, "pixel_values": attacked}, label_smoothing=self.label_smoothing).loss
+
+        start = random_start(batch, self.seed, step).to(pixels.device)
+        return {**changed, "pixel_values": attack(pixels, loss_of, self.scale, self.eps, self.steps, start=start)}
 
 
 def feature_distance(features: Tensor, reference: Tensor) -> Tensor:

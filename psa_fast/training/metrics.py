@@ -15,13 +15,14 @@ from psa_fast.files import named
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 Row = Mapping[str, "float | None"]
-LOSSES = ("loss", "loss_lm", "loss_type", "loss_level")
+LOSSES = ("loss", "loss_lm", "loss_type", "loss_level", "loss_adversarial")
 FIELDS = (
     "step",
     "loss",
     "loss_lm",
     "loss_type",
     "loss_level",
+    "loss_adversarial",
     "grad_norm",
     "lr",
     "micro_batches",
