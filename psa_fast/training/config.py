@@ -45,7 +45,8 @@ def read_recipe(name: str, stage: int) -> dict[str, Any]:
     unknown = [key for key in raw if key not in ("description", *SECTIONS)]
     if unknown:
         raise ValueError(
-            f"{path}: expected only description, {', '.join(SECTIONS[:-1])} and {SECTIONS[-1]} at the top level, not {shorten(unknown[0])}"
+            f"{path}: expected only description, {', '.join(SECTIONS[:-1])} and {SECTIONS[-1]} at the top level, "
+            f"not {shorten(unknown[0])}"
         )
     values: dict[str, Any] = {}
     for section in SECTIONS:
@@ -187,6 +188,10 @@ def _check_attacks(config: TrainConfig, typed: Collection[str]) -> None:
             for name in sorted(names & set(typed)):
                 if getattr(config, steps) == 0:
                     raise ValueError(f"--{name} has no effect with --{steps} 0")
+        if config.weight_decay:
+            raise ValueError("--weight_decay must be 0 in stage 0, which keeps the tower near the original one")
+        shortest = min(steps for steps in (config.feature_steps, config.concept_steps) if steps)
+        check_warmup(config, shortest)
         name = "--stage 0"
     elif config.stage == 1:
         if config.adversarial_weight == 0:

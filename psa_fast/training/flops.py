@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import nn
 
 from psa_fast.models import PsaConfig, PsaVLM
-from psa_fast.models.queries import TRAINED_WINDOWS
 from psa_fast.models.projector import DepthwiseConv3x3, SqueezeExcite
+from psa_fast.models.queries import TRAINED_WINDOWS
 from psa_fast.taxonomy import IGNORE_INDEX
 
 from .config import TrainConfig

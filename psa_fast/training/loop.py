@@ -290,5 +290,6 @@ class StopFlag:
             signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
     def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

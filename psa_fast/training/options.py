@@ -56,7 +56,8 @@ class TrainConfig:
         None, "base VLM: a Hugging Face id, a folder, or 'sandbox'", unset="the recipe's"
     )
     addon: str | None = _data(
-        None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True, stage=(1, 2))  # fmt: skip
+        None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True, stage=(1, 2)
+    )
     data_path: str | None = _data(None, "JSONL records, or 'sandbox'", unset="the recipe's")
     image_folder: str | None = _data(None, "folder that the records' image paths are relative to")
     output_dir: str = _data("runs/demo", "folder of stage1/ and stage2/, what a run writes", may_change=True)
@@ -70,9 +71,7 @@ class TrainConfig:
     num_safety_tokens: int = _method(
         64, "safety tokens before an image in the language model", minimum=0, maximum=4096, stage=(1, 2)
     )
-    num_head_tokens: int = _method(
-        64, "safety tokens that the concept attention alone sees", minimum=0, maximum=4096, stage=(1, 2)
-    )
+    num_head_tokens: int = _method(64, "safety tokens that the concept attention alone sees", minimum=0, maximum=4096)
     num_attention_heads: int = _method(8, "heads of the concept attention", minimum=1, maximum=1024)
     query: str = _method("prompt", "what of the prompt asks the concept head", choices=(
         "prompt", "first",
@@ -84,7 +83,8 @@ class TrainConfig:
         "joint", "stage 1: both losses or one half", stage=1, choices=("joint", "concept", "tokens")
     )
     feature_cache: str | None = _method(
-        None, "folder of vision features for --stage1_objective concept", unset="none", stage=(1, 2))  # fmt: skip
+        None, "folder of vision features for --stage1_objective concept", unset="none", stage=(1, 2)
+    )
     tune_type_llm: str = _method("lora", "stage 2: tuning of the language model", stage=2, choices=("lora", "full"))
     tune_type_connector: str = _method(
         "frozen", "stage 2: the VLM's own projector", stage=2, choices=("frozen", "full")
