@@ -282,7 +282,8 @@ def _groups(model: RobustTower, config: TrainConfig) -> tuple[list[dict], list[C
         return 0.0 if step < config.feature_steps else concept(step - config.feature_steps)
 
     rates = {"vision tower": config.learning_rate, "concept head": config.concept_head_learning_rate}
-    groups, factors = [], []
+    groups: list[dict] = []
+    factors: list[Callable[[int], float]] = []
     for name, module, factor in (("vision tower", model.tower, tower), ("concept head", model.bottleneck, head)):
         params = [p for p in module.parameters() if p.requires_grad]
         groups.append({"params": params, "lr": rates[name], "weight_decay": 0.0, "name": name})

@@ -31,7 +31,7 @@ def fare_loss(
     step_size: float | None = None,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """FARE (arXiv 2402.12336) with a term on clean pictures; no labels are used.
 
     Args:
@@ -40,19 +40,20 @@ def fare_loss(
         pixels: the clean pictures.
         scale: of the processor.
         eps, steps, step_size, generator, start: of the attack, see `attack`.
-        clean_weight: of the distance on clean pictures; 0 leaves that pass out.
+        clean_weight: of the distance on clean pictures; with 0 it is measured only.
 
     Returns:
-        The loss, a scalar with a graph, and the distance [N] of the attacked pictures' features, without one.
+        The loss, a scalar with a graph, and the distances [N] of attacked and of clean pictures' features, without
+        one.
     """
     attacked = attack(
         pixels, lambda x: feature_distance(features_of(x), reference), scale, eps, steps, step_size, generator, start
     )
     distance = feature_distance(features_of(attacked), reference)
-    loss = distance.mean()
-    if clean_weight:
-        loss = loss + clean_weight * feature_distance(features_of(pixels), reference).mean()
-    return loss, distance.detach()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and clean_weight > 0):
+        clean = feature_distance(features_of(pixels), reference)
+    loss = distance.mean() + (clean_weight * clean.mean() if clean_weight else 0.0)
+    return loss, distance.detach(), clean.detach()
 
 
 def concept_and_features_loss(
@@ -119,20 +120,20 @@ class RobustTower(nn.Module):
         self.changed_base_weights: set[str] = set()
         # beside the module's tree: DeepSpeed must neither train nor move nor broadcast them
         original = copy.deepcopy(self.tower).requires_grad_(False).eval()
-        object.__setattr__(self, "_outside", (psa, original))
+        self._outside = (psa, original)  # a tuple is no submodule
         self.requires_grad_(False)
         self.bottleneck.requires_grad_(True)
         self._train_what_is_used()
 
     def features(self, pixels: Tensor) -> Tensor:
         """The trained tower's features, [N, C, H, W] -> [N, S, Dv]."""
-        psa, _ = self._outside  # type: ignore[has-type]
+        psa, _ = self._outside
         return psa.family.vision_features(psa.vlm, pixels)
 
     @torch.no_grad()
     def original_features(self, pixels: Tensor) -> Tensor:
         """The same of the tower as it was."""
-        psa, original = self._outside  # type: ignore[has-type]
+        psa, original = self._outside
         original.to(pixels.device)
         return psa.family.features_of_tower(original, pixels)
 
@@ -167,12 +168,10 @@ class RobustTower(nn.Module):
         """
         reference = self.original_features(pixels)
         if not concept:
-            loss, attacked = fare_loss(
+            loss, attacked, clean = fare_loss(
                 self.features, reference, pixels, self.scale, eps=self.eps, steps=self.steps,
                 clean_weight=self.clean_weight, start=start,
             )  # fmt: skip
-            with torch.no_grad():
-                clean = feature_distance(self.features(pixels), reference)
             sums = torch.stack([clean.sum(), attacked.sum(), attacked.sum() * 0]).double()
             return loss * len(pixels) / shares[0], sums
         concept_part, clean, attacked = concept_and_features_loss(
@@ -193,7 +192,7 @@ class RobustTower(nn.Module):
 
     def _train_what_is_used(self) -> None:
         """Unfreeze the tower's parameters that its features depend on: layers beyond the one that is taken do not."""
-        psa, _ = self._outside  # type: ignore[has-type]
+        psa, _ = self._outside
         named = list(self.tower.named_parameters())
         self.tower.requires_grad_(True)
         blank = psa.family.blank_image(next(self.tower.parameters()).device)

@@ -94,8 +94,9 @@ def train_step(
         out = run(inputs, config.concept_loss_weight, last and attacked is None)
         losses = [out.loss, out.loss_lm, out.loss_type, out.loss_level, None]
         if attacked is not None:
-            loss = run(attacked.inputs(engine.module, batch, inputs, step), attacked.weight, last).loss
-            losses[0], losses[-1] = out.loss + loss, loss / attacked.weight
+            extra = run(attacked.inputs(engine.module, batch, inputs, step), attacked.weight, last).loss
+            assert out.loss is not None and extra is not None
+            losses[0], losses[-1] = out.loss + extra, extra / attacked.weight
         own += torch.stack([own.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
     norm = norm if config.clips_each_part else engine.get_global_grad_norm()
     means = own / world_size

@@ -23,7 +23,7 @@ def make_llava():
 def test_without_a_budget_it_is_the_distance_of_clean_pictures():
     torch.manual_seed(0)
     pixels, reference = torch.randint(0, 256, (2, 3, 4, 4)) / 255 * 4 - 2, torch.randn(2, 6, 8)
-    loss, _ = fare_loss(lambda x: x.view(2, 6, 8), reference, pixels, SCALE, eps=0, steps=2, clean_weight=0.5)
+    loss, *_ = fare_loss(lambda x: x.view(2, 6, 8), reference, pixels, SCALE, eps=0, steps=2, clean_weight=0.5)
     want = (pixels.double().view(2, 6, 8) - reference.double()).square().mean() / reference.double().var(correction=0)
     torch.testing.assert_close(loss.double(), 1.5 * want, rtol=1e-5, atol=0)
 
