@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import sys
 import time
 
 import pytest
@@ -11,6 +10,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from psa_fast.cli import main
+from psa_fast.training.config import parse_args
 
 
 def rows_of(out):
@@ -18,15 +19,35 @@ def rows_of(out):
 
 
 @pytest.fixture
-def stage0(base, world):
-    """train.py --stage 0 on the tiny base, for some steps of each phase."""
-    def go(out, *options, ranks=1, expect=0):
-        shared = ["--recipe", "sandbox", "--stage", 0, "--model_name_or_path", base, "--image_folder", world,
-                  "--data_path", world / "mixed.jsonl", "--output_dir", out, "--dtype", "fp32", "--warmup_steps", 0,
-                  "--global_batch_size", 4, "--micro_batch_size", 2, "--feature_steps", 2, "--concept_steps", 2]  # fmt: skip
-        given = {str(option) for option in options}
-        pairs = [str(x) for i in range(0, len(shared), 2) if shared[i] not in given for x in shared[i : i + 2]]
-        codes, output = tiny.outcome(tiny.start(tiny.train_command([*pairs, *map(str, options)]), ranks))
+def options(base, world):
+    """train.py's options for stage 0 on the tiny base, a few steps of each phase."""
+
+    def build(out, *given):
+        shared = {
+            "--stage": 0,
+            "--model_name_or_path": base,
+            "--data_path": world / "mixed.jsonl",
+            "--image_folder": world,
+            "--output_dir": out,
+            "--dtype": "fp32",
+            "--warmup_steps": 0,
+            "--global_batch_size": 4,
+            "--micro_batch_size": 2,
+            "--feature_steps": 2,
+            "--concept_steps": 2,
+        }
+        left = [str(x) for name, value in shared.items() if name not in given for x in (name, value)]
+        return tiny.train_command([*left, *map(str, given)])
+
+    return build
+
+
+@pytest.fixture
+def stage0(options):
+    """Run it to its end, on any number of ranks, and return the output."""
+
+    def go(out, *given, ranks=1, expect=0):
+        codes, output = tiny.outcome(tiny.start(options(out, *given), ranks))
         assert codes == [expect] * ranks, output[-4000:]
         return output
 
@@ -71,14 +92,11 @@ def test_two_ranks_and_a_resumed_run_give_the_base_of_one_rank(stage0, base, dir
     assert torch.equal(tower_of(one / "stage0")[min(moved)], new[min(moved)])
 
 
-def test_sigterm_saves_and_the_rest_follows(base, world, stage0, tmp_path):
+def test_sigterm_saves_and_the_rest_follows(options, stage0, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     length = ["--feature_steps", 30, "--concept_steps", 30]
     stage0(whole, *length)
-    options = ["--recipe", "sandbox", "--stage", 0, "--model_name_or_path", base, "--image_folder", world,
-               "--data_path", world / "mixed.jsonl", "--output_dir", stopped, "--dtype", "fp32", "--warmup_steps", 0,
-               "--global_batch_size", 4, "--micro_batch_size", 2, *length]  # fmt: skip
-    processes = tiny.start(tiny.train_command([str(option) for option in options]))
+    processes = tiny.start(options(stopped, *length))
     log = stopped / "stage0-run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.is_file() and log.read_text().count("\n") >= 3):
@@ -98,20 +116,26 @@ def test_sigterm_saves_and_the_rest_follows(base, world, stage0, tmp_path):
     ("options", "sentence"),
     [
         (["--deepspeed_config", "ds_configs/zero3.json"], "--deepspeed_config ds_configs/zero2.json"),
-        (["--feature_steps", 0, "--concept_steps", 0], "both 0"),
-        (["--lora_r", 4], "only acts in stage 2"),
-        (["--max_steps", 4], "only acts in stages 1 and 2"),
-        (["--warmup_steps", 2], "leaves none"),
-        (["--model_name_or_path", "no/base"], "must be a folder"),
+        (["--feature_steps", "0", "--concept_steps", "0"], "both 0"),
+        (["--concept_steps", "0", "--concept_tie", "1"], "--concept_tie has no effect with --concept_steps 0"),
+        (["--lora_r", "4"], "only acts in stage 2"),
+        (["--max_steps", "4"], "only acts in stages 1 and 2"),
+        (["--weight_decay", "0.1"], "must be 0 in stage 0"),
+        (["--concept_steps", "10"], "--warmup_steps 10 leaves none"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(stage0, tmp_path, options, sentence):
-    output = stage0(tmp_path / "out", *options, expect=2)
-    assert sentence in output
+def test_options_that_cannot_be_are_refused(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parse_args(["--stage", "0", *options])
+
+
+def test_a_plan_of_stage_0_is_refused(capsys):
+    assert main(["plan", "--stage", "0", "--recipe", "llava-1.5-7b", "--gpus", "1", "--gpu_gb", "80"]) == 2
+    assert "stages 1 and 2" in capsys.readouterr().err
+
+
+def test_the_result_of_another_is_never_overwritten(stage0, tmp_path):
+    (tmp_path / "stage0").mkdir()
+    output = stage0(tmp_path, expect=2)
+    assert f"{tmp_path / 'stage0'} is already there" in output
     assert "Traceback" not in output
-
-
-def test_a_plan_of_stage_0_is_refused(run, tmp_path):
-    output = run([sys.executable, "-m", "psa_fast.cli", "plan", "--stage", "0", "--recipe", "llava-1.5-7b", "--gpus", "1",
-                  "--gpu_gb", "80"], expect=2)  # fmt: skip
-    assert "stages 1 and 2" in output
