@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -121,6 +123,7 @@ class RobustTower(nn.Module):
         # beside the module's tree: DeepSpeed must neither train nor move nor broadcast them
         original = copy.deepcopy(self.tower).requires_grad_(False).eval()
         self._outside = (psa, original)  # a tuple is no submodule
+        self._original_digest = _digest(original)
         self.requires_grad_(False)
         self.bottleneck.requires_grad_(True)
         self._train_what_is_used()
@@ -184,10 +187,18 @@ class RobustTower(nn.Module):
     def save_addon(self, folder: str | Path, state_dict: Mapping[str, Tensor]) -> None:
         """Write tower and head, `tower.safetensors`, with `state_dict` in place of the module's own parameters."""
         state = {name: state_dict.get(name, value) for name, value in self.state_dict().items()}
-        save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, Path(folder) / WEIGHTS)
+        found = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        save_file(found, Path(folder) / WEIGHTS, metadata={"original": self._original_digest})
 
     def load_addon(self, folder: str | Path) -> None:
-        """Take over what `save_addon` wrote."""
+        """Take over what `save_addon` wrote.
+
+        Raises:
+            ValueError: it was trained from another tower than this one's original.
+        """
+        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+            if (file.metadata() or {}).get("original") != self._original_digest:
+                raise ValueError(f"{folder} was trained from another vision tower than the base has now")
         self.load_state_dict(load_file(Path(folder) / WEIGHTS))
 
     def _train_what_is_used(self) -> None:
@@ -212,3 +223,12 @@ def tower_weights(folder: str | Path) -> dict[str, Tensor]:
     """The tower's part of what `save_addon` wrote, by the names of the tower's own state_dict."""
     found = load_file(Path(folder) / WEIGHTS)
     return {name.removeprefix("tower."): value for name, value in found.items() if name.startswith("tower.")}
+
+
+def _digest(module: nn.Module) -> str:
+    """SHA-256 of a module's values."""
+    found = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

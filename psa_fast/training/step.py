@@ -95,7 +95,8 @@ def train_step(
         losses = [out.loss, out.loss_lm, out.loss_type, out.loss_level, None]
         if attacked is not None:
             extra = run(attacked.inputs(engine.module, batch, inputs, step), attacked.weight, last).loss
-            assert out.loss is not None and extra is not None
+            assert out.loss is not None
+            assert extra is not None
             losses[0], losses[-1] = out.loss + extra, extra / attacked.weight
         own += torch.stack([own.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
     norm = norm if config.clips_each_part else engine.get_global_grad_norm()
