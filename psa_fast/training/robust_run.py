@@ -214,6 +214,7 @@ def build_model(config: TrainConfig, scale: PixelScale) -> RobustTower:
         steps=config.adversarial_steps,
         clean_weight=config.feature_clean_weight,
         tie=config.concept_tie,
+        trains_head=config.concept_steps > 0,
     )
 
 
@@ -272,22 +273,20 @@ def _with_pictures(dataset: PsaDataset, config: TrainConfig) -> PsaDataset:
 
 
 def _groups(model: RobustTower, config: TrainConfig) -> tuple[list[dict], list[Callable[[int], float]]]:
-    """Optimizer groups and their schedules. The head waits for its phase; each phase warms up and decays by itself."""
+    """Optimizer groups and their schedules. Each phase warms up and decays by itself."""
     features, concept = (_schedule(config, steps) for steps in (config.feature_steps, config.concept_steps))
 
-    def tower(step: int) -> float:
+    def factor(step: int) -> float:
         return features(step) if step < config.feature_steps else concept(step - config.feature_steps)
-
-    def head(step: int) -> float:
-        return 0.0 if step < config.feature_steps else concept(step - config.feature_steps)
 
     rates = {"vision tower": config.learning_rate, "concept head": config.concept_head_learning_rate}
     groups: list[dict] = []
     factors: list[Callable[[int], float]] = []
-    for name, module, factor in (("vision tower", model.tower, tower), ("concept head", model.bottleneck, head)):
+    for name, module in (("vision tower", model.tower), ("concept head", model.bottleneck)):
         params = [p for p in module.parameters() if p.requires_grad]
-        groups.append({"params": params, "lr": rates[name], "weight_decay": 0.0, "name": name})
-        factors.append(factor)
+        if params:
+            groups.append({"params": params, "lr": rates[name], "weight_decay": 0.0, "name": name})
+            factors.append(factor)
     return groups, factors
 
 

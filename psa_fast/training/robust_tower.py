@@ -108,10 +108,19 @@ class RobustTower(nn.Module):
         eps, steps: of the attacks.
         clean_weight: of clean pictures' distance in the first phase.
         tie: of the distances in the second.
+        trains_head: whether there is a second phase.
     """
 
     def __init__(
-        self, psa: PsaVLM, scale: PixelScale, *, eps: float, steps: int, clean_weight: float, tie: float
+        self,
+        psa: PsaVLM,
+        scale: PixelScale,
+        *,
+        eps: float,
+        steps: int,
+        clean_weight: float,
+        tie: float,
+        trains_head: bool = True,
     ) -> None:
         super().__init__()
         self.tower = psa.family.module(psa.vlm, "vision")
@@ -125,7 +134,7 @@ class RobustTower(nn.Module):
         self._outside = (psa, original)  # a tuple is no submodule
         self._original_digest = _digest(original)
         self.requires_grad_(False)
-        self.bottleneck.requires_grad_(True)
+        self.bottleneck.requires_grad_(trains_head)
         self._train_what_is_used()
 
     def features(self, pixels: Tensor) -> Tensor:
@@ -176,7 +185,11 @@ class RobustTower(nn.Module):
                 clean_weight=self.clean_weight, start=start,
             )  # fmt: skip
             sums = torch.stack([clean.sum(), attacked.sum(), attacked.sum() * 0]).double()
-            return loss * len(pixels) / shares[0], sums
+            if not self.bottleneck.heads.weight.requires_grad:
+                return loss * len(pixels) / shares[0], sums
+            # the head learns meanwhile from the original's features, so that the second phase does not begin with noise;
+            # nothing of it reaches the tower
+            return loss * len(pixels) / shares[0] + self.concept_loss(reference, targets, shares[1:]), sums
         concept_part, clean, attacked = concept_and_features_loss(
             lambda x, items: self.concept_loss(x, targets, items), self.features, reference, pixels, self.scale,
             eps=self.eps, steps=self.steps, num_items=shares[1:], start=start,
