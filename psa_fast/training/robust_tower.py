@@ -187,8 +187,8 @@ class RobustTower(nn.Module):
             sums = torch.stack([clean.sum(), attacked.sum(), attacked.sum() * 0]).double()
             if not self.bottleneck.heads.weight.requires_grad:
                 return loss * len(pixels) / shares[0], sums
-            # the head learns meanwhile from the original's features, so that the second phase does not begin with noise;
-            # nothing of it reaches the tower
+            # the head learns meanwhile from the original's features, so that the second phase does not begin
+            # with noise; nothing of it reaches the tower
             return loss * len(pixels) / shares[0] + self.concept_loss(reference, targets, shares[1:]), sums
         concept_part, clean, attacked = concept_and_features_loss(
             lambda x, items: self.concept_loss(x, targets, items), self.features, reference, pixels, self.scale,
