@@ -144,7 +144,8 @@ def prompt_query(embeds: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 def first_query(embeds: Tensor, mask: Tensor) -> Tensor:
     """Embedding of the prompt's first token (BOS), as in the paper's code, never padding: [B, T, E] -> [B, E].
 
-    Embeddings [1, T, E] serve all rows of the mask [B, T], as in a packed row; [B, Q, T] gives [B, Q, E]. A row without any True gets zeros, not
+    Embeddings [1, T, E] serve all rows of the mask [B, T], as in a packed row; a mask [B, Q, T] gives
+    [B, Q, E]. A row without any True gets zeros, not
     whatever token stands first.
     """
     first = mask.to(torch.int64).argmax(dim=-1)

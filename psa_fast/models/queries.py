@@ -38,7 +38,7 @@ def spaced_windows(text: Tensor, size: int, most: int = TRAINED_WINDOWS) -> Tens
 
 
 def unsafe_log_odds(logits: Tensor, head_sizes: tuple[int, int]) -> Tensor:
-    """How strongly either head calls a row risky: logits [..., 7 + 4] -> [...], the larger log-odds of the two heads."""
+    """How strongly either head calls a row risky: logits [..., 7 + 4] -> [...], the larger of two log-odds."""
     types, levels = logits.split(list(head_sizes), dim=-1)
     risky = torch.cat([types[..., :CLEAN], types[..., CLEAN + 1 :]], -1)
     by_type = risky.logsumexp(-1) - types[..., CLEAN]

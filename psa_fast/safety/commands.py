@@ -79,12 +79,17 @@ def generate(args: argparse.Namespace) -> int:
 def describe(verdict: Verdict) -> str:
     """A verdict in one line: what was done and why, or that nothing was checked."""
     if not verdict.checked:
-        return f"NOT CHECKED FOR RISKS: {verdict.rule.partition(': ')[2]}"
+        blocked = ", blocked" if verdict.applied and verdict.action == "block" else ""
+        return f"NOT CHECKED FOR RISKS: {verdict.rule.partition(': ')[2]}{blocked}"
     note = "" if verdict.applied else ", not applied"
     score = "" if verdict.unsafe_score is None else f", unsafe score {verdict.unsafe_score:.3f}"
     kind = "" if verdict.type is None else f", type {verdict.type}, level {verdict.level}"
-    query = ", by the neutral question" if verdict.query == "neutral" else ""
-    return f"{verdict.action}{note}: {verdict.rule}{kind}{score}{query}"
+    query = {"neutral": ", by the neutral query", "turn": ", by turn", "window": ", by window"}.get(
+        verdict.query or "", ""
+    )
+    number = "" if verdict.query_number is None else f" {verdict.query_number + 1}"
+    picture = "" if verdict.picture is None else f", in picture {verdict.picture + 1}"
+    return f"{verdict.action}{note}: {verdict.rule}{kind}{score}{query}{number}{picture}"
 
 
 def check_policy(args: argparse.Namespace) -> int:
@@ -107,6 +112,7 @@ def policy_table(policy: Policy, name: str) -> list[str]:
     texts = {"allow": "", "hint": "", "refuse": policy.responses.refuse, "block": policy.responses.block}
     for level, rule in policy.levels.items():
         rows.append((level, rule.action, json.dumps(rule.hint or texts[rule.action], ensure_ascii=False)))
+    rows.append(("unread", policy.on_error, "requests that the concept head does not read"))
     rows.append(("unreadable", "block", json.dumps(policy.responses.unchecked, ensure_ascii=False)))
     lines = [f"{first:<11} {second:<8} {third}".rstrip() for first, second, third in rows]
     return [f"policy {name}: valid", *lines, f"{'sha256':<11} {policy.hash}"]

@@ -13,7 +13,7 @@ from psa_fast.data.records import IMAGE_MARK, Turn
 from psa_fast.files import shorten
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Query, Question, Reading, read_head, take, worst
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Part, Query, Question, Reading, parts_of, read_head, take, worst
 from psa_fast.safety.request import Prompter, Request, keep_mark, text_positions
 from psa_fast.safety.verdict import Answer, Verdict, read_verdict, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
@@ -32,7 +32,8 @@ class _Asked:
     """A request that can be asked: its place in the caller's list, its turns, images and prompt.
 
     `neutral` is the neutral question about its images, None where none is asked. `alone` holds both for each image,
-    as if it had come alone, where there are several.
+    as if it had come alone, where there are several and the add-on has none of the readings of `parts`: those are the
+    further queries of the prompt, of all its images and of each. `readable` tells whether the head reads it at all.
     """
 
     number: int
@@ -41,6 +42,8 @@ class _Asked:
     prompt: Encoded
     neutral: Encoded | None
     alone: tuple[tuple[Encoded, Encoded | None], ...] = ()
+    parts: tuple[Part, ...] | None = None
+    readable: bool = True
 
     @property
     def count(self) -> int:
@@ -50,6 +53,16 @@ class _Asked:
         """What the concept head is asked, `first` being the place of the request's first image in the features."""
         images = range(first, first + self.count)
         asked: list[tuple[Query, Encoded | None, Sequence[int], int | None]] = []
+        if self.parts is not None:
+            if not self.readable:
+                return []
+            shown: list[tuple[Sequence[int], int | None]] = [(images, None)]
+            if self.count > 1:
+                shown += [(images[place : place + 1], place) for place in range(self.count)]
+            found = [Question("prompt", self.prompt, chosen, place, self.parts) for chosen, place in shown]
+            if self.neutral is not None:  # an add-on that reads text, but whose learned query never asked alone
+                found += [Question("neutral", self.neutral, chosen, place) for chosen, place in shown]
+            return found
         if self.count:
             asked += [("prompt", self.prompt, images, None), ("neutral", self.neutral, images, None)]
         for place, (own, neutral) in enumerate(self.alone):
@@ -68,7 +81,7 @@ class Guard:
         model_hash: identifies the weights in every verdict, as `psa_fast.safety.load.addon_hash` gives it.
         max_length: the most tokens of prompt and answer together; None: the positions of the base's language model.
         neutral_question: asked of the concept head beside the request's own words (reading.py); None: not asked. A
-            model whose query is no text (query="first") is never asked it.
+            model whose query is no text (query="first") is never asked it, nor one whose learned query asks alone.
 
     Raises ValueError for a model whose concepts are not those of the taxonomy, which the policy decides on, and for a
     `max_length` or question that the model cannot take.
@@ -94,7 +107,7 @@ class Guard:
                     f"the model's risk types and levels are {shorten(names)}; the policy knows only the taxonomy's"
                 )
             policy = policy or Policy.load()
-            if model.config.query != "prompt":
+            if model.config.query != "prompt" or model.config.neutral_query:
                 neutral_question = None
         elif policy is not None:
             raise ValueError("a base without an add-on has no concept head, so no policy can be applied to it")
@@ -128,6 +141,7 @@ class Guard:
 
         A request that cannot be read (its images, its marks, its length) is answered with a block, and its verdict's
         `error` says why; the others are answered. `on_error="raise"` raises a ValueError for the first such instead.
+        What the head does not read (see `Policy.on_error`) is answered with a block too, unless the policy allows it.
         `guarded=False` is plain generation with the safety tokens and weights; its verdicts are reported, not applied.
 
         Raises ValueError for guarded generation without a concept head, and for numbers below 1.
@@ -226,7 +240,7 @@ class Guard:
                 answers[one.number] = tuple(
                     Answer(
                         (decision.response if guarded else None) or texts[row, decision.hint if guarded else None],
-                        replace(verdict, applied=guarded and verdict.checked),
+                        replace(verdict, applied=guarded and (verdict.checked or decision.response is not None)),
                     )
                     for guarded in modes
                 )
@@ -240,8 +254,16 @@ class Guard:
         images = self._prompter.prepare(request)
         prompt = self._prompter.prompt(turns, images, max_new_tokens)
         neutral = self._neutral_prompt(images)
-        if images is None or prompt.image_count < 2 or not self.has_head:
-            return _Asked(number, turns, images, prompt, neutral)
+        if isinstance(self.model, PlainVLM):
+            return _Asked(number, turns, images, prompt, neutral, readable=False)
+        config = self.model.config
+        readable = bool(prompt.image_count or config.reads_text)
+        if config.neutral_query or config.query_window or config.reads_text:
+            learned = bool(config.neutral_query and prompt.image_count)
+            parts = parts_of(prompt, self.model.family.image_token_id, config.query_window or 0, learned)
+            return _Asked(number, turns, images, prompt, neutral, parts=tuple(parts), readable=readable)
+        if images is None or prompt.image_count < 2:
+            return _Asked(number, turns, images, prompt, neutral, readable=readable)
         alone = []
         for place in range(prompt.image_count):
             image = ImageInputs(images.pixel_values[place : place + 1], images.placeholders[place : place + 1])
@@ -288,16 +310,18 @@ class Guard:
             for request in asked:
                 mine = request.questions(first)
                 questions += mine
-                owners += [request.number] * len(mine)
+                owners += [request.number] * sum(1 + len(question.parts) for question in mine)
                 first += request.count
             found = read_head(self.model, questions, features, self._pad_right)
             for number, reading in zip(owners, found, strict=True):
                 readings.setdefault(number, []).append(reading)
         rows = []
         for request in asked:
-            if self.policy is None or not request.count:
-                verdict = unread_verdict("no_head" if request.count else "no_image")
-                decision = Decision("allow", None, None, verdict.rule, None, code=verdict.code)
+            if self.policy is None or not request.readable:
+                action = "allow" if self.policy is None else self.policy.on_error
+                verdict = unread_verdict("no_image" if self.has_head or not request.count else "no_head", action)
+                response = self.policy.responses.unchecked if self.policy and action == "block" else None
+                decision = Decision(action, None, None, verdict.rule, None, response=response, code=verdict.code)
             else:
                 reading, decision = worst(self.policy, readings[request.number])
                 verdict = read_verdict(reading, decision)

@@ -122,6 +122,7 @@ class Policy(_Strict):
     types: dict[str, bool]
     levels: dict[str, LevelRule]
     responses: Responses
+    on_error: Literal["block", "allow"] = "block"
 
     @field_validator("version")
     @classmethod
@@ -156,7 +157,10 @@ class Policy(_Strict):
     @property
     def hash(self) -> str:
         """SHA-256 of the content: comments, key order and spacing do not change it."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        values = self.model_dump()
+        if self.on_error == "block":  # what a file without the key means
+            del values["on_error"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def hint(self, safe_type: int | str, safe_level: int | str) -> str | None:
         """The hint for a (type, level), or None where the policy gives none (clean, switched off, another action)."""

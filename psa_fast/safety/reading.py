@@ -1,8 +1,9 @@
-"""Reading the concept head: in a request's words and with a neutral question, all pictures at once and each alone.
+"""Reading the concept head: with several queries, all pictures at once and each alone.
 
 The worst of the readings decides. The concept query is made of the prompt's words, so the words can move the reading of
-the image: the same harmless question twenty times over may hide a risk. A fixed question cannot be moved. Nor can one
-picture take back what another shows, if each is also read as if it had come alone.
+the image: the same harmless question twenty times over may hide a risk. The learned query alone (in older add-ons a
+fixed question) cannot be moved, a window of the prompt cannot be diluted, and no picture can take back what another
+shows, if each is also read as if it had come alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from psa_fast.data.chat import Encoded
+from psa_fast.models.queries import window_starts
 from psa_fast.safety.policy import ACTIONS, Decision, Policy
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
@@ -22,30 +24,86 @@ if TYPE_CHECKING:
 
 # short, about the image and about nothing in it; the sandbox's word-level vocabulary has all of its words
 NEUTRAL_QUESTION = "What do you see?"
-Query = Literal["prompt", "neutral"]
+#: what asks: the whole prompt, the learned query alone (or the neutral question), one user's turn, one window
+Query = Literal["prompt", "neutral", "turn", "window"]
+#: queries that one launch takes together, padding included; a row of more is a launch of its own
+QUERIES_PER_LAUNCH = 512
 
 
 @dataclass(frozen=True)
 class Reading:
     """What the concept head gave when it was asked once.
 
-    `query` says whether with the request's own words ("prompt") or with the neutral question; `picture` is the place,
-    from 0, of the one picture it was shown, None for all of the request's.
+    Attributes:
+        query: what asked.
+        type_probs, level_probs: 7 and 4 probabilities.
+        picture: place, from 0, of the one picture that was shown, None for all of the request's.
+        number: of the turn or window, from 0; None for the other queries.
+        span: the prompt's tokens from the first to behind the last that asked, for a turn or window.
+        logits: the 7 + 4 numbers that the probabilities come from.
     """
 
     query: Query
     type_probs: list[float]
     level_probs: list[float]
     picture: int | None = None
+    number: int | None = None
+    span: tuple[int, int] | None = None
+    logits: list[float] | None = None
+
+
+class Part(NamedTuple):
+    """A query of some of a prompt's tokens: their positions, none for the learned query alone."""
+
+    query: Query
+    positions: Sequence[int]
+    number: int | None = None
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """From the first token to behind the last; None without a number."""
+        return None if self.number is None or not self.positions else (self.positions[0], self.positions[-1] + 1)
 
 
 class Question(NamedTuple):
-    """One row for the concept head: a prompt without a hint, and the places of its images in the features."""
+    """One row for the concept head: a prompt without a hint, and the places of its images in the features.
+
+    It is asked with all of the prompt's text, under the name `query`, and with each of `parts`. A row without images is
+    read from the head tokens alone.
+    """
 
     query: Query
     prompt: Encoded
     images: Sequence[int]
     picture: int | None = None
+    parts: Sequence[Part] = ()
+
+
+def parts_of(prompt: Encoded, image_token_id: int, window: int, neutral: bool) -> list[Part]:
+    """The further queries of a prompt: the learned query alone, every user's turn if there are several, all windows.
+
+    Args:
+        prompt: without a hint.
+        image_token_id: of the placeholders, which part no turn.
+        window: tokens of a window over the text of all turns; 0: no windows.
+        neutral: whether the learned query alone asks.
+    """
+    text = [i for i, asked in enumerate(prompt.query_mask) if asked]
+    turns: list[list[int]] = []
+    answered = True
+    for i, asked in enumerate(prompt.query_mask):
+        if asked:
+            if answered:
+                turns.append([])
+            turns[-1].append(i)
+            answered = False
+        elif prompt.input_ids[i] != image_token_id:  # an answer between two turns
+            answered = True
+    parts = [Part("neutral", ())] if neutral else []
+    if len(turns) > 1:
+        parts += [Part("turn", turn, number) for number, turn in enumerate(turns)]
+    starts = window_starts(len(text), window)
+    return parts + [Part("window", text[start : start + window], number) for number, start in enumerate(starts)]
 
 
 def read_head(
@@ -54,25 +112,77 @@ def read_head(
     features: Any,
     pad: Callable[[Sequence[Sequence[int]], int], torch.Tensor],
 ) -> list[Reading]:
-    """Ask the concept head each question, in one pass.
+    """Ask the concept head each question; per question the reading by `query`, then those by its parts.
+
+    Arguments as for `read_logits`, whose rows these are.
+    """
+    logits = read_logits(model, questions, features, pad).double()
+    types, levels = logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
+    asked = [(question, part) for question in questions for part in (Part(question.query, ()), *question.parts)]
+    rows = zip(asked, types.softmax(-1).tolist(), levels.softmax(-1).tolist(), logits.tolist(), strict=True)
+    return [
+        Reading(part.query, kinds, degrees, question.picture, part.number, part.span, given)
+        for (question, part), kinds, degrees, given in rows
+    ]
+
+
+def read_logits(
+    model: PsaVLM,
+    questions: Sequence[Question],
+    features: Any,
+    pad: Callable[[Sequence[Sequence[int]], int], torch.Tensor],
+) -> torch.Tensor:
+    """Logits [queries, 7 + 4] of all questions, one row for each query in their order; differentiable.
 
     Args:
         model: the model.
-        questions: each has at least one image.
-        features: of all images, from `model.encode_images`.
+        questions: what is asked, see `Question`.
+        features: of all images, from `model.encode_images`; None if no question has one.
         pad: makes a [rows, longest] tensor, padded on the right with the value: position 0 must be the prompt's first
             token, as in training.
     """
-    if not questions:
-        return []
+    found = []
+    start = 0
+    while start < len(questions):
+        end, most = start, 0
+        while end < len(questions):
+            widest = max(most, 1 + len(questions[end].parts))
+            if end > start and widest * (end + 1 - start) > QUERIES_PER_LAUNCH:
+                break
+            end, most = end + 1, widest
+        found += _launch(model, questions[start:end], features, pad)
+        start = end
+    return torch.cat(found) if found else torch.zeros(0, len(RISK_TYPES) + len(RISK_LEVELS))
+
+
+def _launch(
+    model: PsaVLM,
+    questions: Sequence[Question],
+    features: Any,
+    pad: Callable[[Sequence[Sequence[int]], int], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Per question its logits [1 + parts, 7 + 4], from one launch."""
     ids = pad([question.prompt.input_ids for question in questions], 0)
     mask = pad([question.prompt.query_mask for question in questions], 0).bool()
     counts = torch.tensor([len(question.images) for question in questions], device=ids.device)
-    chosen = take(features, [image for question in questions for image in question.images])
-    logits = model.concept_logits(chosen, counts, ids, mask).double()
-    types, levels = logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
-    rows = zip(questions, types.softmax(-1).tolist(), levels.softmax(-1).tolist(), strict=True)
-    return [Reading(question.query, kinds, degrees, question.picture) for question, kinds, degrees in rows]
+    images = [image for question in questions for image in question.images]
+    chosen = take(features, images) if images else None
+    most = max(len(question.parts) for question in questions)
+    if not most:
+        return list(model.concept_logits(chosen, counts, ids, mask).split(1))
+    places = [
+        (row, number, position)
+        for row, question in enumerate(questions)
+        for number, part in enumerate(question.parts, 1)
+        for position in part.positions
+    ]
+    masks = torch.zeros(len(questions), 1 + most, ids.shape[1], dtype=torch.bool)
+    if places:
+        masks[tuple(torch.tensor(places).unbind(1))] = True
+    masks = masks.to(ids.device)
+    masks[:, 0] = mask
+    logits = model.concept_logits(chosen, counts, ids, masks)
+    return [row[: 1 + len(question.parts)] for question, row in zip(questions, logits, strict=True)]
 
 
 def take(features: Any, images: Sequence[int]) -> Any:

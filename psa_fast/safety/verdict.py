@@ -15,10 +15,11 @@ class Verdict:
     """What the concept head read and what the policy did with it; names as in the taxonomy.
 
     `code` is the reason for programs, `rule` the same as a sentence. `checked` is False where nothing was read: no
-    image, no concept head, or a request that cannot be read at all, which is blocked and whose fault is `error`.
-    `applied` is False for unguarded generation: action and hint are what the policy would have done. `query` tells
-    which reading decided, and `picture` which picture it was shown alone (from 0; None: all of them together).
-    Probabilities and score are that reading's; they are None if not read or not finite.
+    image before an add-on that reads no text, no concept head, or a request that cannot be read at all, which is
+    blocked and whose fault is `error`. `applied` is False for unguarded generation: action and hint are what the policy
+    would have done. `query` tells which reading decided, and `picture` which picture it was shown alone (from 0; None:
+    all of them together). For a turn or a window `query_number` says which, from 0, and `query_span` its tokens in the
+    prompt, [first, behind last]. Probabilities and score are that reading's; they are None if not read or not finite.
     """
 
     checked: bool
@@ -35,6 +36,8 @@ class Verdict:
     policy_hash: str | None = None
     model_hash: str | None = None
     query: Query | None = None
+    query_number: int | None = None
+    query_span: tuple[int, int] | None = None
     picture: int | None = None
     error: str | None = None
     code: Code = field(kw_only=True)
@@ -53,7 +56,7 @@ class Answer:
 
 
 def read_verdict(reading: Reading, decision: Decision) -> Verdict:
-    """The verdict of a request whose images the concept head has read."""
+    """The verdict of a request that the concept head has read."""
     finite = decision.unsafe_score is not None
     return Verdict(
         checked=True,
@@ -68,20 +71,22 @@ def read_verdict(reading: Reading, decision: Decision) -> Verdict:
         level_probs=dict(zip(RISK_LEVELS, reading.level_probs, strict=True)) if finite else None,
         hint=decision.hint,
         query=reading.query,
+        query_number=reading.number,
+        query_span=reading.span,
         picture=reading.picture,
         code=decision.code,
     )
 
 
 _UNREAD: dict[Literal["no_image", "no_head"], str] = {
-    "no_image": "the concept head reads images, and there is none",
+    "no_image": "the concept head was not trained to read requests without an image",
     "no_head": "the model has no concept head",
 }
 
 
-def unread_verdict(code: Literal["no_image", "no_head"]) -> Verdict:
-    """The verdict of a request that offers the concept head nothing to read: it is answered as it is."""
-    return Verdict(False, False, False, "allow", f"unchecked: {_UNREAD[code]}", code=code)
+def unread_verdict(code: Literal["no_image", "no_head"], action: Literal["allow", "block"] = "allow") -> Verdict:
+    """The verdict of a request that the concept head does not read; `action` is what the policy says to that."""
+    return Verdict(False, False, False, action, f"unchecked: {_UNREAD[code]}", code=code)
 
 
 def refusing_verdict(number: int, error: str) -> Verdict:

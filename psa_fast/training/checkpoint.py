@@ -269,6 +269,8 @@ def read_state(folder: Path, config: TrainConfig, world_size: int) -> dict[str, 
     state = read_state_file(folder)
     # an option that a checkpoint does not know yet had no effect when it was written, as its default has none
     saved, now = TrainConfig().to_dict() | state["config"], config.to_dict()
+    if "query_window" not in state["config"] and saved["query"] == "prompt":
+        saved["query_window"] = 0  # but this one: runs without it had no windows
     changed = sorted(k for k in now if k not in RESUME_MAY_DIFFER and saved[k] != now[k])
     if changed:
         detail = ", ".join(f"{k} {shorten(saved[k])} -> {shorten(now[k])}" for k in changed)

@@ -14,7 +14,6 @@ from psa_fast.evaluation.evaluate import Result, compute_metrics, per_type, run_
 from psa_fast.evaluation.refusal import get_list
 from psa_fast.evaluation.report import METRICS
 from psa_fast.safety import Answer, Verdict
-from psa_fast.safety.reading import NEUTRAL_QUESTION
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
 REQUIRED = {
@@ -271,7 +270,7 @@ def test_command_writes_the_report(world, tmp_path):
     labelled = provenance["refusal"]["on_labelled_answers"]
     right, total = labelled["refusal"]["refusal"], sum(labelled["refusal"].values())
     assert f"this list finds {right} of {total} refusals" in text
-    assert provenance["stages"]["stage1"]["neutral_question"] == NEUTRAL_QUESTION
+    assert provenance["stages"]["stage1"]["neutral_question"] is None  # the learned query asks alone
     for word in (*REQUIRED, *REQUIRED_HEAD, "`psa2`", "contains", provenance["data"]["sha256"], "| base | stage1 |"):
         assert word in text
     rows = [json.loads(line) for line in (tmp_path / "answers-stage2.jsonl").read_text().splitlines()]

@@ -86,9 +86,9 @@ def expected_loss(psa, batch):
     logits = all_references(psa, batch, masks)
     chosen = []
     losses = []
-    for head, part, own, wanted in (
-        ("type", slice(0, 7), "picture_type", "safe_type"),
-        ("level", slice(7, 11), "picture_level", "safe_level"),
+    for part, own, wanted in (
+        (slice(0, 7), "picture_type", "safe_type"),
+        (slice(7, 11), "picture_level", "safe_level"),
     ):
         terms = []
         for row, count in enumerate(batch["image_counts"].tolist()):

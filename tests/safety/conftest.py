@@ -1,5 +1,5 @@
 import pytest
-from tiny_llava import build_addon, build_base
+from tiny_llava import OLD, build_addon, build_base
 
 
 @pytest.fixture(scope="session")
@@ -7,4 +7,4 @@ def folders(tmp_path_factory):
     """A tiny base and an add-on for it: (base folder, add-on folder). Tests copy what they change."""
     root = tmp_path_factory.mktemp("tiny")
     base = build_base(root / "base")
-    return base, build_addon(base, root / "addon")
+    return base, build_addon(base, root / "addon", **OLD)

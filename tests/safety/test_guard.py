@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from tiny_llava import build_addon, build_base, picture
+from tiny_llava import OLD, build_addon, build_base, picture
 
 from psa_fast.data.records import Turn
 from psa_fast.models import PsaVLM, load_base, load_processor
@@ -138,7 +138,8 @@ def test_text_only_and_mixed_batches(guard):
     answers = guard.answer(several, max_new_tokens=4)
     assert guard.passes == 1
     assert not answers[0].verdict.checked
-    assert answers[0].verdict.rule.startswith("unchecked: the concept head reads images")
+    assert answers[0].verdict.rule.startswith("unchecked: the concept head was not trained to read requests without")
+    assert (answers[0].text, answers[0].verdict.action) == (Policy.load().responses.unchecked, "block")
     assert [answer.verdict.checked for answer in answers] == [False, True, True]
     for request, answer in zip(several, answers, strict=True):
         (alone,) = guard.answer([request], max_new_tokens=4)
@@ -200,7 +201,7 @@ def test_command(folders, tmp_path, capsys):
 
 
 def test_hash_covers_the_addon_and_nothing_beside_it(folders, tmp_path):
-    copy = build_addon(folders[0], tmp_path / "copy")
+    copy = build_addon(folders[0], tmp_path / "copy", **OLD)
     before = addon_hash(copy)
     assert before == addon_hash(folders[1])
     (copy / "metrics.jsonl").write_text("{}")

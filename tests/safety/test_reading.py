@@ -180,7 +180,7 @@ def test_a_cloak_that_clears_the_pooled_reading_clears_no_picture(guard, monkeyp
         Request("red ?", images[::2]),
     ]
     answers = guard.answer(requests, max_new_tokens=1)
-    assert [answer.verdict.action for answer in answers] == ["allow", "allow", "hint", "allow"]
+    assert [answer.verdict.action for answer in answers] == ["allow", "block", "hint", "allow"]
     assert answers[2].verdict.picture == 1
     assert answers[2].verdict.type == "privacy"
 

@@ -217,7 +217,7 @@ def test_a_fault_of_the_model_is_no_fault_of_the_request(guard, monkeypatch):
 
     monkeypatch.setattr(guard.model, "generate", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        guard.answer([Request(QUESTION)])
+        guard.answer([Request(QUESTION, (picture(0),))], guarded=False)
 
 
 def test_a_plain_base_blocks_what_it_cannot_read(folders):

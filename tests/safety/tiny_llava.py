@@ -68,11 +68,17 @@ def build_base(folder, seed=0):
     return folder
 
 
-def build_addon(base, folder, seed=1):
+#: an add-on as it was trained before the learned query asked alone and windows were read
+OLD = dict(neutral_query=False, query_window=0, reads_text=False)
+
+
+def build_addon(base, folder, seed=1, **config):
     """Save a random add-on for `base` to `folder`."""
     vlm = LlavaForConditionalGeneration.from_pretrained(base)
     torch.manual_seed(seed)
-    model = PsaVLM.build(vlm, num_safety_tokens=3, num_head_tokens=2, num_attention_heads=2, projector_depth=1)
+    model = PsaVLM.build(
+        vlm, num_safety_tokens=3, num_head_tokens=2, num_attention_heads=2, projector_depth=1, **config
+    )
     model.save_addon(folder)
     return folder
 
