@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from psa_fast.models.attention import ConceptReadout
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.projector import SafetyProjector
+from psa_fast.models.queries import unsafe_log_odds
 from psa_fast.models.tokens import SafetyTokens
 from psa_fast.ops import ConceptLoss, concept_loss
 
@@ -19,7 +20,8 @@ class ConceptHeads(nn.Linear):
 
     def __init__(self, embed_dim: int, head_sizes: Sequence[int]):
         super().__init__(embed_dim, sum(head_sizes))
-        self.head_sizes = tuple(head_sizes)
+        types, levels = head_sizes
+        self.head_sizes = (types, levels)
 
     def forward(  # type: ignore[override]
         self,
@@ -64,25 +66,45 @@ class ConceptBottleneck(nn.Module):
         self.attention = ConceptReadout(config.hidden_size, config.num_attention_heads)
         self.heads = ConceptHeads(config.hidden_size, config.head_sizes)
 
-    def forward(self, vision_features: Tensor, query_embeds: Tensor, features_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        vision_features: Tensor,
+        query_embeds: Tensor,
+        features_mask: Tensor | None = None,
+        windows: Tensor | None = None,
+    ) -> Tensor:
         """Pool what the query finds in the image.
 
         Args:
             vision_features: h_o, [B, S1, Dv]; S1 = images per row times image_tokens.
-            query_embeds: [B, E], a summary of the prompt; the learned query is added to it.
-            features_mask: bool [B, S1], True = valid; None: all are. Masks whole images of rows that have fewer.
+            query_embeds: [B, E], a summary of the prompt; the learned query is added to it. Or [B, Q, E], several.
+            features_mask: bool [B, S1], True = valid; None: all are. Masks whole images of rows that have fewer. A row
+                without any is read from the head tokens alone.
+            windows: [B, W, E], further queries, of which the row's worst, the one that the heads call risky most
+                strongly, is pooled after the others; it is chosen without a gradient. Needs query_embeds [B, Q, E].
 
         Returns:
-            pooled [B, E].
+            pooled [B, E], or [B, Q, E], or [B, Q + 1, E] with windows.
         """
         b, s1, width = vision_features.shape
         dtype = self.heads.weight.dtype
         grids = vision_features.to(dtype).reshape(b * s1 // self.image_tokens, self.image_tokens, width)
         features = self.projector(grids).reshape(b, s1, -1)
         query = query_embeds.to(dtype)
-        if self.query is not None:
-            query = query + self.query(1)[0]
-        return self.attention(query.unsqueeze(1), self.head_tokens(1)[0], features, features_mask).squeeze(1)
+        query = query.unsqueeze(1) if query.dim() == 2 else query
+        tokens = self.head_tokens(1)[0]
+        learned = None if self.query is None else self.query(1)[0]
+        if windows is not None:
+            asked = windows.to(dtype)
+            with torch.no_grad():
+                tried = asked if learned is None else asked + learned
+                logits = self.heads(self.attention(tried, tokens, features, features_mask))
+                worst = unsafe_log_odds(logits, self.heads.head_sizes).argmax(1)
+            query = torch.cat([query, asked[torch.arange(b, device=asked.device), worst].unsqueeze(1)], 1)
+        if learned is not None:
+            query = query + learned
+        pooled = self.attention(query, tokens, features, features_mask)
+        return pooled.squeeze(1) if query_embeds.dim() == 2 else pooled
 
     def loss(
         self,
@@ -101,7 +123,7 @@ class ConceptBottleneck(nn.Module):
 def prompt_query(embeds: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """Mean of the embeddings [B, T, E] where mask [B, T] is True, scaled to root mean square 1: [B, E].
 
-    Embeddings [1, T, E] serve all rows of the mask, as in a packed row.
+    Embeddings [1, T, E] serve all rows of the mask, as in a packed row. A mask [B, Q, T] gives [B, Q, E].
 
     Word embeddings of real language models are tiny (Llama: 0.02 per entry, their mean smaller still): without the
     scale the query would start as good as constant and its projection would need a hundredfold learning rate.
@@ -110,20 +132,26 @@ def prompt_query(embeds: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
     """
     wide = embeds.to(torch.promote_types(embeds.dtype, torch.float32))
     weights = mask.to(wide.dtype)
-    total = weights @ wide[0] if wide.shape[0] == 1 else torch.bmm(weights.unsqueeze(1), wide).squeeze(1)
-    mean = total / weights.sum(1, keepdim=True).clamp_min(1)
+    if wide.shape[0] == 1:
+        total = weights @ wide[0]
+    else:
+        total = torch.bmm(weights if mask.dim() == 3 else weights.unsqueeze(1), wide)
+        total = total if mask.dim() == 3 else total.squeeze(1)
+    mean = total / weights.sum(-1, keepdim=True).clamp_min(1)
     return mean * torch.rsqrt(mean.square().mean(-1, keepdim=True) + eps)
 
 
 def first_query(embeds: Tensor, mask: Tensor) -> Tensor:
     """Embedding of the prompt's first token (BOS), as in the paper's code, never padding: [B, T, E] -> [B, E].
 
-    Embeddings [1, T, E] serve all rows of the mask [B, T], as in a packed row. A row without any True gets zeros, not
+    Embeddings [1, T, E] serve all rows of the mask [B, T], as in a packed row; a mask [B, Q, T] gives
+    [B, Q, E]. A row without any True gets zeros, not
     whatever token stands first.
     """
-    first = mask.to(torch.int64).argmax(dim=1)
+    first = mask.to(torch.int64).argmax(dim=-1)
     if embeds.shape[0] == 1:
         picked = embeds[0, first]
     else:
-        picked = embeds[torch.arange(embeds.shape[0], device=embeds.device), first]
-    return picked * mask.any(dim=1, keepdim=True).to(picked.dtype)
+        rows = torch.arange(embeds.shape[0], device=embeds.device)
+        picked = embeds[rows if mask.dim() == 2 else rows.unsqueeze(1), first]
+    return picked * mask.any(dim=-1, keepdim=True).to(picked.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 from psa_fast.files import read_json, shorten, write_text
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
-VERSION = 2
+VERSION = 3
 QUERIES = ("prompt", "first")
 # inclusive ranges; the upper ends are far beyond any model, and keep products of two within 64 bits
 _RANGES = {
@@ -26,10 +26,14 @@ _RANGES = {
     "num_attention_heads": (1, 1 << 20),
     "projector_hidden_size": (1, 1 << 20),
     "projector_depth": (1, 10_000),
+    "query_window": (0, 1 << 20),
 }
 _REQUIRED = ("vision_hidden_size", "hidden_size", "image_tokens")
 # version 1 had no field for eps: all of its add-ons were trained with this one
-_VERSION_1 = {"version": VERSION, "layer_norm_eps": 1e-6}
+_VERSION_1 = {"layer_norm_eps": 1e-6}
+# up to version 2 the head was trained on whole prompts alone, and on rows with an image
+_VERSION_2 = {"neutral_query": False, "query_window": 0, "reads_text": False}
+DEFAULT_WINDOW = 16
 
 
 @dataclass
@@ -53,6 +57,12 @@ class PsaConfig:
             folder, or a name on the hub, which has a revision (a commit).
         layer_norm_eps: of the safety projector's norms; 1e-5 as in the official network. A file of version 1 has no
             such field and means 1e-6.
+        neutral_query: whether the learned query alone was trained on what the picture itself shows; None: as `query`
+            allows.
+        query_window: tokens of the windows of a prompt that were trained on the request's label, 0: none were. A
+            window should hold a risky sentence and little more. None: 16, or 0 where the text does not ask.
+        reads_text: whether requests without an image were trained, read from the head tokens alone; None: as `query`
+            and the head tokens allow. Files up to version 2 have none of the three, and mean: not trained.
         version: format of this file.
         checksums: SHA-256 of what the add-on's files held when they were saved, see addon.py; None: not on record.
     """
@@ -73,12 +83,15 @@ class PsaConfig:
     base_revision: str | None = None
     base_fingerprint: str | None = None
     layer_norm_eps: float = 1e-5
+    neutral_query: bool | None = None
+    query_window: int | None = None
+    reads_text: bool | None = None
     version: int = VERSION
     checksums: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if type(self.version) is not int or self.version != VERSION:
-            raise ValueError(f"version is {shorten(self.version)}; this psa-fast reads versions 1 and {VERSION}")
+            raise ValueError(f"version is {shorten(self.version)}; this psa-fast reads versions 1 to {VERSION}")
         _one_of("compat", self.compat, (None, "paper"))
         if self.compat == "paper":
             self.query = "first"
@@ -86,6 +99,20 @@ class PsaConfig:
         _check_integer("vision_hidden_size", self.vision_hidden_size)
         if self.projector_hidden_size is None:
             self.projector_hidden_size = self.vision_hidden_size + 64
+        asks = self.query == "prompt"
+        if self.neutral_query is None:
+            self.neutral_query = asks
+        if self.query_window is None:
+            self.query_window = DEFAULT_WINDOW if asks else 0
+        if self.reads_text is None:
+            self.reads_text = asks and self.num_head_tokens != 0
+        for name in _VERSION_2:
+            if name != "query_window" and type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {shorten(getattr(self, name))}; expected true or false")
+            if getattr(self, name) and not asks:
+                raise ValueError(f"{name} is {shorten(getattr(self, name))}, but query {self.query!r} reads no text")
+        if self.reads_text and self.num_head_tokens == 0:
+            raise ValueError("reads_text is True, but num_head_tokens is 0: nothing is left to read without an image")
         for name in _RANGES:
             _check_integer(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
@@ -126,6 +153,8 @@ class PsaConfig:
         """SHA-256 over every field that decides what the model computes; where its base lies does not."""
         left_out = ("base_model_name_or_path", "base_revision", "base_fingerprint", "checksums")
         kept = {name: value for name, value in asdict(self).items() if name not in left_out}
+        if all(kept[name] == value for name, value in _VERSION_2.items()):  # as version 2 digested itself
+            kept = {name: value for name, value in kept.items() if name not in _VERSION_2} | {"version": 2}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json_file(self, path: str | Path) -> None:
@@ -140,6 +169,9 @@ class PsaConfig:
         """Read a configuration; ValueError that names the file for anything that is not exactly one."""
         raw = read_json(path, "add-on")
         version, known = raw.get("version", 1), {f.name for f in fields(cls)}
+        older = type(version) is int and version in (1, 2)
+        if older:
+            known -= set(_VERSION_2)
         if type(version) is int and version == 1:
             known -= {"layer_norm_eps", "checksums"}
         unknown = sorted(set(raw) - known)
@@ -152,6 +184,10 @@ class PsaConfig:
             raw.update(_VERSION_1)
         elif "layer_norm_eps" not in raw:
             raise ValueError(f"{path} lacks: layer_norm_eps")
+        if older:
+            raw.update({"version": VERSION, **_VERSION_2})
+        elif absent := [name for name in _VERSION_2 if name not in raw]:
+            raise ValueError(f"{path} lacks: {', '.join(absent)}")
         try:
             config = cls(**raw)
         except ValueError as error:

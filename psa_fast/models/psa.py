@@ -19,6 +19,7 @@ from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import Family, ImageFeatures, get_family
 from psa_fast.models.lm_head import supervise
 from psa_fast.models.packing import Packing
+from psa_fast.models.queries import spaced_windows
 from psa_fast.models.tokens import SafetyTokens
 from psa_fast.models.transfer import to_device
 from psa_fast.taxonomy import IGNORE_INDEX
@@ -32,7 +33,8 @@ class PsaOutput(ModelOutput):
         loss: weighted sum of the losses below.
         loss_lm: next-token loss; None without labels.
         loss_type, loss_level: concept losses; None without concept targets.
-        concept_logits: [R, 7 + 4] for the R rows that have an image.
+        concept_logits: [R, 7 + 4] by the whole prompt, for the R rows that are read: those with an image, or all of
+            them if the add-on reads text.
         concept_rows: int64 [R], their row numbers.
     """
 
@@ -132,6 +134,8 @@ class PsaVLM(nn.Module):
         vision_features: Tensor | None = None,
         safe_type: Tensor | None = None,
         safe_level: Tensor | None = None,
+        picture_type: Tensor | None = None,
+        picture_level: Tensor | None = None,
         num_items: float | Tensor | None = None,
         num_concept_rows: float | Tensor | None = None,
         concept_loss_weight: float = 1.0,
@@ -154,10 +158,15 @@ class PsaVLM(nn.Module):
             lengths: tokens of each sample of a packed row, as python ints; None: the rows are padded.
             vision_features: h_o of the batch's images, [N, S, Dv], N may be 0; the vision tower is not run. In place of
                 pixel_values.
-            safe_type, safe_level: int64 [B], -100 = none. Rows without an image never count. If both are None but
-                labels are given, the bottleneck is not run.
+            safe_type, safe_level: int64 [B], the request's label, -100 = none. Each labelled row counts once by its
+                whole prompt and, if the add-on has windows, once more by the worst of them (the prompt itself if it is
+                no longer). Rows without an image count if the add-on reads text.
+            picture_type, picture_level: int64 [B], the picture's own label, -100 = unknown: asked of the learned query
+                alone, in rows with an image; unused by an add-on without neutral_query. If all four labels are None
+                but `labels` is given, the bottleneck is not run.
             num_items, num_concept_rows: divisors of the summed losses, for batches spread over ranks or accumulation
-                steps; None: this batch's own counts. num_concept_rows may be one value per head [2].
+                steps; None: this batch's own counts. num_concept_rows may be one value per head [2]; what counts is
+                told by training.flops.Load.
             concept_loss_weight: w in L = L_LM + w (L_type + L_level); the paper writes 1, its code uses 10.
             lm_loss_weight: factor of L_LM.
             class_weights, label_smoothing: of the concept losses, see ops.concept_loss.
@@ -182,22 +191,36 @@ class PsaVLM(nn.Module):
         out = PsaOutput()
         losses = []
 
-        if labels is None or safe_type is not None or safe_level is not None:
-            rows = [row for row, count in enumerate(counts) if count] or [0]  # row 0 stands in, unlabelled
-            query = self._query_embeds(embeds, input_ids, attention_mask, labels, query_mask, packing)
+        asked = any(t is not None for t in (safe_type, safe_level, picture_type, picture_level))
+        if labels is None or asked:
+            if self.config.reads_text:
+                rows = list(range(len(counts)))
+            else:
+                rows = [row for row, count in enumerate(counts) if count] or [0]  # row 0 stands in, unlabelled
+            read = has_images or bool(self.config.reads_text)
             index = to_device(rows, input_ids.device)
-            vision, mask = _by_row(features, [counts[row] for row in rows] if has_images else [1])
-            pooled = self.bottleneck(vision, query[index], mask)
-            none = index.new_full((len(rows),), IGNORE_INDEX)
-            picked = [
-                none if t is None or not has_images else t.to(index.device)[index] for t in (safe_type, safe_level)
-            ]
+            chosen = [counts[row] for row in rows] if read else [1]
+            vision, mask = _by_row(features, chosen)
+            text = self._query_text(input_ids, attention_mask, labels, query_mask, packing)
+            query = self._queries(embeds, text)[index].unsqueeze(1)
+            targets = _targets(safe_type, safe_level, index, read)
+            if self.config.neutral_query and (picture_type is not None or picture_level is not None):
+                own = _targets(picture_type, picture_level, index, has_images)
+                pictured = to_device([count > 0 for count in chosen], index.device)
+                own = own.masked_fill(~pictured.view(-1, 1, 1), IGNORE_INDEX)
+                query = torch.cat([query, torch.zeros_like(query)], 1)
+                targets = torch.cat([targets, own], 1)
+            windows = None
+            if self.config.query_window and (safe_type is not None or safe_level is not None):
+                windows = self._queries(embeds, spaced_windows(text, self.config.query_window))[index]
+                targets = torch.cat([targets, targets[:, :1]], 1)
+            pooled = self.bottleneck(vision, query, mask, windows)
             concept = self.bottleneck.loss(
-                pooled, torch.stack(picked, 1), class_weights, label_smoothing, num_items=num_concept_rows
+                pooled.flatten(0, 1), targets.flatten(0, 1), class_weights, label_smoothing, num_concept_rows
             )
-            out.concept_rows = index if has_images else index[:0]
-            out.concept_logits = concept.logits if has_images else concept.logits[:0]
-            if safe_type is not None or safe_level is not None:
+            out.concept_rows = index if read else index[:0]
+            out.concept_logits = concept.logits.view(*pooled.shape[:2], -1)[:, 0] if read else concept.logits[:0]
+            if asked:
                 out.loss_type, out.loss_level = concept.losses.unbind()
                 # the zero keeps every parameter in the graph of a rank whose rows have no target
                 losses.append(concept_loss_weight * concept.loss + 0.0 * concept.logits.sum().to(concept.loss.dtype))
@@ -230,22 +253,37 @@ class PsaVLM(nn.Module):
         query_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """[B, 7 + 4] logits from features already computed; a row without an image (image_counts 0) gets zeros."""
+        """Logits from features already computed, differentiable.
+
+        Args:
+            features: of all rows' images in order; None where no row has one.
+            image_counts: int [B]; a row without an image (0) is read from the head tokens alone.
+            input_ids: int64 [B, T], of which only text is read: placeholders need not fit the images.
+            query_mask: bool [B, T], or [B, Q, T] for Q queries from one launch. A mask without any True is the learned
+                query alone. None: all text that is not padding.
+            attention_mask: [B, T]; with a query_mask it has no effect.
+
+        Returns:
+            [B, 7 + 4], or [B, Q, 7 + 4].
+
+        Raises ValueError for another number of images, and for a row with neither images nor head tokens.
+        """
         counts = _as_list(image_counts)
-        rows = [row for row, count in enumerate(counts) if count]
-        logits = torch.zeros(
-            len(counts), sum(self.config.head_sizes), device=input_ids.device, dtype=self.bottleneck.heads.weight.dtype
-        )
-        if not rows:
-            return logits
-        if features is None or features.vision.shape[0] != sum(counts):
+        if (0 if features is None else features.vision.shape[0]) != sum(counts):
             raise ValueError(f"image_counts names {sum(counts)} images, features hold another number")
+        if 0 in counts and self.config.num_head_tokens == 0:
+            raise ValueError("a row has no image, and the add-on no head tokens: there is nothing to read")
+        if features is None:
+            shape = 1, self.config.image_tokens, self.config.vision_hidden_size
+            images = torch.zeros(shape, device=input_ids.device, dtype=self.bottleneck.heads.weight.dtype)
+        else:
+            images = features.vision
         embeds = self.family.embed(self.vlm, input_ids)
-        query = self._query_embeds(embeds, input_ids, attention_mask, None, query_mask)
-        index = to_device(rows, input_ids.device)
-        vision, mask = _by_row(features.vision, [counts[row] for row in rows])
-        heads = self.bottleneck.heads(self.bottleneck(vision, query[index], mask))
-        return logits.index_copy(0, index, heads.to(logits.dtype))
+        query = self._queries(embeds, self._query_text(input_ids, attention_mask, None, query_mask))
+        vision, mask = _by_row(images, counts)
+        logits = self.bottleneck.heads(self.bottleneck(vision, query, mask))
+        assert isinstance(logits, Tensor)
+        return logits
 
     @torch.no_grad()
     def generate(
@@ -316,26 +354,30 @@ class PsaVLM(nn.Module):
         mask = (input_ids == self.family.image_token_id).unsqueeze(-1)
         return embeds.masked_scatter(mask, visual)
 
-    def _query_embeds(
+    def _query_text(
         self,
-        embeds: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
         query_mask: Tensor | None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """What the concept attention asks with, [B, E]; never from an answer's tokens, that would leak the label."""
+        """Text that the concept attention may ask with, bool [B, T] or as query_mask; never an answer's tokens.
+
+        Those would leak the label.
+        """
         text = input_ids != self.family.image_token_id
         if query_mask is not None:
-            text = text & query_mask
+            text = (text.unsqueeze(1) if query_mask.dim() == 3 else text) & query_mask
         else:
             if attention_mask is not None:
                 text = text & attention_mask.bool()
             if labels is not None:
                 text = text & (labels == IGNORE_INDEX)
-        if packing is not None:
-            text = packing.by_sample(text)
+        return text if packing is None else packing.by_sample(text)
+
+    def _queries(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """What the concept attention asks with, [B, E] or [B, Q, E] as the masks are."""
         return first_query(embeds, text) if self.config.query == "first" else prompt_query(embeds, text)
 
 
@@ -355,15 +397,22 @@ def _position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
+def _targets(kind: Tensor | None, level: Tensor | None, index: Tensor, known: bool) -> Tensor:
+    """int64 [R, 1, 2] of the rows in `index`; -100 where a label is not given, everywhere if not `known`."""
+    none = torch.full_like(index, IGNORE_INDEX)
+    picked = [none if t is None or not known else t.to(index.device)[index] for t in (kind, level)]
+    return torch.stack(picked, 1).unsqueeze(1)
+
+
 def _by_row(vision: Tensor, counts: list[int]) -> tuple[Tensor, Tensor | None]:
     """[N, S, Dv] of all images -> [R, max images * S, Dv] and its mask (None where every row has as many)."""
     s, width = vision.shape[1:]
-    most = max(counts)
+    most = max(*counts, 1)
     if min(counts) == most:
         return vision.reshape(len(counts), most * s, width), None
     index, valid, start = [], [], 0
-    for count in counts:  # the places of a row with fewer images show its first one, masked
-        index += list(range(start, start + count)) + [start] * (most - count)
+    for count in counts:  # the places of a row with fewer images show some other, masked
+        index += list(range(start, start + count)) + [min(start, len(vision) - 1)] * (most - count)
         valid += [True] * count + [False] * (most - count)
         start += count
     rows = vision[to_device(index, vision.device)].reshape(len(counts), most * s, width)

@@ -144,6 +144,8 @@ def _check_effects(config: TrainConfig, typed: Collection[str]) -> None:
             raise ValueError(f"--{name} has no effect with --stage1_objective {config.stage1_objective}")
     if config.feature_cache is not None and config.runs_language_model:
         raise ValueError("--feature_cache needs --stage1_objective concept: elsewhere the tower's share is too small")
+    if config.query == "first" and "query_window" in typed:
+        raise ValueError("--query_window has no effect with --query first, which reads no text")
     if config.hint_rate == 0 and "policy" in typed:
         raise ValueError("--policy has no effect in training with --hint_rate 0: it is where the hints come from")
     if config.lr_scheduler_type == "constant" and "warmup_steps" in typed:

@@ -9,7 +9,8 @@ FLOPs are counted from the model's modules and from what a batch holds, two for 
     per supervised   2 E V (1 + [gradient reaches] + [head trained])
     per image        tower up to its used layer, forward only; connector; safety projector, all of it trained: x 3
                      less the gradient of h_o; both meet each of an image's positions
-    per image row    projections, absorbed readout and heads of the concept attention, x 3
+    per row read     projections, absorbed readout and heads of the concept attention, x 3, for each query; the windows
+                     that the worst is chosen among, forward only
 
 "Gradient reaches": something in the language model or below it (safety tokens, connector) is trained. Recomputed
 activations, padding, the blank image of a batch without images, norms, activations and the optimizer do not count. The
@@ -26,8 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from psa_fast.models import PsaVLM
+from psa_fast.models import PsaConfig, PsaVLM
 from psa_fast.models.projector import DepthwiseConv3x3, SqueezeExcite
+from psa_fast.models.queries import TRAINED_WINDOWS
 from psa_fast.taxonomy import IGNORE_INDEX
 
 from .config import TrainConfig
@@ -43,8 +45,9 @@ class Load:
         positions: tokens with padding.
         pairs: a position with itself or an earlier one of its sample.
         supervised: positions with a label.
-        typed, levelled: samples with an image and a risk type, with an image and a level.
-        images, image_rows: images, and samples that have one.
+        typed, levelled: rows of the type loss and of the level loss: a sample's label by its whole prompt, again by
+            its worst window, and its picture's own label, as far as the add-on is trained on them.
+        images, concept_rows: images, and samples that the concept head reads.
     """
 
     samples: int
@@ -55,24 +58,23 @@ class Load:
     typed: int
     levelled: int
     images: int
-    image_rows: int
+    concept_rows: int
 
     @classmethod
-    def of(cls, batch: dict[str, Any]) -> Load:
+    def of(cls, batch: dict[str, Any], psa: PsaConfig) -> Load:
         """From a collated batch (data.pack or data.collate) that is still on the CPU."""
         labels, counts = batch["labels"], batch["image_counts"]
         lengths = batch["lengths"] if "lengths" in batch else batch["attention_mask"].sum(1).tolist()
-        pictured = counts > 0
         return cls(
             samples=len(lengths),
             tokens=sum(lengths),
             positions=labels.numel(),
             pairs=sum(n * (n + 1) // 2 for n in lengths),
             supervised=int((labels[:, 1:] != IGNORE_INDEX).sum()),
-            typed=int(((batch["safe_type"] != IGNORE_INDEX) & pictured).sum()),
-            levelled=int(((batch["safe_level"] != IGNORE_INDEX) & pictured).sum()),
+            typed=_concept_rows(batch, "type", psa),
+            levelled=_concept_rows(batch, "level", psa),
             images=int(counts.sum()),
-            image_rows=int(pictured.sum()),
+            concept_rows=len(counts) if psa.reads_text else int((counts > 0).sum()),
         )
 
 
@@ -119,12 +121,22 @@ class StageFlops:
             "vision": self.vision * load.images,
             "connector": self.connector * load.images,
             "bottleneck": self.bottleneck * load.images,
-            "pooling": self.pooling * load.image_rows,
+            "pooling": self.pooling * load.concept_rows,
         }
 
     def total(self, load: Load) -> int:
         """FLOPs of a batch."""
         return sum(self.parts(load).values())
+
+
+def _concept_rows(batch: dict[str, Any], head: str, psa: PsaConfig) -> int:
+    """Targets of a head that PsaVLM.forward stacks for the batch."""
+    pictured = batch["image_counts"] > 0
+    request = batch[f"safe_{head}"] != IGNORE_INDEX
+    count = int((request if psa.reads_text else request & pictured).sum()) * (2 if psa.query_window else 1)
+    if psa.neutral_query and f"picture_{head}" in batch:
+        count += int(((batch[f"picture_{head}"] != IGNORE_INDEX) & pictured).sum())
+    return count
 
 
 def _trained(module: nn.Module) -> bool:
@@ -165,11 +177,13 @@ def _bottleneck(model: PsaVLM) -> tuple[int, int]:
     key = 2 * rows * width  # multiplications of a key: scores and weighted sum
     # query, key, value and output projection; the readout before and after the pool, for each head
     projections = (4 + 2 * rows) * width**2 + heads.in_features * heads.out_features
-    image = tokens * (met + key) + gates
+    queries = 1 + bool(model.config.neutral_query) + bool(model.config.query_window)
+    tried = TRAINED_WINDOWS if model.config.query_window else 0  # of which one is trained
+    image = tokens * (met + queries * key) + gates
     pooling = projections + model.config.num_head_tokens * key
-    if not _trained(model.bottleneck):
-        return 2 * image, 2 * pooling
-    return 2 * (3 * image - tokens * unasked), 2 * 3 * pooling
+    passes = 3 if _trained(model.bottleneck) else 1
+    unasked = unasked if passes == 3 else 0
+    return 2 * (passes * image - tokens * unasked + tokens * tried * key), 2 * (passes * queries + tried) * pooling
 
 
 @dataclass(frozen=True)

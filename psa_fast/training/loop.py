@@ -211,6 +211,7 @@ def build_model(
         "num_head_tokens": config.num_head_tokens,
         "num_attention_heads": config.num_attention_heads,
         "query": config.query,
+        "query_window": config.query_window if config.query == "prompt" else 0,
     }
     if addon and not config.runs_language_model:
         changes = [name for name in (ADAPTER, CHANGED) if (Path(addon) / name).exists()]

@@ -71,6 +71,9 @@ class TrainConfig:
     query: str = _method("prompt", "what of the prompt asks the concept head", choices=(
         "prompt", "first",
     ))  # fmt: skip
+    query_window: int = _method(
+        16, "tokens of the windows of a prompt that ask by themselves, 0: none", minimum=0, maximum=2**20
+    )
     stage1_objective: str = _method(
         "joint", "stage 1: both losses or one half", stage=1, choices=("joint", "concept", "tokens")
     )

@@ -152,6 +152,7 @@ def measure(config: TrainConfig) -> Sizes:
             num_head_tokens=config.num_head_tokens,
             num_attention_heads=config.num_attention_heads,
             query=config.query,
+            query_window=config.query_window if config.query == "prompt" else 0,
         )
         parts = prepare(model, config)
     counted = {part.name: sum(p.numel() for _, p in part_parameters(model, part) if p.requires_grad) for part in parts}

@@ -49,7 +49,7 @@ def train_step(
     began, asked = _Moment(device), time.perf_counter()
     micros = next(batches)
     data_seconds = time.perf_counter() - asked
-    counts = _counts([Load.of(batch) for batch in micros], meter, device)
+    counts = _counts([Load.of(batch, engine.module.config) for batch in micros], meter, device)
     dist.all_reduce(counts)
     # the engine averages gradients over ranks, so each rank divides by the per-rank share of the global count
     shares = counts[:3].clamp(min=1.0) / world_size

@@ -73,7 +73,7 @@ def loss_of(psa):
         ("base_model_name_or_path", ""),
         ("base_revision", "main"),
         ("base_fingerprint", {}),
-        ("version", 3),
+        ("version", 4),
         ("version", True),
         ("version", "2"),
         ("checksums", "none"),
@@ -123,7 +123,15 @@ def test_classes_of_another_taxonomy_are_refused(tmp_path):
 
 def test_version_1_keeps_the_eps_it_was_trained_with(tmp_path):
     torch.manual_seed(1)
-    psa = PsaVLM.build(make_vlm(), num_safety_tokens=3, layer_norm_eps=1e-6, **SMALL).eval()
+    psa = PsaVLM.build(
+        make_vlm(),
+        num_safety_tokens=3,
+        layer_norm_eps=1e-6,
+        query_window=0,
+        neutral_query=False,
+        reads_text=False,
+        **SMALL,
+    ).eval()
     psa.vlm.requires_grad_(False)
     psa.save_addon(tmp_path / "addon")
     # as version 1 wrote it: relative path of the base, neither eps nor checksums
@@ -132,6 +140,9 @@ def test_version_1_keeps_the_eps_it_was_trained_with(tmp_path):
         version=1,
         layer_norm_eps=...,
         checksums=...,
+        neutral_query=...,
+        query_window=...,
+        reads_text=...,
         base_model_name_or_path="runs/base",
     )
     loaded = PsaVLM.from_pretrained(make_vlm(), tmp_path / "addon")

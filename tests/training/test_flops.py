@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 
 from tiny_vlm import SMALL, make_batch, make_vlm
 
-from psa_fast.models import PsaVLM
+from psa_fast.models import PsaConfig, PsaVLM
 from psa_fast.ops import attention_pool
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.flops import Load, StageFlops, matrix_rate
@@ -65,9 +65,10 @@ def test_a_stage_costs_what_torch_counts(name):
     prepare(model, config)
     one = make_batch(4, counts=(1,))
     batch = {k: torch.cat([v] * 3) for k, v in one.items()}
-    load = Load.of(batch)
+    batch |= {name: batch[f"safe_{name[8:]}"] for name in ("picture_type", "picture_level")}
+    load = Load.of(batch, model.config)
     if not config.runs_bottleneck:
-        batch = {k: v for k, v in batch.items() if k not in ("safe_type", "safe_level")}
+        batch = {k: v for k, v in batch.items() if not k.startswith(("safe_", "picture_"))}
     if not config.runs_language_model:
         del batch["labels"]
     with counter() as counted:
@@ -86,18 +87,25 @@ def test_a_stage_costs_what_torch_counts(name):
 
 def test_the_load_of_packed_and_padded_rows():
     batch = make_batch(4, counts=(1, 2, 0))
-    load = Load.of(batch)
+    psa = PsaConfig(24, 40, 16, num_attention_heads=5)
+    old = PsaConfig(24, 40, 16, num_attention_heads=5, neutral_query=False, query_window=0, reads_text=False)
+    load = Load.of(batch, old)
     lengths = [1 + 20 + 5 + 4, 1 + 40 + 6 + 5, 1 + 7 + 6]
     assert load.tokens == sum(lengths)
     assert load.positions == 3 * max(lengths)
     assert load.pairs == sum(n * (n + 1) // 2 for n in lengths)
-    assert (load.samples, load.images, load.image_rows) == (3, 3, 2)
+    assert (load.samples, load.images, load.concept_rows) == (3, 3, 2)
     assert load.supervised == 4 + 5 + 6
     assert (load.typed, load.levelled) == (2, 2)  # the third row has no image
+    batch |= {"picture_type": torch.tensor([1, -100, 6]), "picture_level": torch.tensor([-100, -100, -100])}
+    assert Load.of(batch, old) == load
+    load = Load.of(batch, psa)
+    # three requests by prompt and window, and one picture whose type is known
+    assert (load.concept_rows, load.typed, load.levelled) == (3, 7, 6)
     real = batch["attention_mask"].bool()
     packed = {k: batch[k][real].unsqueeze(0) for k in ("input_ids", "labels")}
-    packed |= {k: batch[k] for k in ("image_counts", "safe_type", "safe_level")}
-    again = Load.of(packed | {"lengths": lengths})
+    packed |= {k: batch[k] for k in ("image_counts", "safe_type", "safe_level", "picture_type", "picture_level")}
+    again = Load.of(packed | {"lengths": lengths}, psa)
     assert again == Load(**{**vars(load), "positions": sum(lengths)})
 
 

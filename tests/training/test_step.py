@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from psa_fast.models import PsaConfig
 from psa_fast.training import step as step_module
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.flops import Meter, StageFlops
@@ -50,6 +51,7 @@ class Engine:
     def __init__(self, look=lambda loss: None):
         self.module = torch.nn.Module()
         self.module.bottleneck, self.module.safety_tokens = torch.nn.Linear(4, 4), torch.nn.Embedding(9, 4)
+        self.module.config = PsaConfig(4, 4, 4, num_attention_heads=2)
         self.module.to(META)
         self.look, self.steps = look, 0
 
