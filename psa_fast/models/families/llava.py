@@ -95,6 +95,10 @@ class LlavaFamily(Family):
         with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
             return self._select(tower, pixel_values)
 
+    def features_of_tower(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """`vision_features` of a tower like the model's own that stands by itself."""
+        return self._select(tower, pixel_values)
+
     def _select(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         depth, wanted = self.config.vision_config.num_hidden_layers, self._wanted_layers()
         encoder: Any = getattr(tower, "encoder", None)
