@@ -98,11 +98,11 @@ def _bit_under_zero3() -> Iterator[None]:
         finally:
             torch.Tensor.__new__ = replaced  # type: ignore[method-assign]
 
-    BitEncoder.__init__ = built
+    BitEncoder.__init__ = built  # type: ignore[method-assign]
     try:
         yield
     finally:
-        BitEncoder.__init__ = build
+        BitEncoder.__init__ = build  # type: ignore[method-assign]
 
 
 def load_base(

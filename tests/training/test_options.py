@@ -43,7 +43,6 @@ EDGES = {
     "label_smoothing": ((0.0, 1.0), (-0.1, 1.1)),
     "concept_loss_weight": ((0.0, 10.0), (-0.1, 1e9)),
     "lm_loss_weight": ((0.0, 10.0), (-0.1, 1e9)),
-    "query_window": ((0, 2**20), (-1, 2**20 + 1)),
     "adversarial_weight": ((0.0, 1e6), (-0.1, 1e7)),
     "adversarial_start": ((0.0, 0.99), (-0.1, 1.0)),
     "adversarial_eps": ((0.5, 255.0), (0.0, 256.0)),
