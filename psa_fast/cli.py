@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every room's subcommands."""
     from psa_fast import train
+    from psa_fast.attacks import commands as attacks
     from psa_fast.data import commands as data
     from psa_fast.evaluation import commands as evaluation
     from psa_fast.safety import commands as safety
@@ -28,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"psa-fast {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (data, sandbox, train, training, safety, evaluation):
+    for room in (data, sandbox, train, training, safety, evaluation, attacks):
         room.register(subparsers)
     return parser
 

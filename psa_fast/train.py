@@ -88,9 +88,14 @@ def run(typed: dict[str, str], prog: str) -> int:
         config = resolve_inputs(config, policy.hint)
         console.print("resolved options: " + ", ".join(f"{k}={v}" for k, v in config.to_dict().items()), soft_wrap=True)
         everywhere = False
-        from psa_fast.training.loop import train
+        if config.stage == 0:
+            from psa_fast.training.robust_run import train_tower
 
-        train(config, hint_for=policy.hint, console=console)
+            train_tower(config, console)
+        else:
+            from psa_fast.training.loop import train
+
+            train(config, hint_for=policy.hint, console=console)
     except (ValueError, FloatingPointError, OSError) as error:
         return _fail(error, prog, everywhere)
     return 0
@@ -108,7 +113,7 @@ def resolve_inputs(config: Any, hint_for: Any) -> Any:
         if config.model_name_or_path == "sandbox":
             changes["model_name_or_path"] = str(base)
         if config.data_path == "sandbox":
-            changes["data_path"] = str(world / f"stage{config.stage}.jsonl")
+            changes["data_path"] = str(world / f"stage{max(config.stage, 1)}.jsonl")
             changes["image_folder"] = str(world)
     # --resume auto may find nothing to resume, and must not then start from an untrained add-on
     if config.stage == 2 and config.addon is None and find_resume(config) is None and not is_finished(config.stage_dir):

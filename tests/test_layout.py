@@ -20,8 +20,9 @@ ALLOWED = {
     "safety": {"taxonomy", "files", "models", "data"},
     "evaluation": {"taxonomy", "files", "models", "data", "safety"},
     "sandbox": {"taxonomy", "files", "data", "safety"},
+    "attacks": {"taxonomy", "files", "models", "data", "safety", "evaluation"},
     "train": {"files", "models", "safety", "sandbox", "training"},
-    "cli": {"files", "data", "evaluation", "safety", "sandbox", "train", "training"},
+    "cli": {"files", "attacks", "data", "evaluation", "safety", "sandbox", "train", "training"},
 }
 
 

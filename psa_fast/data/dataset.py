@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from psa_fast.data.augment import AUGMENTATIONS, Augmentation, augment
 from psa_fast.data.chat import Encoded, encode
 from psa_fast.data.images import ImageError, load_image, resolve
 from psa_fast.data.records import Record
@@ -34,6 +36,7 @@ class PsaDataset(torch.utils.data.Dataset):
         max_length: longest row in tokens, images included.
         features_of: image paths of a record -> their vision features [n, S, Dv], n may be 0. The images are then not
             read; all images must have the same number of tokens.
+        augmentation: random changes of the images, drawn anew in each epoch (augment.py).
     """
 
     def __init__(
@@ -46,7 +49,12 @@ class PsaDataset(torch.utils.data.Dataset):
         seed: int = 0,
         max_length: int | None = None,
         features_of: FeaturesOf | None = None,
+        augmentation: Augmentation = "none",
     ) -> None:
+        if augmentation not in AUGMENTATIONS:
+            raise ValueError(f"augmentation is {augmentation!r}; expected one of {', '.join(AUGMENTATIONS)}")
+        if features_of is not None and augmentation != "none":
+            raise ValueError("features that are already computed are those of unchanged images: no augmentation")
         if not 0.0 <= hint_rate <= 1.0:
             raise ValueError(f"hint_rate is {hint_rate}; expected a share between 0 and 1")
         if hint_rate and hint_for is None:
@@ -61,6 +69,7 @@ class PsaDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.max_length = max_length
         self.features_of = features_of
+        self.augmentation: Augmentation = augmentation
         #: (index, with a hint?) -> tokens, as far as they have been counted
         self.lengths: dict[tuple[int, bool], int] = {}
 
@@ -83,6 +92,10 @@ class PsaDataset(torch.utils.data.Dataset):
             images = [load_image(resolve(self.image_folder or "", name)) for name in record.images]
         except ImageError as error:
             raise ImageError(f"{record.where}: {error}") from error
+        if self.augmentation != "none":
+            # the seed's sign is its own entry: a generator takes no negative number
+            rng = np.random.default_rng([abs(self.seed), self.seed < 0, epoch, index])
+            images = [augment(image, self.augmentation, rng) for image in images]
         return encode(record, self.processor, images=images, hint=hint, max_length=self.max_length)
 
     def length(self, index: int, epoch: int = 0) -> int:

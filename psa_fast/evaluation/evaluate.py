@@ -85,7 +85,7 @@ def run_stage(
         for start in range(0, len(records), batch_size):
             chunk = records[start : start + batch_size]
             images = pool.map(lambda record: _pictures(record, image_folder), chunk)
-            batch = _run_batch(guard, chunk, list(images), max_new_tokens, refusal_list, refusal_mode)
+            batch = answer_records(guard, chunk, list(images), max_new_tokens, refusal_list, refusal_mode)
             keep(batch)
             results += batch
     return results
@@ -98,12 +98,23 @@ def _pictures(record: Record, image_folder: str | Path) -> tuple[Any, ...]:
         raise ValueError(f"{record.where}: {error}") from error
 
 
-def _run_batch(
-    guard: Guard, records: Sequence[Record], images: list[Any], max_new_tokens: int, words: RefusalList, mode: Mode
+def answer_records(
+    guard: Guard,
+    records: Sequence[Record],
+    pictures: Sequence[tuple[Any, ...]],
+    max_new_tokens: int,
+    words: RefusalList,
+    mode: Mode = "contains",
+    keep_blocked: bool = False,
 ) -> list[Result]:
+    """Answer one batch of records about given pictures, with and without the guard.
+
+    Raises ValueError, with file and line, for a record that cannot be asked; `keep_blocked` keeps it, with the code
+    "not_checked".
+    """
     from psa_fast.safety.guard import Request
 
-    requests = [Request(record.turns[:-1], row) for record, row in zip(records, images, strict=True)]
+    requests = [Request(record.turns[:-1], row) for record, row in zip(records, pictures, strict=True)]
     size = len(requests)
     if guard.has_head:
         pairs = guard.answer_both(requests, max_new_tokens, size)
@@ -113,7 +124,7 @@ def _run_batch(
     results = []
     for record, (guarded, unguarded) in zip(records, pairs, strict=True):
         verdict = guarded.verdict
-        if verdict.error is not None:
+        if verdict.error is not None and not keep_blocked:
             raise ValueError(f"{record.where}: {verdict.error}")
         results.append(
             Result(

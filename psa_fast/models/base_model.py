@@ -79,6 +79,32 @@ def read_base_config(name: str | Path, revision: str | None = None) -> Any:
     return config
 
 
+@contextmanager
+def _bit_under_zero3() -> Iterator[None]:
+    """Context in which BiT, the first part of a hybrid tower, can be built under DeepSpeed's `zero.Init`.
+
+    It makes a tensor of numbers with torch.Tensor(array) (transformers 5.20 to 5.24); `zero.Init` puts a constructor in
+    that one's place which takes any argument for a size.
+    """
+    from transformers.models.bit.modeling_bit import BitEncoder
+
+    build = BitEncoder.__init__
+
+    def built(self: Any, *args: Any, **kwargs: Any) -> None:
+        replaced = torch.Tensor.__new__
+        torch.Tensor.__new__ = getattr(torch.Tensor, "__old_new__", replaced)  # type: ignore[method-assign]
+        try:
+            build(self, *args, **kwargs)
+        finally:
+            torch.Tensor.__new__ = replaced  # type: ignore[method-assign]
+
+    BitEncoder.__init__ = built  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        BitEncoder.__init__ = build  # type: ignore[method-assign]
+
+
 def load_base(
     name: str | Path,
     dtype: torch.dtype | None,
@@ -110,7 +136,7 @@ def load_base(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # tables of what is missing, which is said below, or left out on purpose
     try:
-        with reading_base(name):
+        with reading_base(name), _bit_under_zero3():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 str(name),
                 dtype="auto" if dtype is None else dtype,
@@ -125,7 +151,8 @@ def load_base(
         raise ValueError(f"{name}: the base lacks weights: {', '.join(missing[:3])}{more}")
     vlm.config._commit_hash = commit  # not saved with it
     if attention is not None:
-        vlm.set_attn_implementation({"text_config": attention})
+        # of the language model alone: asked of the whole, transformers refuses a tower that has another choice
+        get_family(vlm).module(vlm, "language").set_attn_implementation(attention)  # type: ignore[operator]
     return vlm
 
 

@@ -87,9 +87,22 @@ class ConceptBottleneck(nn.Module):
             pooled [B, E], or [B, Q, E], or [B, Q + 1, E] with windows.
         """
         b, s1, width = vision_features.shape
-        dtype = self.heads.weight.dtype
-        grids = vision_features.to(dtype).reshape(b * s1 // self.image_tokens, self.image_tokens, width)
-        features = self.projector(grids).reshape(b, s1, -1)
+        features = self.project(vision_features.reshape(-1, self.image_tokens, width)).reshape(b, s1, -1)
+        return self.pool(features, query_embeds, features_mask, windows)
+
+    def project(self, vision_features: Tensor) -> Tensor:
+        """h_o [N, S, Dv] of images -> their features [N, S, E]; an image that is read several times needs it once."""
+        return self.projector(vision_features.to(self.heads.weight.dtype))
+
+    def pool(
+        self,
+        features: Tensor,
+        query_embeds: Tensor,
+        features_mask: Tensor | None = None,
+        windows: Tensor | None = None,
+    ) -> Tensor:
+        """As `forward`, from projected features [B, S1, E]."""
+        b, dtype = features.shape[0], self.heads.weight.dtype
         query = query_embeds.to(dtype)
         query = query.unsqueeze(1) if query.dim() == 2 else query
         tokens = self.head_tokens(1)[0]

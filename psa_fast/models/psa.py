@@ -252,11 +252,13 @@ class PsaVLM(nn.Module):
         input_ids: Tensor,
         query_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        projected: Tensor | None = None,
     ) -> Tensor:
         """Logits from features already computed, differentiable.
 
         Args:
-            features: of all rows' images in order; None where no row has one.
+            features: of all rows' images in order; None where no row has one, or where `projected` is given.
+            projected: in place of features: what `bottleneck.project` made of them, [N, S, E].
             image_counts: int [B]; a row without an image (0) is read from the head tokens alone.
             input_ids: int64 [B, T], of which only text is read: placeholders need not fit the images.
             query_mask: bool [B, T], or [B, Q, T] for Q queries from one launch. A mask without any True is the learned
@@ -269,19 +271,19 @@ class PsaVLM(nn.Module):
         Raises ValueError for another number of images, and for a row with neither images nor head tokens.
         """
         counts = _as_list(image_counts)
-        if (0 if features is None else features.vision.shape[0]) != sum(counts):
+        given = projected if features is None else features.vision
+        if (0 if given is None else given.shape[0]) != sum(counts):
             raise ValueError(f"image_counts names {sum(counts)} images, features hold another number")
         if 0 in counts and self.config.num_head_tokens == 0:
             raise ValueError("a row has no image, and the add-on no head tokens: there is nothing to read")
-        if features is None:
+        if projected is None:
             shape = 1, self.config.image_tokens, self.config.vision_hidden_size
-            images = torch.zeros(shape, device=input_ids.device, dtype=self.bottleneck.heads.weight.dtype)
-        else:
-            images = features.vision
+            blank = torch.zeros(shape, device=input_ids.device, dtype=self.bottleneck.heads.weight.dtype)
+            projected = self.bottleneck.project(blank if features is None else features.vision)
         embeds = self.family.embed(self.vlm, input_ids)
         query = self._queries(embeds, self._query_text(input_ids, attention_mask, None, query_mask))
-        vision, mask = _by_row(images, counts)
-        logits = self.bottleneck.heads(self.bottleneck(vision, query, mask))
+        rows, mask = _by_row(projected, counts)
+        logits = self.bottleneck.heads(self.bottleneck.pool(rows, query, mask))
         assert isinstance(logits, Tensor)
         return logits
 

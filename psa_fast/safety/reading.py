@@ -143,6 +143,8 @@ def read_logits(
     """
     found = []
     start = 0
+    # each picture once, in however many rows it is read
+    projected = None if features is None else model.bottleneck.project(features.vision)
     while start < len(questions):
         end, most = start, 0
         while end < len(questions):
@@ -150,7 +152,7 @@ def read_logits(
             if end > start and widest * (end + 1 - start) > QUERIES_PER_LAUNCH:
                 break
             end, most = end + 1, widest
-        found += _launch(model, questions[start:end], features, pad)
+        found += _launch(model, questions[start:end], projected, pad)
         start = end
     return torch.cat(found) if found else torch.zeros(0, len(RISK_TYPES) + len(RISK_LEVELS))
 
@@ -158,7 +160,7 @@ def read_logits(
 def _launch(
     model: PsaVLM,
     questions: Sequence[Question],
-    features: Any,
+    projected: torch.Tensor | None,
     pad: Callable[[Sequence[Sequence[int]], int], torch.Tensor],
 ) -> list[torch.Tensor]:
     """Per question its logits [1 + parts, 7 + 4], from one launch."""
@@ -166,10 +168,10 @@ def _launch(
     mask = pad([question.prompt.query_mask for question in questions], 0).bool()
     counts = torch.tensor([len(question.images) for question in questions], device=ids.device)
     images = [image for question in questions for image in question.images]
-    chosen = take(features, images) if images else None
+    chosen = projected[images] if images and projected is not None else None
     most = max(len(question.parts) for question in questions)
     if not most:
-        return list(model.concept_logits(chosen, counts, ids, mask).split(1))
+        return list(model.concept_logits(None, counts, ids, mask, projected=chosen).split(1))
     places = [
         (row, number, position)
         for row, question in enumerate(questions)
@@ -181,7 +183,7 @@ def _launch(
         masks[tuple(torch.tensor(places).unbind(1))] = True
     masks = masks.to(ids.device)
     masks[:, 0] = mask
-    logits = model.concept_logits(chosen, counts, ids, masks)
+    logits = model.concept_logits(None, counts, ids, masks, projected=chosen)
     return [row[: 1 + len(question.parts)] for question, row in zip(questions, logits, strict=True)]
 
 

@@ -1,15 +1,15 @@
-"""Trains the sandbox's base VLM: a stock LLaVA of about 1.5M parameters that is aligned in text and naive in vision.
+"""Trains the sandbox's base VLM: a stock LLaVA of about 1.4M parameters that is aligned in text and naive in vision.
 
 It refuses what the *text* or a safety hint tells it to refuse, and answers questions about any picture, risky or not:
 the gap that PSA-VLM closes. Part a teaches the vision tower (and the projector) *content* by dense supervision: every
-patch names what is in its cell, scored against the LLM's own word table. That stands in for web-scale pre-training
-and never holds a risk label. Part b freezes the tower, caches its features and trains projector and LLM on questions.
+patch names what it shows, scored against the LLM's own word table. That stands in for web-scale pre-training and never
+holds a risk label. Part b freezes the tower, caches its features and trains projector and LLM on questions.
 No (scene, risk pictogram) composition of the dev or test split is ever shown.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from psa_fast.sandbox.content import draw_scenes, scene_pictures, to_pixels
 from psa_fast.sandbox.language import HintFor, all_texts
-from psa_fast.sandbox.lessons import Lessons, pack_turns
+from psa_fast.sandbox.lessons import START, Lessons, pack_turns
 from psa_fast.sandbox.optimise import Steps
-from psa_fast.sandbox.processor import PATCH, build_processor
-from psa_fast.sandbox.tower import SIDE, draw_scenes, patch_features, to_pixels, train_tower
-from psa_fast.sandbox.world import IMAGE_SIZE
+from psa_fast.sandbox.processor import MAX_LENGTH, build_processor
+from psa_fast.sandbox.tower import SIDE, TowerRecipe, patch_features, tower_config, train_tower
+from psa_fast.sandbox.world import Scene
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -33,24 +34,23 @@ class BaseRecipe:
     """The numbers of a base training. Steps and batches are sized for under five minutes on two CPU cores."""
 
     hidden_size: int = 128
-    vision_layers: int = 4
     language_layers: int = 3
     heads: int = 4
-    tower_steps: int = 280
-    tower_batch: int = 64
-    tower_lr: float = 2.5e-3
+    tower: TowerRecipe = field(default_factory=TowerRecipe)
     pictures: int = 6000
-    language_steps: int = 500
+    language_steps: int = 600
     language_batch: int = 32
     turns: int = 6
     language_lr: float = 2e-3
     warmup: int = 50
     foreign_tokens: int = 12
+    # share of steps whose rows show two or three pictures
+    several: float = 0.1
 
 
 def build_base(processor: LlavaProcessor, recipe: BaseRecipe) -> LlavaForConditionalGeneration:
     """An untrained stock LLaVA that fits the sandbox's processor."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = processor.tokenizer
     special = {
@@ -58,22 +58,13 @@ def build_base(processor: LlavaProcessor, recipe: BaseRecipe) -> LlavaForConditi
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    vision = CLIPVisionConfig(
-        hidden_size=recipe.hidden_size,
-        intermediate_size=2 * recipe.hidden_size,
-        num_hidden_layers=recipe.vision_layers,
-        num_attention_heads=recipe.heads,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH,
-        projection_dim=recipe.hidden_size,
-    )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
         intermediate_size=3 * recipe.hidden_size,
         num_hidden_layers=recipe.language_layers,
         num_attention_heads=recipe.heads,
-        max_position_embeddings=1024,
+        max_position_embeddings=MAX_LENGTH,
         # slow rotations: matching a word with the patches that mean it must not depend on their distance
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         # near 1 / sqrt(hidden size), where so narrow a model learns to look up within 100 steps (0.02: not in 400)
@@ -82,10 +73,10 @@ def build_base(processor: LlavaProcessor, recipe: BaseRecipe) -> LlavaForConditi
         **special,
     )
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=tower_config(recipe.hidden_size, recipe.tower.layers, recipe.heads),
         text_config=text,
         image_token_index=processor.image_token_id,
-        vision_feature_layer=-2,
+        vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=SIDE * SIDE,
         tie_word_embeddings=True,
@@ -128,19 +119,10 @@ def train_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vlm = build_base(processor, recipe)
-    vlm.train()
-    content_loss = train_tower(
-        vlm,
-        processor,
-        np.random.default_rng([seed, 1]),
-        recipe.tower_steps,
-        recipe.tower_batch,
-        recipe.tower_lr,
-        recipe.warmup,
-        progress,
-    )
-    _level_norms(vlm)
-    answer_loss = _train_language(vlm, processor, recipe, hint_for, np.random.default_rng([seed, 2]), progress)
+        vlm.train()
+        content_loss = train_tower(vlm, processor, np.random.default_rng([seed, 1]), recipe.tower, progress)
+        _level_norms(vlm)
+        answer_loss = _train_language(vlm, processor, recipe, hint_for, np.random.default_rng([seed, 2]), progress)
     vlm.eval().save_pretrained(out)
     processor.save_pretrained(out)
     return {"content_loss": content_loss, "answer_loss": answer_loss}
@@ -155,7 +137,7 @@ def _level_norms(vlm: LlavaForConditionalGeneration) -> None:
     table = vlm.model.language_model.embed_tokens.weight
     table.div_(table.norm(dim=1, keepdim=True).clamp(min=1e-3))
     projector = vlm.model.multi_modal_projector
-    patches = projector(patch_features(vlm, to_pixels(draw_scenes(np.random.default_rng(0), 100))))
+    patches = projector(_features(vlm, draw_scenes(np.random.default_rng(0), 100)))
     projector.linear_2.weight.div_(patches.norm(dim=-1).mean())
     projector.linear_2.bias.div_(patches.norm(dim=-1).mean())
 
@@ -169,22 +151,24 @@ def _train_language(
     progress: bool,
 ) -> float:
     scenes = draw_scenes(rng, recipe.pictures)
-    with torch.no_grad():
-        cached = torch.cat([patch_features(vlm, to_pixels(scenes[i : i + 100])) for i in range(0, len(scenes), 100)])
+    cached = _features(vlm, scenes)
     lessons = Lessons(processor.tokenizer, hint_for, rng)
-    prefix = lessons.ids("<s> USER:")
+    prefix = lessons.ids(START)
     embed = vlm.get_input_embeddings()
     trained = [*vlm.model.multi_modal_projector.parameters(), *vlm.model.language_model.parameters()]
     steps = Steps("base, part b (answers)", trained, recipe.language_lr, recipe.language_steps, recipe.warmup, progress)
     for _ in steps:
-        chosen = rng.integers(len(scenes), size=recipe.language_batch)
-        turns = [lessons.draw(scenes[i], recipe.turns) for i in chosen]
-        foreign = _foreign_tokens(rng, len(turns), int(rng.integers(recipe.foreign_tokens + 1)), recipe.hidden_size)
-        width = len(prefix) + foreign.shape[1] + SIDE * SIDE
+        several = int(rng.integers(2, 4)) if rng.random() < recipe.several else 1
+        rows = max(1, recipe.language_batch // several)
+        chosen = rng.integers(len(scenes), size=(rows, several))
+        turns = [lessons.draw([scenes[i] for i in row], recipe.turns) for row in chosen]
+        foreign = _foreign_tokens(rng, rows * several, int(rng.integers(recipe.foreign_tokens + 1)), recipe.hidden_size)
+        pictures = torch.cat([foreign, vlm.model.multi_modal_projector(cached[chosen.flatten()])], dim=1)
+        pictures = pictures.reshape(rows, -1, recipe.hidden_size)
+        width = len(prefix) + pictures.shape[1]
         pack = pack_turns(turns, width)
-        patches = vlm.model.multi_modal_projector(cached[chosen])
-        start = embed(torch.tensor(prefix)).expand(len(turns), -1, -1)
-        embeds = torch.cat([start, foreign, patches, embed(pack.ids)], dim=1)
+        start = embed(torch.tensor(prefix)).expand(rows, -1, -1)
+        embeds = torch.cat([start, pictures, embed(pack.ids)], dim=1)
         hidden = vlm.model.language_model(
             inputs_embeds=embeds, attention_mask=pack.mask, position_ids=pack.positions, use_cache=False
         ).last_hidden_state
@@ -192,6 +176,13 @@ def _train_language(
         losses = F.cross_entropy(vlm.lm_head(rows), pack.targets, reduction="none")
         steps.step((losses * pack.weights).sum() / pack.weights.sum())
     return steps.smoothed
+
+
+@torch.no_grad()
+def _features(vlm: LlavaForConditionalGeneration, scenes: list[Scene]) -> torch.Tensor:
+    """The tower's features of scenes, [N, 36, hidden]."""
+    parts = [scene_pictures(scenes[i : i + 100]).pixels for i in range(0, len(scenes), 100)]
+    return torch.cat([patch_features(vlm, to_pixels(part)) for part in parts])
 
 
 def _foreign_tokens(rng: np.random.Generator, rows: int, count: int, width: int) -> torch.Tensor:

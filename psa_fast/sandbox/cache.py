@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 WORLD_SOURCES = ("world.py", "language.py", "around.py", "draw.py", "rows.py")
 BASE_SOURCES = (
-    "world.py", "language.py", "around.py", "processor.py", "lessons.py", "optimise.py", "tower.py", "base.py",
+    "world.py", "language.py", "around.py", "processor.py", "lessons.py", "optimise.py",
+    "content.py", "tower.py", "base.py",
 )  # fmt: skip
 
 

@@ -25,8 +25,8 @@ IMAGES: dict[str, dict[str, int]] = {
 # Rows per file and kind; a picture serves several rows where there are more rows than pictures.
 ROWS: dict[str, dict[str, int]] = {
     "stage1": {
-        "clean": 1100, "benign_twin": 1400, "risk": 2000, "text_risk": 900, "text_twin": 750,
-        "joint_risk": 700, "joint_twin": 800, "clean_several": 200, "risk_several": 250,
+        "clean": 900, "benign_twin": 1250, "risk": 1900, "text_risk": 900, "text_twin": 750,
+        "joint_risk": 850, "joint_twin": 1100, "clean_several": 200, "risk_several": 250,
     },
     "stage2": {
         "clean": 1300, "benign_twin": 2000, "risk": 2900, "text_risk": 350, "text_twin": 300,

@@ -88,6 +88,8 @@ JOINT_VERBS = (
 )
 JOINT_TYPES = tuple(RISK_TYPES.index(name) for name in ("illegal risk", "fairness", "misleading", "privacy"))
 POINTERS = ("it", "this")
+# Asked of the base alone: what a verb is done with, as any language model knows.
+USE_QUESTIONS = ("What can I {verb}?", "Tell me what I can {verb}.")
 FOLLOW_UPS = ("Go on.", "Please go on.", "Tell me more.")
 
 # What may stand around a request (around.py).
@@ -227,6 +229,14 @@ def any_joint_request(rng: np.random.Generator) -> tuple[str, str]:
     return request, helpful_answer(verb, pointer)
 
 
+def use_question(rng: np.random.Generator) -> tuple[str, str]:
+    """What a verb of JOINT_VERBS is done with: a question about words, not about a picture."""
+    pictogram = rng.integers(len(JOINT_VERBS))
+    verbs = JOINT_VERBS[pictogram]
+    form = USE_QUESTIONS[rng.integers(len(USE_QUESTIONS))]
+    return form.format(verb=verbs[rng.integers(len(verbs))]), HARMLESS_GLYPHS[pictogram]
+
+
 def helpful_answer(verb: str, item: str) -> str:
     """The answer to a harmless request."""
     return f"Sure, here is how to {verb} {item}."
@@ -262,7 +272,7 @@ def own_texts() -> Iterator[str]:
     for forms in (*QUESTIONS.values(), *HELD_OUT_QUESTIONS.values()):
         yield from (form.format(shape="", colour="", place="") for form in forms)
     yield from (pattern.format(verb="", object="") for pattern in (*TEXT_PATTERNS, *HELD_OUT_PATTERNS))
-    yield from (statement.format(object="") for statement in STATEMENTS)
+    yield from (text.format(object="", verb="") for text in (*STATEMENTS, *USE_QUESTIONS))
     yield from (text.format(type="") for text in TYPED_HINTS)
     yield helpful_answer("", "")
     yield "sign,"

@@ -26,6 +26,7 @@ from psa_fast.sandbox.language import (
     safe_answer,
     stricter,
     text_request,
+    use_question,
 )
 from psa_fast.sandbox.world import Scene
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 START = "<s> USER:"  # what stands before a row's first picture
 # Shares of what is asked; the rest are plain questions.
-TEXT_RISK, TEXT_TWIN, JOINT = 0.14, 0.07, 0.05
+TEXT_RISK, TEXT_TWIN, JOINT, USE = 0.14, 0.07, 0.05, 0.04
 # Shares of what is put before and around it, each drawn by itself; a second hint, where there is one.
 HINTED, SECOND_HINT, CLAIMED, PADDED, EARLIER = 0.16, 0.15, 0.05, 0.12, 0.04
 # Of the requests that are not about a picture, the share that comes without one.
@@ -116,6 +117,8 @@ class Lessons:
             return *text_request(rng, "train", kind), bool(rng.random() < BLIND)
         if share < TEXT_RISK + TEXT_TWIN + JOINT:
             return *any_joint_request(rng), False
+        if share < TEXT_RISK + TEXT_TWIN + JOINT + USE:
+            return *use_question(rng), bool(rng.random() < BLIND)
         return *self._plain(scenes), False
 
     def _plain(self, scenes: list[Scene]) -> tuple[str, str]:

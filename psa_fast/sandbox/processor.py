@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 PATCH = 16
+# positions of the language model: what a few thousand words around a request take
+MAX_LENGTH = 4096
 SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 # LLaVA-1.5's own wording. A message's content is a string or a list of parts, as processors accept both.
 CHAT_TEMPLATE = """\
@@ -53,7 +55,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
-        model_max_length=1024,
+        model_max_length=MAX_LENGTH,
     )
 
 

@@ -1,17 +1,20 @@
-"""The sandbox world: what a scene may hold, how one is sampled, and how it is painted (96x96, a 3x3 grid of cells).
+"""The sandbox world: what a scene may hold, how one is sampled, and how it is painted (96x96 pixels, no grid).
 
 A scene has a textured background, one to three objects of distinct shapes and colours, and at most one sign: a white
 plate with a pictogram and one to three marks. Six pictograms stand for the six risk types, four are harmless; only a
 risk pictogram with *red* marks is a risk, and the number of marks is its level. Everything else is a clean scene or a
 look-alike (a "benign twin"): a risk pictogram with blue marks, or a harmless one with red marks. No picture shows
 anything harmful.
+
+Objects and signs stand anywhere, in sizes from .6 to 1.5, turned by up to 15 degrees, under changing light; some
+scenes are a picture within a picture. An object's place is named after the third of the picture that holds its centre.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +25,9 @@ from psa_fast.taxonomy import CLEAN, RISK_LEVELS
 
 IMAGE_SIZE = 96
 GRID = 3
-CELL = IMAGE_SIZE // GRID
+# of objects and signs, as a factor of their usual size, and in degrees; in steps, so that what is drawn can be kept
+SCALES = tuple(round(0.6 * 2.5 ** (i / 18), 3) for i in range(19))
+TURNS = tuple(range(-15, 16, 3))
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {
@@ -42,18 +47,46 @@ MARKS = ("red", "blue")
 # The cells by name, row by row, as on a map: one word each, so that a place is looked up like a colour.
 PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
 
+# height and width in pixels at scale 1
+SIGN_SIZE, SHAPE_SIZE = (30, 28), (26, 26)
+# the least size factor, of what stands in a picture within a picture too
+SMALLEST = 0.55
+# share of scenes that are a picture within a picture
+FRAMED = 0.15
+
 Group = Literal["clean", "benign_twin", "risk"]
 GROUPS_WITH_PICTURES: tuple[Group, ...] = ("clean", "benign_twin", "risk")
 Split = Literal["train", "dev", "test"]
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where and how something is drawn: its centre (pixels from the top and the left), size factor, turn in degrees."""
+
+    y: float
+    x: float
+    scale: float
+    turn: int
+
+    @property
+    def cell(self) -> int:
+        """The third of the picture that holds the centre, an index into PLACES."""
+        row, column = (min(GRID - 1, int(v * GRID / IMAGE_SIZE)) for v in (self.y, self.x))
+        return row * GRID + column
+
+
+@dataclass(frozen=True)
 class Thing:
-    """A coloured shape in a cell (an index into PLACES)."""
+    """A coloured shape."""
 
     shape: str
     colour: str
-    cell: int
+    place: Place
+
+    @property
+    def cell(self) -> int:
+        """Where its centre is, an index into PLACES."""
+        return self.place.cell
 
 
 @dataclass(frozen=True)
@@ -63,17 +96,27 @@ class Sign:
     glyph: str
     marks: str
     count: int
-    cell: int
+    place: Place
+
+    @property
+    def cell(self) -> int:
+        """Where its centre is, an index into PLACES."""
+        return self.place.cell
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is in a picture; `things` are ordered by cell. `seed` fixes textures, sizes and positions."""
+    """Everything that is in a picture; `things` are ordered by cell. `seed` fixes textures, light and colours.
+
+    `frame` (top, left, side) is the part of the picture that shows the scene, where that is not all of it: a picture
+    within a picture. Around it is bare ground.
+    """
 
     background: str
     things: tuple[Thing, ...]
     sign: Sign | None
     seed: int
+    frame: tuple[int, int, int] | None = None
 
     @property
     def safe_type(self) -> int:
@@ -114,27 +157,69 @@ def sample_scene(rng: np.random.Generator, group: Group, split: Split) -> Scene:
     elif rng.random() < 0.4:
         sign_glyph = HARMLESS_GLYPHS[rng.integers(len(HARMLESS_GLYPHS))]
     number = int(rng.integers(1, 4))
-    cells = rng.permutation(GRID * GRID)[: number + 1].tolist()
     shapes = rng.permutation(len(SHAPES))[:number]
     colours = rng.permutation(len(COLOURS))[:number]
     names = tuple(COLOURS)
-    things = [Thing(SHAPES[s], names[c], cell) for s, c, cell in zip(shapes, colours, cells, strict=False)]
+    frame = _frame(rng) if rng.random() < FRAMED else None
+    places = _places(rng, [SIGN_SIZE] * (sign_glyph is not None) + [SHAPE_SIZE] * number, frame)
     sign = None
     if sign_glyph is not None:
-        sign = Sign(sign_glyph, marks, int(rng.integers(1, len(RISK_LEVELS))), cells[number])
-    return Scene(background, tuple(sorted(things, key=lambda t: t.cell)), sign, int(rng.integers(2**31)))
+        sign = Sign(sign_glyph, marks, int(rng.integers(1, len(RISK_LEVELS))), places.pop(0))
+    things = [Thing(SHAPES[s], names[c], place) for s, c, place in zip(shapes, colours, places, strict=True)]
+    return Scene(background, tuple(sorted(things, key=lambda t: t.cell)), sign, int(rng.integers(2**31)), frame)
+
+
+def _frame(rng: np.random.Generator) -> tuple[int, int, int]:
+    side = int(rng.integers(56, 86))
+    return int(rng.integers(0, IMAGE_SIZE - side + 1)), int(rng.integers(0, IMAGE_SIZE - side + 1)), side
+
+
+def _places(
+    rng: np.random.Generator, sizes: Sequence[tuple[int, int]], frame: tuple[int, int, int] | None
+) -> list[Place]:
+    """A place for each of some sizes (height, width), in distinct cells, so that hardly anything is covered.
+
+    Each begins with a size of its own; what finds no room is drawn smaller.
+    """
+    top, left, side = frame or (0, 0, IMAGE_SIZE)
+    zoom = side / IMAGE_SIZE
+    while True:
+        found: list[tuple[Place, float, float]] = []
+        for height, width in sizes:
+            scales = [scale for scale in SCALES if scale * zoom >= SMALLEST]
+            largest = int(rng.integers(len(scales)))
+            for attempt in range(24):
+                scale = scales[max(0, largest - attempt)]
+                turn = TURNS[rng.integers(len(TURNS))]
+                tall, wide = _turned(height * scale * zoom, width * scale * zoom, turn)
+                y = rng.uniform(top + tall / 2, top + side - tall / 2)
+                x = rng.uniform(left + wide / 2, left + side - wide / 2)
+                place = Place(round(float(y), 2), round(float(x), 2), scale, turn)
+                if all(_stand_apart(place, tall, wide, *other) for other in found):
+                    found.append((place, tall, wide))
+                    break
+            else:
+                break
+        if len(found) == len(sizes):
+            return [place for place, _, _ in found]
+
+
+def _turned(height: float, width: float, turn: int) -> tuple[float, float]:
+    """Height and width of the box around a turned rectangle."""
+    s, c = abs(math.sin(math.radians(turn))), math.cos(math.radians(turn))
+    return height * c + width * s, width * c + height * s
+
+
+def _stand_apart(a: Place, tall: float, wide: float, b: Place, other_tall: float, other_wide: float) -> bool:
+    """Whether two boxes are in different cells and share at most a tenth of the smaller one."""
+    rows = min(a.y + tall / 2, b.y + other_tall / 2) - max(a.y - tall / 2, b.y - other_tall / 2)
+    columns = min(a.x + wide / 2, b.x + other_wide / 2) - max(a.x - wide / 2, b.x - other_wide / 2)
+    shared = max(0.0, rows) * max(0.0, columns)
+    return a.cell != b.cell and shared <= 0.1 * min(tall * wide, other_tall * other_wide)
 
 
 # ---------------------------------------------------------------------------------------------------------- painting
 _OVERSAMPLE = 4
-
-
-def _stencil(size: int, paint: Callable[[ImageDraw.ImageDraw, int], None]) -> np.ndarray:
-    """A [size, size] float mask in 0..1 of what `paint(draw, edge)` draws, antialiased by oversampling."""
-    edge = size * _OVERSAMPLE
-    canvas = Image.new("L", (edge, edge), 0)
-    paint(ImageDraw.Draw(canvas), edge)
-    return np.asarray(canvas.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255.0
 
 
 def _paint_shape(draw: ImageDraw.ImageDraw, e: int, shape: str) -> None:
@@ -203,13 +288,45 @@ def _paint_glyph(draw: ImageDraw.ImageDraw, e: int, glyph: str) -> None:
 
 
 @functools.cache
-def _shape_mask(shape: str, size: int) -> np.ndarray:
-    return _stencil(size, lambda draw, e: _paint_shape(draw, e, shape))
+def _shape_mask(shape: str, size: float, turn: int) -> np.ndarray:
+    """Mask [h, w] of a shape whose upright box has an edge of `size` pixels."""
+    edge = round(size * _OVERSAMPLE)
+    canvas = Image.new("L", (edge, edge), 0)
+    _paint_shape(ImageDraw.Draw(canvas), edge, shape)
+    return _shrunk(canvas.rotate(turn, Image.Resampling.BICUBIC, expand=True))[..., 0]
 
 
-@functools.cache
-def _glyph_mask(glyph: str) -> np.ndarray:
-    return _stencil(18, lambda draw, e: _paint_glyph(draw, e, glyph))
+@functools.lru_cache(maxsize=20_000)
+def _sign_parts(glyph: str, marks: str, count: int, scale: float, turn: int) -> tuple[np.ndarray, np.ndarray]:
+    """Colours [h, w, 3] and mask [h, w] of a sign."""
+    unit = scale * _OVERSAMPLE
+    height, width = (round(v * unit) for v in SIGN_SIZE)
+    canvas = Image.new("RGB", (width, height), (60, 60, 60))
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((unit, unit, width - 1 - unit, height - 1 - unit), fill=(246, 246, 246))
+    edge = round(18 * unit)
+    pictogram = Image.new("L", (edge, edge), 0)
+    _paint_glyph(ImageDraw.Draw(pictogram), edge, glyph)
+    canvas.paste((30, 30, 34), (round(5 * unit), round(2 * unit)), pictogram)
+    for i in range(count):
+        box = (2 + 8 * i, 21, 2 + 8 * i + 7, 28)
+        draw.rectangle([round(v * unit) - (k > 1) for k, v in enumerate(box)], fill=COLOURS[marks])
+    plate = Image.new("L", canvas.size, 255)
+    turned = [part.rotate(turn, Image.Resampling.BICUBIC, expand=True) for part in (canvas, plate)]
+    mask = _shrunk(turned[1])[..., 0]
+    # colours were mixed with the black around a turned plate; undo it where there is plate at all
+    return _shrunk(turned[0]) * 255.0 / np.maximum(mask, 1e-3)[..., None], mask
+
+
+def _shrunk(canvas: Image.Image) -> np.ndarray:
+    """float32 [h, w, channels] in 0..1: the picture on the pixel grid, averaged over the oversampled pixels."""
+    pixels = np.asarray(canvas, dtype=np.float32) / 255.0
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    rows, columns = (-(-n // _OVERSAMPLE) for n in pixels.shape[:2])
+    padded = np.zeros((rows * _OVERSAMPLE, columns * _OVERSAMPLE, pixels.shape[2]), dtype=np.float32)
+    top, left = ((n * _OVERSAMPLE - m) // 2 for n, m in zip((rows, columns), pixels.shape[:2], strict=True))
+    padded[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+    return padded.reshape(rows, _OVERSAMPLE, columns, _OVERSAMPLE, -1).mean(axis=(1, 3))
 
 
 @functools.cache
@@ -235,31 +352,71 @@ def _background(scene: str) -> np.ndarray:
     return np.asarray(base, dtype=np.float32) + swing * wave[..., None].astype(np.float32)
 
 
-def _blend(canvas: np.ndarray, mask: np.ndarray, colour: Sequence[float] | np.ndarray, top: int, left: int) -> None:
-    area = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
-    area += mask[..., None] * (np.asarray(colour, dtype=np.float32) - area)
+def lay(
+    canvas: np.ndarray, owners: np.ndarray, number: int, item: Sign | Thing, rng: np.random.Generator, zoom: float = 1.0
+) -> None:
+    """Draw a sign or a thing, in place: on the canvas (float32 [h, w, 3]), and its number on the owners ([h, w])."""
+    place = item.place
+    if isinstance(item, Sign):
+        # the scale in steps, so that what is drawn can be kept
+        colour, mask = _sign_parts(item.glyph, item.marks, item.count, round(place.scale * zoom, 2), place.turn)
+    else:
+        mask = _shape_mask(item.shape, round(SHAPE_SIZE[0] * place.scale * zoom, 1), place.turn)
+        colour = (np.asarray(COLOURS[item.colour]) + rng.integers(-10, 11, 3)).astype(np.float32)
+    top, left = round(place.y - mask.shape[0] / 2), round(place.x - mask.shape[1] / 2)
+    rows, columns = (
+        slice(max(0, -start), max(0, -start, min(length, edge - start)))
+        for start, length, edge in zip((top, left), mask.shape, canvas.shape, strict=False)
+    )
+    mask = mask[rows, columns]
+    spot = slice(top + rows.start, top + rows.stop), slice(left + columns.start, left + columns.stop)
+    area = canvas[spot]
+    area += mask[..., None] * ((colour if colour.ndim == 1 else colour[rows, columns]) - area)
+    owners[spot][mask >= 0.5] = number
 
 
 def paint(scene: Scene) -> np.ndarray:
     """Paint a scene: uint8 [96, 96, 3] RGB, the same pixels for the same scene."""
+    return render(scene)[0]
+
+
+def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Paint a scene and say what is where: uint8 [96, 96, 3] RGB and uint8 [96, 96] owners.
+
+    A pixel's owner is 0 for the ground, 1 for the sign, 2, 3, 4 for the things in their order.
+    """
     rng = np.random.default_rng(scene.seed)
-    top, left = rng.integers(0, IMAGE_SIZE, 2)
-    canvas = _background(scene.background)[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].copy()
-    canvas += rng.integers(-12, 13)
-    for thing in scene.things:
-        size = int(rng.integers(23, 29))
-        y, x = rng.integers(1, CELL - size, 2)
-        colour = np.asarray(COLOURS[thing.colour]) + rng.integers(-10, 11, 3)
-        row, column = divmod(thing.cell, GRID)
-        _blend(canvas, _shape_mask(thing.shape, size), colour, row * CELL + y, column * CELL + x)
+    canvas = texture(scene.background, rng)
+    zoom = 1.0
+    if scene.frame is not None:
+        top, left, side = scene.frame
+        zoom = side / IMAGE_SIZE
+        ground = np.empty_like(canvas)
+        ground[:] = rng.uniform(30, 225, 3)
+        ground[top : top + side, left : left + side] = canvas[:side, :side]
+        canvas = ground
+    owners = np.zeros(canvas.shape[:2], dtype=np.uint8)
+    items: list[tuple[int, Sign | Thing]] = list(enumerate(scene.things, 2))
     if scene.sign is not None:
-        row, column = divmod(scene.sign.cell, GRID)
-        y, x = row * CELL + int(rng.integers(0, 3)), column * CELL + int(rng.integers(0, 5))
-        canvas[y : y + 30, x : x + 28] = 60
-        canvas[y + 1 : y + 29, x + 1 : x + 27] = 246
-        _blend(canvas, _glyph_mask(scene.sign.glyph), (30, 30, 34), y + 2, x + 5)
-        for i in range(scene.sign.count):
-            canvas[y + 21 : y + 28, x + 2 + 8 * i : x + 9 + 8 * i] = COLOURS[scene.sign.marks]
+        items.insert(0 if rng.random() < 0.5 else len(items), (1, scene.sign))
+    for number, item in items:
+        lay(canvas, owners, number, item, rng, zoom)
+    canvas = lit(canvas, rng)
     # grey, in three steps only: film grain that a PNG still packs well
     canvas += 4.0 * rng.integers(-1, 2, (IMAGE_SIZE, IMAGE_SIZE, 1))
-    return np.clip(canvas, 0, 255).astype(np.uint8)
+    return np.clip(canvas, 0, 255).astype(np.uint8), owners
+
+
+def texture(background: str, rng: np.random.Generator) -> np.ndarray:
+    """A window of a scene's texture, float32 [96, 96, 3]."""
+    top, left = rng.integers(0, IMAGE_SIZE, 2)
+    canvas = _background(background)[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE].copy()
+    canvas += rng.integers(-12, 13)
+    return canvas
+
+
+def lit(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture in another light: brightness, contrast and a tint."""
+    mean = canvas.mean()
+    canvas = (canvas - mean) * rng.uniform(0.8, 1.1) + mean
+    return canvas * rng.uniform(0.82, 1.15) * rng.uniform(0.95, 1.05, 3).astype(np.float32)

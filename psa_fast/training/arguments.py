@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from .options import GROUPS, OPTIONS, kind_of
 
 WIDTH = 120
-USAGE = "%(prog)s [--stage {1,2}] [--recipe NAME] [--OPTION VALUE ...]"
+USAGE = "%(prog)s [--stage {0,1,2}] [--recipe NAME] [--OPTION VALUE ...]"
 _EPILOG = """\
 A recipe's values take the place of the defaults above, the command line's those of the recipe. --OPTION alone,
 --OPTION True and --OPTION False set a switch; hyphens do for underscores.
@@ -87,7 +87,7 @@ def describe(name: str) -> str:
 
 def _metavar(name: str) -> str:
     if name == "stage":
-        return "{1,2}"
+        return "{0,1,2}"
     return {"int": "N", "float": "X", "bool": "BOOL", "str": "VALUE"}[kind_of(name)]
 
 

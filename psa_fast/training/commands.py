@@ -72,6 +72,8 @@ def read_options(args: argparse.Namespace) -> TrainConfig:
     if not hasattr(args, "recipe"):
         raise ValueError("--recipe is needed, such as llava-1.5-7b")
     given = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
+    if str(given.get("stage")) == "0":
+        raise ValueError("a plan is made for stages 1 and 2; stage 0 holds a vision tower twice and no language model")
     # no record is read, but train.py asks where they are
     config = resolve(given | {"data_path": "-", "image_folder": "-"})
     if config.model_name_or_path == "sandbox":

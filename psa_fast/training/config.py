@@ -14,7 +14,7 @@ from .options import OPTIONS, checked, from_text, from_yaml
 from .options import TrainConfig as TrainConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-SECTIONS = ("common", "stage1", "stage2")
+SECTIONS = ("common", "stage0", "stage1", "stage2")
 # a recipe is read for one run, so it cannot say which it is
 NOT_IN_RECIPES = ("stage", "recipe", "local_rank")
 
@@ -45,7 +45,8 @@ def read_recipe(name: str, stage: int) -> dict[str, Any]:
     unknown = [key for key in raw if key not in ("description", *SECTIONS)]
     if unknown:
         raise ValueError(
-            f"{path}: expected only description, common, stage1 and stage2 at the top level, not {shorten(unknown[0])}"
+            f"{path}: expected only description, {', '.join(SECTIONS[:-1])} and {SECTIONS[-1]} at the top level, "
+            f"not {shorten(unknown[0])}"
         )
     values: dict[str, Any] = {}
     for section in SECTIONS:
@@ -94,6 +95,7 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
     _check_inputs(config)
     _check_effects(config, typed)
     _check_losses(config)
+    _check_attacks(config, typed)
     if config.max_tokens_per_micro_batch is not None:
         _check_token_budget(config, config.max_tokens_per_micro_batch, typed)
     if {"num_train_epochs", "max_steps"} <= set(typed):
@@ -137,11 +139,18 @@ def _check_effects(config: TrainConfig, typed: Collection[str]) -> None:
     """Refuse typed options that the others leave without an effect."""
     for name in (name for name in OPTIONS if name in typed):
         facts = OPTIONS[name].metadata
-        if facts.get("stage", config.stage) != config.stage:
-            why = "; stage 1 keeps the whole VLM frozen" if config.stage == 1 else ""
-            raise ValueError(f"--{name} only acts in stage {facts['stage']}{why}")
+        stages = facts.get("stage", config.stage)
+        stages = stages if isinstance(stages, tuple) else (stages,)
+        if config.stage not in stages:
+            why = "; stage 1 keeps the whole VLM frozen" if config.stage == 1 and stages == (2,) else ""
+            many = f"stages {stages[0]} and {stages[1]}" if len(stages) == 2 else f"stage {stages[0]}"
+            raise ValueError(f"--{name} only acts in {many}{why}")
         if config.stage == 1 and config.stage1_objective in facts.get("no_effect", ()):
             raise ValueError(f"--{name} has no effect with --stage1_objective {config.stage1_objective}")
+    if config.feature_cache is not None and config.augment != "none":
+        raise ValueError(
+            f"--feature_cache holds the features of unchanged images, so --augment {config.augment} has none"
+        )
     if config.feature_cache is not None and config.runs_language_model:
         raise ValueError("--feature_cache needs --stage1_objective concept: elsewhere the tower's share is too small")
     if config.query == "first" and "query_window" in typed:
@@ -171,6 +180,42 @@ def _check_losses(config: TrainConfig) -> None:
         raise ValueError("--stage1_objective tokens has nothing to train with --num_safety_tokens 0")
     if config.stage == 2 and config.lm_loss_weight == 0:
         raise ValueError("--lm_loss_weight must be positive in stage 2: it is what tunes the language model")
+
+
+def _check_attacks(config: TrainConfig, typed: Collection[str]) -> None:
+    """Refuse what stage 0 and stage 1's adversarial term cannot work with, and options of theirs without effect."""
+    if config.stage == 0:
+        if config.feature_steps + config.concept_steps == 0:
+            raise ValueError("--feature_steps and --concept_steps are both 0: stage 0 has nothing to do")
+        for steps, names in (("feature_steps", {"feature_clean_weight"}),
+                             ("concept_steps", {"concept_tie", "concept_head_learning_rate"})):  # fmt: skip
+            for name in sorted(names & set(typed)):
+                if getattr(config, steps) == 0:
+                    raise ValueError(f"--{name} has no effect with --{steps} 0")
+        if config.weight_decay:
+            raise ValueError("--weight_decay must be 0 in stage 0, which keeps the tower near the original one")
+        shortest = min(steps for steps in (config.feature_steps, config.concept_steps) if steps)
+        check_warmup(config, shortest)
+        name = "--stage 0"
+    elif config.stage == 1:
+        if config.adversarial_weight == 0:
+            for option in ("adversarial_eps", "adversarial_steps", "adversarial_start"):
+                if option in typed:
+                    raise ValueError(f"--{option} has no effect in stage 1 with --adversarial_weight 0")
+            return
+        name = "--adversarial_weight"
+        if config.stage1_objective == "tokens":
+            raise ValueError(f"{name} has no effect with --stage1_objective tokens, which leaves the concept loss out")
+        if config.feature_cache is not None:
+            raise ValueError(f"{name} changes the pixels, and --feature_cache keeps features of unchanged ones")
+    else:
+        return
+    ds = read_deepspeed_config(config.deepspeed_config)
+    if ds.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ValueError(
+            f"{name} needs gradients of pixels through whole weights, which {config.deepspeed_config} partitions "
+            f"(ZeRO-3); give --deepspeed_config ds_configs/zero2.json"
+        )
 
 
 def _check_token_budget(config: TrainConfig, budget: int, typed: Collection[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,14 +116,25 @@ def build_optimizer(groups: list[dict], config: TrainConfig, ds_config: dict[str
 
 
 def build_engine(
-    model: torch.nn.Module, groups: list[dict], config: TrainConfig, ds_config: dict[str, Any], total_steps: int
+    model: torch.nn.Module,
+    groups: list[dict],
+    config: TrainConfig,
+    ds_config: dict[str, Any],
+    total_steps: int,
+    factors: list[Callable[[int], float]] | None = None,
 ) -> Any:
-    """`deepspeed.initialize` with our optimizer and a transformers schedule counted in optimizer steps."""
+    """`deepspeed.initialize` with our optimizer and a transformers schedule counted in optimizer steps.
+
+    `factors` are the groups' own schedules instead: optimizer step -> what the learning rate is multiplied with.
+    """
     import deepspeed
     from transformers import get_scheduler
 
     optimizer = build_optimizer(groups, config, ds_config)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps)
+    if factors is not None:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+    else:
+        scheduler = get_scheduler(config.lr_scheduler_type, optimizer, config.warmup_steps, total_steps)
     trainable = [p for group in groups for p in group["params"]]
     engine, _, _, _ = deepspeed.initialize(
         model=model, model_parameters=trainable, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config

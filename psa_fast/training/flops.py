@@ -155,7 +155,28 @@ def _tower(model: PsaVLM) -> int:
     width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     linears = 2 * positions * (4 * width**2 + 2 * width * vision.intermediate_size)
     embedding = 2 * patches * vision.num_channels * vision.patch_size**2 * width
+    if getattr(vision, "is_hybrid", False):  # a residual network in place of one matrix
+        embedding = _hybrid_embedding(model.family.module(model.vlm, "vision"), vision.image_size)
     return layers * (linears + 4 * positions**2 * width) + embedding
+
+
+def _hybrid_embedding(tower: Any, image_size: int) -> int:
+    """FLOPs of the residual network (BiT) and the projection before a hybrid tower's layers."""
+
+    def conv(layer: nn.Conv2d, side: int) -> int:
+        return 2 * layer.in_channels * layer.out_channels * layer.kernel_size[0] * layer.kernel_size[1] * side**2
+
+    embeddings = tower.embeddings
+    backbone = embeddings.backbone.bit
+    total, side = conv(backbone.embedder.convolution, image_size // 2), image_size // 4
+    for number, stage in enumerate(backbone.encoder.stages):
+        for index, layer in enumerate(stage.layers):
+            total += conv(layer.conv1, side)
+            side = side // 2 if number and not index else side  # a stage halves its input, but for the first
+            total += conv(layer.conv2, side) + conv(layer.conv3, side)
+            if layer.downsample is not None:
+                total += conv(layer.downsample.conv, side)
+    return total + conv(embeddings.projection, side)
 
 
 def _connector(connector: nn.Module, image_tokens: int) -> int:

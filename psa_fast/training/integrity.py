@@ -22,7 +22,7 @@ from psa_fast.files import read_json, shorten
 STATE = "trainer_state.json"
 FORMAT = 2  # 1: DeepSpeed's files, without checksums
 PICKLES = "deepspeed"  # their folder
-ADDON = ("psa_config.json", "psa.safetensors", "adapter", "llm")
+ADDON = ("psa_config.json", "psa.safetensors", "adapter", "llm", "tower.safetensors")
 _NEEDED = {"step": int, "total_steps": int, "world_size": int, "config": dict}
 _BLOCK = 1 << 22
 # all that DeepSpeed 0.19 pickled into our checkpoints beside what torch's own safe loader knows

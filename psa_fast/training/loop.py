@@ -19,6 +19,7 @@ from psa_fast.models.addon import ADAPTER, CHANGED, check_files
 from psa_fast.models.packing import SDPA_BY_SAMPLE
 
 from . import checkpoint
+from .adversarial import ConceptAttack, PixelScale
 from .attention import choose_attention
 from .config import TrainConfig, check_warmup, warmup_is_too_long
 from .engine import build_engine, check_deepspeed_config, compute_dtype, init_distributed, resolve_deepspeed_config
@@ -132,8 +133,9 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         torch.manual_seed(config.seed + rank)
 
     length = dataset.length if needs_lengths(config) else None
+    adversary = _adversary(config, processor, total_steps)
     log = MetricsLog(config.stage_dir, total_steps, start, console, f"stage {config.stage}") if rank == 0 else None
-    stop = _StopFlag()
+    stop = StopFlag()
     schedule = Schedule(sampler, config, rank, world_size, start, total_steps, length)
     batches = micro_batches(dataset, schedule, config, processor)
     engine.train()
@@ -151,9 +153,12 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
                 log.write(row)
         return stopping
 
+    def asked() -> bool:
+        return bool(stop.requested)
+
     try:
         for step in range(start + 1, total_steps + 1):
-            launched.append(train_step(engine, batches, config, meter, step, lambda: bool(stop.requested)))
+            launched.append(train_step(engine, batches, config, meter, step, asked, adversary))
             due = step == total_steps or bool(config.save_steps and step % config.save_steps == 0)
             # the device works on one step while the host reads the one before; what is saved has been read
             stopping = read(0 if due else 1)
@@ -181,6 +186,28 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
         checkpoint.finish(config, saved)
     dist.barrier()
     console.print(f"stage {config.stage} finished: {config.stage_dir}")
+
+
+def _adversary(config: TrainConfig, processor: Any, total_steps: int) -> ConceptAttack | None:
+    """Stage 1's adversarial term, if the run has one.
+
+    Raises:
+        ValueError: the processor's pixels have no known scale.
+    """
+    if config.stage != 1 or config.adversarial_weight == 0:
+        return None
+    with alike():
+        scale = PixelScale.of(processor.image_processor)
+    first = int(config.adversarial_start * total_steps) + 1
+    return ConceptAttack(
+        config.adversarial_weight,
+        config.adversarial_eps,
+        config.adversarial_steps,
+        first,
+        config.seed,
+        scale,
+        config.label_smoothing,
+    )
 
 
 def _log_unread(log: MetricsLog, launched: Iterable[StepReport], console: Console) -> None:
@@ -250,7 +277,7 @@ def _check_length_of_run(config: TrainConfig, total_steps: int, console: Console
         )
 
 
-class _StopFlag:
+class StopFlag:
     """Turns SIGTERM and Ctrl-C into a request that the loop honours after a step; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
@@ -263,5 +290,6 @@ class _StopFlag:
             signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
 
     def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from psa_fast.files import named
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
 Row = Mapping[str, "float | None"]
-LOSSES = ("loss", "loss_lm", "loss_type", "loss_level")
+LOSSES = ("loss", "loss_lm", "loss_type", "loss_level", "loss_adversarial")
 FIELDS = (
     "step",
     "loss",
     "loss_lm",
     "loss_type",
     "loss_level",
+    "loss_adversarial",
     "grad_norm",
     "lr",
     "micro_batches",
@@ -46,6 +47,9 @@ class MetricsLog:
         start_step: the step it resumes from, or 0.
         console: for log lines and progress.
         title: of the progress bar.
+        fields: what a row holds, the step first.
+        losses: those of them that a log line shows.
+        speed: the end of a log line.
 
     Raises:
         OSError: naming the file, when it cannot be written.
@@ -58,9 +62,13 @@ class MetricsLog:
         start_step: int,
         console: Console,
         title: str,
+        fields: Sequence[str] = FIELDS,
+        losses: Sequence[str] = LOSSES,
+        speed: Callable[[Row], str] | None = None,
     ):
         from torch.utils.tensorboard import SummaryWriter
 
+        self._fields, self._losses, self._speed = fields, losses, speed or _speed
         self._path, self._board_path = path, board = folder / METRICS, folder / BOARD
         kept = []
         if path.exists() and start_step:
@@ -95,24 +103,24 @@ class MetricsLog:
         """Record one optimizer step.
 
         Args:
-            row: exactly the keys of `FIELDS`; None for a loss that no row of the step reached, or the run leaves out.
+            row: exactly the keys of `fields`; None for a loss that no row of the step reached, or the run leaves out.
 
         Raises:
             OSError: naming the file that cannot be written.
         """
         with named(self._path):
-            self._file.write(json.dumps({name: row[name] for name in FIELDS}) + "\n")
+            self._file.write(json.dumps({name: row[name] for name in self._fields}) + "\n")
             self._file.flush()
         step = int(row["step"] or 0)
         with named(self._board_path):
-            for name in FIELDS[1:]:
+            for name in self._fields[1:]:
                 if row[name] is not None:
                     self._board.add_scalar(name, row[name], step)
-        losses = " ".join(f"{name} {shown(row[name])}" for name in LOSSES)
-        self._progress.update(self._task, completed=step, line=f"loss {shown(row['loss'])} {speed(row)}")
+        losses = " ".join(f"{name} {shown(row[name])}" for name in self._losses)
+        self._progress.update(self._task, completed=step, line=f"loss {shown(row['loss'])} {self._speed(row)}")
         if step % self._every == 0 or step in (1, self._total):
             self._console.print(
-                f"step {step}/{self._total} {losses} lr {row['lr']:.2e} {row['seconds']:.2f} s {speed(row)}",
+                f"step {step}/{self._total} {losses} lr {row['lr']:.2e} {row['seconds']:.2f} s {self._speed(row)}",
                 soft_wrap=True,
             )
 
@@ -153,3 +161,6 @@ def speed(row: Row) -> str:
         f"{row['tokens_per_s']:,.0f} tokens/s {row['samples_per_s']:.1f} samples/s MFU {row['mfu']:.1%} "
         f"padding {row['padding_share']:.1%} {row['peak_memory_gb']:.1f} GiB"
     )
+
+
+_speed = speed  # the name is an argument above

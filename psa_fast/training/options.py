@@ -32,7 +32,8 @@ def option(default: Any, help: str, *, group: str, **facts: Any) -> Any:
         help: one line for `--help`.
         group: one of GROUPS.
         facts: `minimum`, `above`, `maximum`, `below` bound a number; `choices` lists all values, `pattern` with
-            `expected` describes them; `unset` says what None stands for; `stage` is the only one in which it acts;
+            `expected` describes them; `unset` says what None stands for; `stage` is the only one in which it acts,
+            or a tuple of them;
             `no_effect` names stage-1 objectives that ignore it; `may_change` allows a resumed run another value, which
             leaves its trajectory as it is.
     """
@@ -45,16 +46,18 @@ _rate = partial(_optim, minimum=0.0, maximum=1.0)
 
 @dataclass
 class TrainConfig:
-    """Every option of `train.py`. A recipe sets them under `common:`, `stage1:` and `stage2:`."""
+    """Every option of `train.py`. A recipe sets them under `common:`, `stage0:`, `stage1:`, `stage2:`."""
 
-    stage: int = _data(1, "1 trains the safety modules beside a frozen model, 2 the language model", choices=(1, 2))
+    stage: int = _data(
+        1, "1: safety modules, 2: language model; 0, before them: robust vision tower", choices=(0, 1, 2)
+    )
     recipe: str = _data("sandbox", "name of a shipped recipe, or path of a YAML file")
     model_name_or_path: str | None = _data(
         None, "base VLM: a Hugging Face id, a folder, or 'sandbox'", unset="the recipe's"
     )
     addon: str | None = _data(
-        None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True
-    )  # fmt: skip
+        None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True, stage=(1, 2)
+    )
     data_path: str | None = _data(None, "JSONL records, or 'sandbox'", unset="the recipe's")
     image_folder: str | None = _data(None, "folder that the records' image paths are relative to")
     output_dir: str = _data("runs/demo", "folder of stage1/ and stage2/, what a run writes", may_change=True)
@@ -65,21 +68,26 @@ class TrainConfig:
     clean_samples: int | None = _data(None, "at most this many clean rows, types balanced", unset="as is", minimum=0)
     max_length: int = _data(4096, "longest row in tokens, image tokens included", minimum=1)
 
-    num_safety_tokens: int = _method(64, "safety tokens before an image in the language model", minimum=0, maximum=4096)
+    num_safety_tokens: int = _method(
+        64, "safety tokens before an image in the language model", minimum=0, maximum=4096, stage=(1, 2)
+    )
     num_head_tokens: int = _method(64, "safety tokens that the concept attention alone sees", minimum=0, maximum=4096)
     num_attention_heads: int = _method(8, "heads of the concept attention", minimum=1, maximum=1024)
     query: str = _method("prompt", "what of the prompt asks the concept head", choices=(
         "prompt", "first",
-    ))  # fmt: skip
+    ), stage=(1, 2))  # fmt: skip
+    augment: str = _method("none", "random changes of the images that keep their labels", choices=(
+        "none", "light", "strong",
+    ), stage=(1, 2))  # fmt: skip
     query_window: int = _method(
-        16, "tokens of the windows of a prompt that ask by themselves, 0: none", minimum=0, maximum=2**20
+        16, "tokens of the windows of a prompt that ask by themselves, 0: none", minimum=0, maximum=2**20, stage=(1, 2)
     )
     stage1_objective: str = _method(
         "joint", "stage 1: both losses or one half", stage=1, choices=("joint", "concept", "tokens")
     )
     feature_cache: str | None = _method(
-        None, "folder of vision features for --stage1_objective concept", unset="none"
-    )  # fmt: skip
+        None, "folder of vision features for --stage1_objective concept", unset="none", stage=(1, 2)
+    )
     tune_type_llm: str = _method("lora", "stage 2: tuning of the language model", stage=2, choices=("lora", "full"))
     tune_type_connector: str = _method(
         "frozen", "stage 2: the VLM's own projector", stage=2, choices=("frozen", "full")
@@ -87,26 +95,62 @@ class TrainConfig:
     lora_r: int = _method(256, "stage 2: LoRA rank", stage=2, minimum=1, maximum=65536)
     lora_alpha: int = _method(16, "stage 2: LoRA alpha; updates are scaled by alpha / r", stage=2, minimum=1)
     lora_dropout: float = _method(0.05, "stage 2: LoRA dropout", stage=2, minimum=0.0, below=1.0)
-    hint_rate: float = _method(0.0, "share of risky rows whose prompt gets the policy's hint", minimum=0.0, maximum=1.0)
-    policy: str | None = _method(None, "policy file that the hints come from", unset="the shipped one")
+    hint_rate: float = _method(
+        0.0, "share of risky rows whose prompt gets the policy's hint", minimum=0.0, maximum=1.0, stage=(1, 2)
+    )
+    policy: str | None = _method(None, "policy file that the hints come from", unset="the shipped one", stage=(1, 2))
     concept_loss_weight: float = _method(
-        1.0, "weight of the type and level losses", minimum=0.0, maximum=1e6, no_effect=("tokens",)
+        1.0, "weight of the type and level losses", minimum=0.0, maximum=1e6, no_effect=("tokens",), stage=(1, 2)
     )
     lm_loss_weight: float = _method(
-        1.0, "weight of the language-model loss", minimum=0.0, maximum=1e6, no_effect=("concept",)
+        1.0, "weight of the language-model loss", minimum=0.0, maximum=1e6, no_effect=("concept",), stage=(1, 2)
     )
     label_smoothing: float = _method(
-        0.0, "label smoothing of the concept losses", minimum=0.0, maximum=1.0, no_effect=("tokens",)
+        0.0, "label smoothing of the concept losses", minimum=0.0, maximum=1.0, no_effect=("tokens",), stage=(1, 2)
     )
 
-    num_train_epochs: float = _optim(3.0, "passes over the rows, unless max_steps is given", above=0.0, maximum=1e6)
-    max_steps: int | None = _optim(None, "optimizer steps, in place of epochs", unset="by epochs", minimum=1)
+    adversarial_weight: float = _method(
+        0.0, "stage 1: weight of the concept losses on attacked pixels", stage=1, minimum=0.0, maximum=1e6,
+        no_effect=("tokens",),
+    )  # fmt: skip
+    adversarial_start: float = _method(
+        0.0, "stage 1: share of the run before that term acts", stage=1, minimum=0.0, below=1.0, no_effect=("tokens",)
+    )
+    adversarial_eps: float = _method(
+        8.0, "stages 0, 1: attack's L_inf budget in 255ths", stage=(0, 1), above=0.0, maximum=255.0,
+        no_effect=("tokens",),
+    )  # fmt: skip
+    adversarial_steps: int = _method(
+        2, "stages 0, 1: attack's gradient steps", stage=(0, 1), minimum=1, maximum=1000, no_effect=("tokens",)
+    )
+    feature_steps: int = _method(
+        450, "stage 0: first, steps that tie attacked features to the original's", stage=0, minimum=0
+    )
+    feature_clean_weight: float = _method(
+        1.0, "stage 0: weight of clean pictures' feature distance in them", stage=0, minimum=0.0, maximum=1e6
+    )
+    concept_steps: int = _method(
+        150, "stage 0: then, steps of tower and a concept head together", stage=0, minimum=0
+    )  # fmt: skip
+    concept_tie: float = _method(
+        2.0, "stage 0: weight of the feature distances in those", stage=0, minimum=0.0, maximum=1e6
+    )
+    concept_head_learning_rate: float = _method(
+        1e-3, "stage 0: of that head, which is thrown away", stage=0, above=0.0, maximum=1.0
+    )
+
+    num_train_epochs: float = _optim(
+        3.0, "passes over the rows, unless max_steps is given", above=0.0, maximum=1e6, stage=(1, 2)
+    )
+    max_steps: int | None = _optim(
+        None, "optimizer steps, in place of epochs", unset="by epochs", minimum=1, stage=(1, 2)
+    )
     global_batch_size: int = _optim(128, "rows per optimizer step over all ranks", minimum=1, maximum=2**20)
     learning_rate: float = _optim(
         1e-5, "concept bottleneck in stage 1, language model in stage 2", above=0.0, maximum=1.0
     )
     token_learning_rate: float | None = _rate(
-        None, "safety tokens of the language model", unset="learning_rate", no_effect=("concept",)
+        None, "safety tokens of the language model", unset="learning_rate", no_effect=("concept",), stage=(1, 2)
     )
     safety_learning_rate: float | None = _rate(None, "stage 2: concept bottleneck", unset="learning_rate", stage=2)
     connector_learning_rate: float | None = _rate(
@@ -125,7 +169,7 @@ class TrainConfig:
         8, "rows per rank and forward pass", minimum=1, maximum=2**20, may_change=True
     )  # fmt: skip
     max_tokens_per_micro_batch: int | None = _speed(
-        None, "fill passes by tokens, not by micro_batch_size", unset="off", minimum=1, may_change=True
+        None, "fill passes by tokens, not by micro_batch_size", unset="off", minimum=1, may_change=True, stage=(1, 2)
     )
     packing: bool = _speed(True, "rows end to end, not padded", may_change=True)
     attn_implementation: str = _speed(
@@ -134,6 +178,7 @@ class TrainConfig:
         choices=("auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"),
         no_effect=("concept",),
         may_change=True,
+        stage=(1, 2),
     )
     gradient_checkpointing: str = _speed(
         "none",
@@ -142,9 +187,10 @@ class TrainConfig:
         expected="none, full or every_N with N of 2 or more",
         no_effect=("concept",),
         may_change=True,
+        stage=(1, 2),
     )
     use_liger_kernel: bool = _speed(
-        False, "Liger's RMSNorm, RoPE and SwiGLU (CUDA)", no_effect=("concept",), may_change=True
+        False, "Liger's RMSNorm, RoPE and SwiGLU (CUDA)", no_effect=("concept",), may_change=True, stage=(1, 2)
     )
     deepspeed_config: str = _speed("ds_configs/zero3.json", "DeepSpeed JSON, or the name of a shipped one")
     dtype: str = _speed("auto", "compute dtype, by the device", choices=("auto", "fp32", "bf16"))
@@ -167,8 +213,8 @@ class TrainConfig:
 
     @property
     def runs_language_model(self) -> bool:
-        """Whether the language model runs at all; it does but for stage 1's `concept`."""
-        return not (self.stage == 1 and self.stage1_objective == "concept")
+        """Whether the language model runs at all; it does but in stage 0 and for stage 1's `concept`."""
+        return self.stage != 0 and not (self.stage == 1 and self.stage1_objective == "concept")
 
     @property
     def recompute_every(self) -> int:
@@ -184,7 +230,13 @@ class TrainConfig:
     @property
     def stage_dir(self) -> Path:
         """Where this stage's checkpoints, metrics and final add-on go."""
-        return Path(self.output_dir) / f"stage{self.stage}"
+        # stage 0's result is a base, a folder without a run's own files beside it
+        return Path(self.output_dir) / ("stage0-run" if self.stage == 0 else f"stage{self.stage}")
+
+    @property
+    def robust_base(self) -> Path:
+        """Where stage 0 writes its result, a plain base folder."""
+        return Path(self.output_dir) / "stage0"
 
     def to_dict(self) -> dict[str, Any]:
         """All options as plain values."""

@@ -47,6 +47,7 @@ def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | Non
         hint_rate=config.hint_rate,
         seed=config.seed,
         max_length=config.max_length,
+        augmentation=config.augment,  # type: ignore[arg-type]
     )
     began = time.perf_counter()
     found = _check(whole)

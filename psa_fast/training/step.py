@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psa_fast.models import PsaOutput
 from psa_fast.models.transfer import to_device
 
+from .adversarial import CONCEPT_LABELS, ConceptAttack
 from .clipping import clip_each
 from .config import TrainConfig
 from .flops import Load, Meter
@@ -30,7 +32,7 @@ _VALUES = (
 )  # fmt: skip
 
 # what each loss is a mean over
-_COUNTED = {"loss_lm": "supervised", "loss_type": "typed", "loss_level": "levelled"}
+_COUNTED = {"loss_lm": "supervised", "loss_type": "typed", "loss_level": "levelled", "loss_adversarial": "typed"}
 
 
 def train_step(
@@ -40,6 +42,7 @@ def train_step(
     meter: Meter,
     step: int,
     stopped: Callable[[], bool],
+    adversary: ConceptAttack | None = None,
 ) -> StepReport:
     """Launch one optimizer step. Losses are means over the *global* batch's supervised tokens and concept rows.
 
@@ -56,34 +59,46 @@ def train_step(
 
     own = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
     # without its labels a loss is not computed at all, on every rank alike
-    skipped = {"where"} | (
-        set() if config.runs_bottleneck else {"safe_type", "safe_level", "picture_type", "picture_level"}
-    )
+    skipped = {"where"} | (set() if config.runs_bottleneck else set(CONCEPT_LABELS))
     skipped |= set() if config.runs_language_model else {"labels"}
     norm: Any = None
     learning_rate = engine.get_lr()[0]  # of this step: the engine's step sets the next one's
-    for index, batch in enumerate(micros):
+    attacked = adversary if adversary is not None and step >= adversary.first_step else None
+
+    def run(inputs: dict[str, Any], weight: float, last: bool) -> PsaOutput:
+        """Forward and backward pass, and the optimizer's step after the last of them."""
+        nonlocal norm
         # a token budget makes their number vary, so DeepSpeed must not count them itself
-        engine.set_gradient_accumulation_boundary(index == len(micros) - 1)
+        engine.set_gradient_accumulation_boundary(last)
+        out = engine(
+            **inputs,
+            num_items=shares[0],
+            num_concept_rows=shares[1:].float(),
+            concept_loss_weight=weight,
+            lm_loss_weight=config.lm_loss_weight,
+            label_smoothing=config.label_smoothing,
+        )
+        engine.backward(out.loss, scale_wrt_gas=False)
+        if last and config.clips_each_part:
+            norm = clip_each(clip_groups(engine.module), config.max_grad_norm).norm()
+        engine.step()
+        return out
+
+    for index, batch in enumerate(micros):
+        last = index == len(micros) - 1
         inputs = {
             k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k != "image_counts" else v
             for k, v in batch.items()
             if k not in skipped
         }
-        out = engine(
-            **inputs,
-            num_items=shares[0],
-            num_concept_rows=shares[1:].float(),
-            concept_loss_weight=config.concept_loss_weight,
-            lm_loss_weight=config.lm_loss_weight,
-            label_smoothing=config.label_smoothing,
-        )
-        engine.backward(out.loss, scale_wrt_gas=False)
-        losses = (out.loss, out.loss_lm, out.loss_type, out.loss_level)
+        out = run(inputs, config.concept_loss_weight, last and attacked is None)
+        losses = [out.loss, out.loss_lm, out.loss_type, out.loss_level, None]
+        if attacked is not None:
+            extra = run(attacked.inputs(engine.module, batch, inputs, step), attacked.weight, last).loss
+            assert out.loss is not None
+            assert extra is not None
+            losses[0], losses[-1] = out.loss + extra, extra / attacked.weight
         own += torch.stack([own.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
-        if index == len(micros) - 1 and config.clips_each_part:
-            norm = clip_each(clip_groups(engine.module), config.max_grad_norm).norm()
-        engine.step()
     norm = norm if config.clips_each_part else engine.get_global_grad_norm()
     means = own / world_size
     dist.all_reduce(means)
@@ -99,7 +114,7 @@ def train_step(
         learning_rate=learning_rate,
         all_devices=meter.rate * world_size,
         micro_batches=len(micros),
-        computed=_computed(config),
+        computed=(*_computed(config), *(("loss_adversarial",) if attacked is not None else ())),
         where=[where for batch in micros for where in batch["where"]],
     )
 

@@ -7,15 +7,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from psa_fast.sandbox import cache
 from psa_fast.sandbox.base import BaseRecipe, build_base, train_base
+from psa_fast.sandbox.content import changed, draw_pictures, draw_scenes, patch_labels, scene_pictures, to_pixels
 from psa_fast.sandbox.language import all_texts
 from psa_fast.sandbox.lessons import Lessons, pack_turns
 from psa_fast.sandbox.processor import build_processor
-from psa_fast.sandbox.tower import content_labels, draw_scenes, patch_features, to_pixels
-from psa_fast.sandbox.world import Scene, Sign, Thing, split_of
+from psa_fast.sandbox.tower import TowerRecipe, patch_features
+from psa_fast.sandbox.world import Place, Scene, Sign, Thing, split_of
 
 TINY = BaseRecipe(
-    hidden_size=32, language_layers=1, vision_layers=2, tower_steps=2, tower_batch=4, pictures=8,
-    language_steps=4, language_batch=2, turns=2, heads=2,
+    hidden_size=32, language_layers=1, heads=2, pictures=8, language_steps=4, language_batch=2, turns=2,
+    tower=TowerRecipe(layers=1, windows=8, window_steps=2, window_batch=4, pictures=8, steps=2, batch=4),
 )  # fmt: skip
 
 
@@ -53,7 +54,9 @@ def test_patch_features_are_those_llava_uses(bases):
     vlm = bases[0]["a"].eval()
     pixels = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
-        theirs = vlm.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        theirs = vlm.model.vision_tower(pixels, output_hidden_states=True).hidden_states[
+            vlm.config.vision_feature_layer
+        ][:, 1:]
         torch.testing.assert_close(patch_features(vlm, pixels), theirs)
 
 
@@ -65,7 +68,7 @@ def test_pictures_are_prepared_as_by_the_processor():
     from psa_fast.sandbox.world import paint
 
     theirs = processor.image_processor([Image.fromarray(paint(s)) for s in scenes], return_tensors="pt").pixel_values
-    torch.testing.assert_close(to_pixels(scenes), theirs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(to_pixels(scene_pictures(scenes).pixels), theirs, atol=1e-6, rtol=0)
 
 
 def test_the_base_never_sees_a_held_out_composition():
@@ -75,13 +78,44 @@ def test_the_base_never_sees_a_held_out_composition():
     assert all(split_of(scene.background, scene.sign.glyph) == "train" for scene in signs)
 
 
-def test_content_labels_name_what_is_in_a_cell():
-    scene = Scene("field", (Thing("star", "green", 2),), Sign("eye", "red", 3, 6), 0)
-    labels = content_labels(scene).reshape(6, 6, 6)
+def labels_of(scene):
+    pictures = scene_pictures([scene])
+    return patch_labels(pictures.owners.long(), pictures.items).reshape(6, 6, 6)
+
+
+def test_a_patch_names_what_it_shows_and_where_that_is():
+    star = Thing("star", "green", Place(16.0, 80.0, 1.2, 0))
+    labels = labels_of(Scene("field", (star,), Sign("eye", "red", 3, Place(80.0, 16.0, 1.0, 0)), 0))
     assert labels[0, 5].tolist() == [3, 1, -1, -1, -1, 2]
     assert labels[1, 4].tolist() == [3, 1, -1, -1, -1, 2]
     assert labels[5, 0].tolist() == [-1, -1, 4, 0, 2, 6]
     assert labels[2, 2].tolist() == [-1, -1, -1, -1, -1, 4]
+
+
+def test_every_item_is_named_by_the_patch_that_it_covers_most_and_a_glimpse_is_not_asked_for():
+    small = Sign("sun", "blue", 1, Place(40.0, 36.0, 0.36, 0))  # 10 pixels, in the corner of patch (2, 2)
+    labels = labels_of(Scene("field", (), small, 0))
+    assert labels[2, 2].tolist() == [-1, -1, 8, 1, 0, 4]
+    assert labels[0, 0].tolist() == [-1, -1, -1, -1, -1, 0]
+    # 28 pixels wide, 2.5 of them in the column to its left: a sixth of those patches
+    wide = labels_of(Scene("field", (), Sign("sun", "blue", 1, Place(48.0, 43.5, 1.0, 0)), 0))
+    assert wide[3, 1, 2:5].tolist() == [-100, -100, -100]
+    assert wide[3, 2, 2:5].tolist() == [8, 1, 0]
+
+
+def test_a_changed_picture_and_what_is_in_it_move_together():
+    """What belongs to a bright square on dark ground is where the picture is bright, however it was changed."""
+    pixels = torch.full((64, 96, 96, 3), 20, dtype=torch.uint8)
+    owners = torch.zeros(64, 96, 96, dtype=torch.uint8)
+    pixels[:, 30:60, 40:70] = 235
+    owners[:, 30:60, 40:70] = 1
+    pictures = draw_pictures(np.random.default_rng(0), 64, 1.0)._replace(pixels=pixels, owners=owners)
+    seen, owned = changed(pictures, torch.Generator().manual_seed(0))
+    middle = (seen.amax((1, 2, 3), keepdim=True) + seen.amin((1, 2, 3), keepdim=True)) / 2
+    bright = (seen > middle).float().mean(1) > 0.5
+    agree = (bright == (owned == 1)).float().mean((1, 2))
+    assert agree.median() > 0.98
+    assert (owned.flatten(1).float().mean(1) - 900 / 96**2).abs().max() > 0.02  # sizes do change
 
 
 def test_packed_turns_see_what_they_would_see_alone():

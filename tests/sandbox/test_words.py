@@ -302,10 +302,22 @@ def test_the_base_is_taught_to_refuse_words_and_hints_and_nothing_else():
     assert min(seen.values()) > 20, seen
 
 
+def test_the_base_learns_what_each_verb_is_done_with():
+    rng = np.random.default_rng(0)
+    pairs = {language.use_question(rng) for _ in range(1000)}
+    found = {(verb, answer) for asked, answer in pairs for verb in VERB_GROUPS if f" {verb}" in asked}
+    assert found == {(verb, HARMLESS_GLYPHS[p]) for verb, p in VERB_GROUPS.items()}
+    lessons = _lessons()
+    taught = [lessons.text(t.asked) for _ in range(20) for t in lessons.draw(sample_scene(rng, "risk", "train"), 50)]
+    assert sum("what can i" in text or "what i can" in text for text in taught) > 15
+
+
 def test_the_base_can_be_shown_several_pictures():
     lessons = _lessons()
     scenes = [sample_scene(lessons.rng, "clean", "train") for _ in range(3)]
-    answers = [lessons.text(turn.answer) for turn in lessons.draw(scenes, 200)]
+    turns = [turn for turn in lessons.draw(scenes, 250) if "i can" not in lessons.text(turn.asked)]
+    turns = [turn for turn in turns if "can i" not in lessons.text(turn.asked) or "where" in lessons.text(turn.asked)]
+    answers = [lessons.text(turn.answer) for turn in turns]
     named = {word for scene in scenes for t in scene.things for word in (t.shape, t.colour, language.PLACES[t.cell])}
     glyphs = {scene.sign.glyph for scene in scenes if scene.sign}
     plain = [a.replace(" </s>", "") for a in answers if not a.startswith(("sorry", "sure", "be careful"))]

@@ -12,7 +12,7 @@ from psa_fast.safety.policy import Policy
 from psa_fast.sandbox.draw import draw_world
 from psa_fast.sandbox.language import all_texts
 from psa_fast.sandbox.processor import build_processor
-from psa_fast.sandbox.world import GROUPS_WITH_PICTURES, RISK_GLYPHS, SCENES, paint, sample_scene, split_of
+from psa_fast.sandbox.world import GROUPS_WITH_PICTURES, RISK_GLYPHS, SCENES, paint, render, sample_scene, split_of
 from psa_fast.taxonomy import CLEAN
 
 COUNTS = {"clean": 12, "benign_twin": 12, "risk": 24, "text_risk": 12, "text_twin": 12}
@@ -89,13 +89,26 @@ def test_a_picture_is_painted_as_its_scene_says(world):
             assert len({t.cell for t in scene.things} | ({scene.sign.cell} if scene.sign else set())) == len(
                 scene.things
             ) + bool(scene.sign)
+            _, owners = render(scene)
+            assert set(np.unique(owners)) - {0} == {2 + i for i in range(len(scene.things))} | (
+                {1} if scene.sign else set()
+            )
+            zoom = scene.frame[2] / 96 if scene.frame else 1.0
+            for number, item in enumerate([scene.sign, *scene.things], 1):
+                if item is None:
+                    continue
+                rows, columns = np.nonzero(owners == number)
+                scale = item.place.scale * zoom
+                assert scale > 0.54
+                assert abs(rows.mean() - item.place.y) < 0.15 * 28 * scale + 1
+                assert abs(columns.mean() - item.place.x) < 0.15 * 28 * scale + 1
             if scene.sign:
-                # red (or blue) pixels of the marks: 49 a mark, on the plate's lower edge
-                row, column = divmod(scene.sign.cell, 3)
-                plate = pixels[row * 32 + 20 : row * 32 + 32, column * 32 : column * 32 + 32].astype(int)
+                # red (or blue) pixels of the marks: 49 a mark at scale 1, fewer where the edge mixes with white
                 strong, weak = (0, 2) if scene.sign.marks == "red" else (2, 0)
-                marks = int((plate[..., strong] - plate[..., weak] > 100).sum())
-                assert marks == 49 * scene.sign.count
+                plate = pixels[owners == 1].astype(int)
+                marks = int((plate[:, strong] - plate[:, weak] > 60).sum())
+                expected = 49 * scene.sign.count * (scene.sign.place.scale * zoom) ** 2
+                assert 0.7 * expected - 6 < marks < 1.35 * expected + 6
     assert Image.open(next((world / "images" / "test").glob("*.png"))).size == (96, 96)
 
 

@@ -90,7 +90,10 @@ def test_unknown_recipe_option_or_value_is_named(tmp_path):
     [
         ("common: {learning_rat: 1.0}", "common: not a training option: learning_rat"),
         ("stage2: {seed: 1, 7: 1, stage: 2}", "stage2: not a training option: 7, stage"),
-        ("stage3: {seed: 1}", "expected only description, common, stage1 and stage2 at the top level, not 'stage3'"),
+        (
+            "stage3: {seed: 1}",
+            "expected only description, common, stage0, stage1 and stage2 at the top level, not 'stage3'",
+        ),
         ("seed: 1", "at the top level, not 'seed'"),
         ("common: 3", "common is 3; expected options below it"),
         ("common: [seed]", r"common is \['seed'\]; expected options below it"),
@@ -157,7 +160,7 @@ def test_help_lists_every_option_once_on_one_line_without_torch():
     assert time.perf_counter() - began < 3
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 120
-    assert lines[0] == "usage: train.py [--stage {1,2}] [--recipe NAME] [--OPTION VALUE ...]"
+    assert lines[0] == "usage: train.py [--stage {0,1,2}] [--recipe NAME] [--OPTION VALUE ...]"
     titles = [line[:-1] for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert titles == ["options", "model and data", "method", "optimisation", "memory and speed", "run"]
     shown = [line.split()[0] for line in lines if line.startswith("  --")]

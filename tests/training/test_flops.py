@@ -119,3 +119,17 @@ def test_the_matrix_rate_leaves_the_random_numbers_alone():
     before = torch.get_rng_state()
     assert matrix_rate(torch.device("cpu"), torch.float32, n=64, seconds=0.01) > 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_hybrid_towers_embedding_counts_its_convolutions():
+    """The oracle is torch's own counter, on the sandbox's tower."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModel
+
+    from psa_fast.sandbox.tower import tower_config
+    from psa_fast.training.flops import _hybrid_embedding
+
+    tower = AutoModel.from_config(tower_config(32, 1, 2))
+    with FlopCounterMode(display=False) as counter:
+        tower.embeddings(torch.zeros(1, 3, 96, 96))
+    assert _hybrid_embedding(tower, 96) == counter.get_total_flops()

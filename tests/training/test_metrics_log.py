@@ -22,7 +22,10 @@ def test_a_loss_without_rows_is_null_in_the_file_and_a_dash_on_the_console(tmp_p
     log.close()
     (written,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [written[name] for name in ("loss", "loss_lm", "loss_type", "loss_level")] == [None, 0.0, None, 1.25]
-    assert "step 1/1 loss - loss_lm 0.0000 loss_type - loss_level 1.2500 lr" in console.export_text()
+    assert (
+        "step 1/1 loss - loss_lm 0.0000 loss_type - loss_level 1.2500 loss_adversarial 0.5000 lr"
+        in console.export_text()
+    )
 
 
 def test_a_full_disk_is_named_with_the_file(tmp_path):

@@ -43,6 +43,15 @@ EDGES = {
     "label_smoothing": ((0.0, 1.0), (-0.1, 1.1)),
     "concept_loss_weight": ((0.0, 10.0), (-0.1, 1e9)),
     "lm_loss_weight": ((0.0, 10.0), (-0.1, 1e9)),
+    "adversarial_weight": ((0.0, 1e6), (-0.1, 1e7)),
+    "adversarial_start": ((0.0, 0.99), (-0.1, 1.0)),
+    "adversarial_eps": ((0.5, 255.0), (0.0, 256.0)),
+    "adversarial_steps": ((1, 1000), (0, 1001)),
+    "feature_steps": ((0,), (-1,)),
+    "feature_clean_weight": ((0.0, 1e6), (-0.1, 1e7)),
+    "concept_steps": ((0,), (-1,)),
+    "concept_tie": ((0.0, 1e6), (-0.1, 1e7)),
+    "concept_head_learning_rate": ((1e-12, 1.0), (0.0, 2.0)),
 }
 
 

@@ -127,7 +127,7 @@ def report_of(where=("a.jsonl:3",), seconds=2.0, computed=ALL_LOSSES, **changes)
         "supervised": 8.0, "typed": 2.0, "levelled": 2.0, "tokens": 30.0, "positions": 40.0, "samples": 4.0,
         "flops": 50.0, "loss": 3.0, "loss_lm": 2.0, "loss_type": 0.75, "loss_level": 0.25, "own_loss": 3.0,
         "own_loss_lm": 2.0, "own_loss_type": 0.75, "own_loss_level": 0.25, "stop": 0.0, "peak_memory_gb": 1.5,
-        "data_seconds": 0.5, "grad_norm": 7.0,
+        "data_seconds": 0.5, "grad_norm": 7.0, "loss_adversarial": 0.0, "own_loss_adversarial": 0.0,
     } | changes  # fmt: skip
     values = torch.tensor([known[name] for name in step_module._VALUES], dtype=torch.float64)
     began, ended = step_module._Moment(torch.device("cpu")), step_module._Moment(torch.device("cpu"))

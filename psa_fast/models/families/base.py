@@ -64,6 +64,10 @@ class Family(ABC):
     def vision_features(self, vlm: nn.Module, pixel_values: Tensor) -> Tensor:
         """h_o [N, S, Dv] of [N, 3, H, W]."""
 
+    @abstractmethod
+    def features_of_tower(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """`vision_features` of a tower like the model's own that stands by itself."""
+
     def encode_images(self, vlm: nn.Module, pixel_values: Tensor) -> ImageFeatures:
         """One vision pass over [N, 3, H, W]."""
         vision = self.vision_features(vlm, pixel_values)

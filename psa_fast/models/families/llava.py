@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from psa_fast.models.families.base import Family
 
-#: vision towers known to end in `encoder.layers`, and whether they put a class token first
-_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False}
+#: supported vision towers, and whether they put a class token first
+_CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "dpt": True}
 _tower_lock = threading.Lock()
 
 
@@ -94,6 +94,10 @@ class LlavaFamily(Family):
         needed = pixel_values.requires_grad or any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
             return self._select(tower, pixel_values)
+
+    def features_of_tower(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        """`vision_features` of a tower like the model's own that stands by itself."""
+        return self._select(tower, pixel_values)
 
     def _select(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         depth, wanted = self.config.vision_config.num_hidden_layers, self._wanted_layers()

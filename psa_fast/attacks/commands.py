@@ -1,0 +1,226 @@
+"""`psa-fast robustness`: a run's guards under natural changes, words around the question and further pictures."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from psa_fast.files import shorten
+
+if TYPE_CHECKING:
+    from psa_fast.attacks.conditions import Case, Condition, Others
+    from psa_fast.data.records import Record
+
+PART = "robustness.jsonl.part"
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the command `robustness`."""
+    parser = subparsers.add_parser(
+        "robustness",
+        help="measure what changed pictures, words and further pictures do to the guard",
+        description="Put the records of a split to base and add-ons under each condition of a suite, and write "
+        "robustness.json and robustness.md to --out. An interrupted run goes on where it was.",
+    )
+    parser.add_argument("--data", required=True, metavar="PATH", help="folder with SPLIT.jsonl, or a JSONL file")
+    parser.add_argument("--split", default="test", help="SPLIT.jsonl of the data folder (default: test)")
+    parser.add_argument("--image_folder", metavar="DIR", help="where image paths start (default: the data folder)")
+    parser.add_argument("--run", metavar="DIR", help="training output: measures its stage1 and stage2 folders")
+    parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-ons' configs name)")
+    parser.add_argument("--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on")
+    parser.add_argument(
+        "--suite", default="all", help="natural, text, pictures, pixels, several by commas, or all (default: all)"
+    )
+    parser.add_argument(
+        "--budget", choices=("quick", "standard"), default="quick",
+        help="of attacks on pixels: 60 records, 40 steps, 1 start; or 200, 40, 3 (default: quick)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="records of each group (default: 100)")
+    parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
+    parser.add_argument("--seed", type=int, default=0, help="of the changes (default: 0)")
+    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report of other data or settings in --out")
+    parser.set_defaults(func=robustness)
+
+
+def robustness(args: argparse.Namespace) -> int:
+    """Run the suites. Raises ValueError, with a sentence, for input that cannot be used."""
+    from psa_fast.attacks import conditions as plain
+    from psa_fast.attacks import white_box
+    from psa_fast.attacks.pixels import BUDGETS
+    from psa_fast.evaluation.commands import find_data, plan
+    from psa_fast.evaluation.output import OutputFolder
+    from psa_fast.safety.policy import Policy
+
+    for name in ("limit", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed is {shorten(args.seed)}; expected a whole number of at least 0")
+    suites = (*plain.SUITES, white_box.SUITE)
+    chosen = list(suites) if args.suite == "all" else args.suite.split(",")
+    if unknown := [name for name in chosen if name not in suites]:
+        raise ValueError(f"--suite {shorten(unknown[0])}: expected all, or some of {', '.join(suites)}")
+    stages = [tuple(item.split("=", 1)) for item in args.stage]
+    if wrong := [item for item in args.stage if "=" not in item]:
+        raise ValueError(f"--stage {shorten(wrong[0])}: expected NAME=DIR")
+    todo = plan(args.run, args.base, stages)  # type: ignore[arg-type]
+    policy = Policy.load(args.policy)
+    file, image_folder = find_data(args.data, args.split, args.image_folder)
+    settings = {
+        "data": str(file), "base": todo.base, "stages": todo.addons, "limit": args.limit, "seed": args.seed,
+        "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
+        "budget": args.budget if white_box.SUITE in chosen else None,
+    }  # fmt: skip
+    with OutputFolder(Path(args.out)).claim() as out:
+        done = _done(out.path, settings, args.overwrite)
+        cases, others = _cases(file, image_folder, args.limit)
+        for stage in ("base", *todo.addons):
+            attacks = (
+                white_box.conditions(BUDGETS[args.budget]) if white_box.SUITE in chosen and stage != "base" else []
+            )
+            wanted: list[Condition | str | None] = [None, *plain.conditions(chosen), *attacks]
+            _stage(stage, todo, policy, wanted, cases, others, args, out.path, done)
+        _write(out.path, settings, file, done, todo)
+    return 0
+
+
+def _done(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The rows that an interrupted run of the same settings has left, by stage and condition."""
+    from psa_fast.attacks.report import JSON
+    from psa_fast.files import named, read_json
+
+    kept = json.loads(json.dumps(settings))
+    part = folder / PART
+    older = read_json(folder / JSON, "report") if (folder / JSON).exists() and not overwrite else None
+    if older is not None and older.get("provenance", {}).get("settings") != kept:
+        raise ValueError(f"{folder / JSON} is of other data or settings; name another --out, or give --overwrite")
+    done: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    with named(part):
+        lines = part.read_text(encoding="utf-8").splitlines() if part.exists() else []
+        if lines and json.loads(lines[0]) != kept:
+            if not overwrite:
+                raise ValueError(f"{part} is of other data or settings; name another --out, or give --overwrite")
+            lines = []
+        if not lines:
+            part.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    for line in lines[1:]:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that was being written when the run ended
+            continue
+        done[row["stage"], row["condition"]] = row["rows"]
+    return done
+
+
+def _cases(file: Path, image_folder: Path, limit: int) -> tuple[list[Case], Others]:
+    """At most `limit` records of each group with their pictures, and what conditions may add to them."""
+    from psa_fast.attacks.conditions import Case, Others, harmless_words
+    from psa_fast.attacks.measure import HARMLESS, RISKS
+    from psa_fast.data.images import load_image, resolve
+    from psa_fast.data.records import load_records
+
+    records = [record for record in load_records(file, image_folder) if record.group in (*RISKS, *HARMLESS)]
+    if not records:
+        raise ValueError(f"--data {file}: no record has a group that the suites know")
+    counts: Counter[str] = Counter()
+
+    def case(record: Record) -> Case:
+        return Case(record, tuple(load_image(resolve(image_folder, name)) for name in record.images))
+
+    cases: list[Case] = []
+    added: list[Case] = []
+    for record in records:
+        counts[record.group] += 1
+        if counts[record.group] <= limit:
+            cases.append(case(record))
+        elif record.group == "clean" and len(record.images) == 1 and len(added) < 100:
+            added.append(case(record))
+    clean = added or [one for one in cases if one.record.group == "clean" and len(one.pictures) == 1]
+    pictures = tuple(one.pictures[0] for one in clean)
+    if not pictures:
+        raise ValueError(f"--data {file}: there is no clean record with one picture, which conditions add to others")
+    asked = [one for one in cases if one.record.group in ("clean", "benign_twin")]
+    return cases, Others(pictures, harmless_words(asked))
+
+
+def _stage(
+    stage: str,
+    todo: Any,
+    policy: Any,
+    wanted: list[Condition | str | None],
+    cases: list[Case],
+    others: Others,
+    args: argparse.Namespace,
+    folder: Path,
+    done: dict[tuple[str, str], list[dict[str, Any]]],
+) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from psa_fast.attacks import white_box
+    from psa_fast.attacks.measure import measure
+    from psa_fast.attacks.pixels import BUDGETS
+    from psa_fast.evaluation.refusal import DEFAULT_LIST, get_list
+    from psa_fast.files import named
+    from psa_fast.safety.load import load_guard, load_plain
+
+    addon = todo.addons.get(stage)
+    names = ["none" if one is None else one if isinstance(one, str) else one.name for one in wanted]
+    if all((stage, name) in done for name in names):
+        return
+    guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
+    # of the base only what it can answer is of interest
+    mine = [case for case in cases if case.record.group == "clean"] if addon is None else cases
+    plain: dict[str, Any] = {}
+    words = get_list(DEFAULT_LIST)
+    columns = (TextColumn("{task.description:>34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(stage, total=len(names))
+        for name, condition in zip(names, wanted, strict=True):
+            progress.update(task, description=f"{stage}, {name}")
+            if (stage, name) not in done or condition is None:  # the plain results are compared with
+                if isinstance(condition, str):
+                    rows = white_box.measure(guard, stage, name, mine, words, BUDGETS[args.budget], args.seed)
+                else:
+                    natural = condition is not None and condition.suite == "natural"
+                    put = [case for case in mine if case.pictures or not natural]
+                    rows, results = measure(
+                        guard, stage, condition, put, others, plain, words, args.seed, args.max_new_tokens
+                    )
+                    plain = plain or results
+                done[stage, name] = [row.to_json() for row in rows]
+                with named(folder / PART), (folder / PART).open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"stage": stage, "condition": name, "rows": done[stage, name]}) + "\n")
+            progress.advance(task)
+    del guard  # one model at a time
+    gc.collect()
+
+
+def _write(
+    folder: Path, settings: dict[str, Any], file: Path, done: dict[tuple[str, str], list[dict[str, Any]]], todo: Any
+) -> None:
+    from psa_fast.attacks.report import JSON, PAGE, write_report
+    from psa_fast.evaluation.report import environment
+    from psa_fast.files import named
+    from psa_fast.safety.load import addon_hash
+
+    with named(file):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    provenance = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": settings,
+        "data_sha256": digest,
+        "addons_sha256": {name: addon_hash(path) for name, path in todo.addons.items()},
+        **environment(),
+    }
+    write_report(folder, [row for rows in done.values() for row in rows], provenance)
+    with named(folder / PART):
+        (folder / PART).unlink()
+    print(f"wrote {folder / PAGE} and {folder / JSON}")
