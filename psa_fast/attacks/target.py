@@ -143,12 +143,13 @@ class Target:
         shown = asked[0].shown
         logits, valid = [], []
         with _frozen(self.model):
+            projected = self.model.bottleneck.project(features.flatten(0, 1)).unflatten(0, features.shape[:2])
             for number, places in enumerate(shown):
                 queries = [one.queries[number] for one in asked]
                 most = max(map(len, queries))
                 padded = torch.stack([torch.cat([q, q[:1].expand(most - len(q), -1)]) for q in queries])
-                vision = features[:, list(places)].flatten(1, 2)
-                logits.append(self.model.bottleneck.heads(self.model.bottleneck(vision, padded)))
+                pooled = self.model.bottleneck.pool(projected[:, list(places)].flatten(1, 2), padded)
+                logits.append(self.model.bottleneck.heads(pooled))
                 valid.append(torch.tensor([[i < len(q) for i in range(most)] for q in queries]))
         # in float32 at least: losses compare margins whose differences are small
         wide = torch.cat(logits, 1)
