@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .ranks import alike
 from .schedule import Schedule, micro_batches, needs_lengths
 from .stages import optimizer_groups, prepare, print_table
 from .step import StepReport, train_step
+from .supervision import unlearnt_readings
 from .vision_tower import keep_whole
 
 HintFor = Callable[[int, int], str | None]
@@ -95,7 +96,7 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     _lock = claim(config, console)  # held as long as this function runs
     rate = shared_matrix_rate(compute_dtype(config))
     with alike():
-        model, keep_alive = build_model(config, ds_config, addon, attention, commit)
+        model, keep_alive = build_model(config, ds_config, addon, attention, commit, unlearnt_readings(dataset.records))
     parts = prepare(model, config, resuming=state is not None)
     meter = Meter(StageFlops.of(model, config), rate)
     prepare_language_model(model, config)
@@ -223,11 +224,17 @@ def _log_unread(log: MetricsLog, launched: Iterable[StepReport], console: Consol
 
 
 def build_model(
-    config: TrainConfig, ds_config: dict, addon: str | None, attention: str | None = None, commit: str | None = None
+    config: TrainConfig,
+    ds_config: dict,
+    addon: str | None,
+    attention: str | None = None,
+    commit: str | None = None,
+    unlearnt: Mapping[str, bool] | None = None,
 ) -> tuple[PsaVLM, Any]:
     """The PSA model on its base, from an add-on or new. The second value must live until the engine is built.
 
-    `commit` is that of a base on the hub; None: the add-on's, else the main branch's.
+    `commit` is that of a base on the hub; None: the add-on's, else the main branch's. `unlearnt` are fields of a new
+    add-on's configuration that the records do not teach.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -255,7 +262,7 @@ def build_model(
         vlm = load_base(base, compute_dtype(config), attention, config.runs_language_model, revision)
     # whatever the base drew while it was loaded: every objective starts from the same safety modules
     torch.manual_seed(config.seed)
-    model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **overrides)
+    model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **overrides, **(unlearnt or {}))
     if addon:
         differing = [
             f"{k} {getattr(model.config, k)!r} != {v!r}" for k, v in overrides.items() if getattr(model.config, k) != v

@@ -13,6 +13,19 @@ from .config import TrainConfig
 FEW = 0.05  # below this share of labelled pictures a run is warned
 
 
+def unlearnt_readings(records: Sequence[Record]) -> dict[str, bool]:
+    """What a new add-on's configuration must not claim, since no record teaches it.
+
+    The learned query alone is taught by pictures whose own label is known, requests without a picture by labelled ones.
+    """
+    found: dict[str, bool] = {}
+    if not any(record.images and record.picture != (None, None) for record in records):
+        found["neutral_query"] = False
+    if not any(not record.images and record.safe_type is not None for record in records):
+        found["reads_text"] = False
+    return found
+
+
 def check_supervision(records: Sequence[Record], config: TrainConfig) -> list[str]:
     """Check that something of the stage's losses can be learnt from the records.
 

@@ -4,7 +4,7 @@ import pytest
 
 from psa_fast.data import Record, Turn
 from psa_fast.training.config import TrainConfig
-from psa_fast.training.supervision import check_supervision
+from psa_fast.training.supervision import check_supervision, unlearnt_readings
 
 
 def rows(count, safe_type=None, safe_level=None, picture=True):
@@ -62,3 +62,17 @@ def test_little_to_learn_is_said(records, warnings):
     assert len(found) == len(warnings)
     for text, start in zip(found, warnings, strict=True):
         assert text.startswith(start)
+
+
+def test_an_addon_claims_no_reading_that_its_records_do_not_teach():
+    def row(images, safe_type, **labels):
+        turns = (Turn("user", "<image>" * len(images) + "what ?"), Turn("assistant", "that"))
+        return Record(images, safe_type, None if safe_type is None else 0, turns, **labels)
+
+    pictured = row(("a.png",), 6)
+    unknown = row(("a.png",), 6, image_label="unknown")
+    words = row((), 6)
+    assert unlearnt_readings([pictured, words]) == {}
+    assert unlearnt_readings([pictured]) == {"reads_text": False}
+    assert unlearnt_readings([unknown, words]) == {"neutral_query": False}
+    assert unlearnt_readings([row((), None)]) == {"neutral_query": False, "reads_text": False}
