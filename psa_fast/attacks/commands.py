@@ -216,7 +216,9 @@ def _stage(
             if (stage, name) not in done or condition is None:  # the plain results are compared with
                 if isinstance(condition, str):
                     budget, longest = BUDGETS[args.budget], args.max_new_tokens
-                    rows = white_box.measure(guard, stage, name, mine, words, budget, args.seed, known, longest)
+                    rows = white_box.measure(
+                        guard, stage, name, mine, words, budget, args.seed, known, longest, folder / white_box.PICTURES
+                    )
                 else:
                     natural = condition is not None and condition.suite == "natural"
                     put = [case for case in mine if case.pictures or not natural]
@@ -238,11 +240,12 @@ def _known(base: str, args: argparse.Namespace, pending: list[str], cases: list[
 
     from psa_fast.attacks import pixels, white_box
     from psa_fast.attacks.joint import own_answers
+    from psa_fast.attacks.pixels import BUDGETS
     from psa_fast.attacks.target import Target
     from psa_fast.safety.load import load_guard, load_plain
 
     answers = {}
-    if any(name.startswith(("joint", "unguarded")) for name in pending):
+    if any(name in pending for name in white_box.conditions(BUDGETS[args.budget], ("pixels", "joint"))):
         risky = [case for case in cases if case.record.group == "risk" and len(case.pictures) == 1]
         undefended = Target(load_plain(base))
         asked = [pixels.Case(white_box.request_of(case), case.record.where) for case in risky]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -97,11 +98,9 @@ def own_answers(base: Target, cases: Sequence[Case], max_new_tokens: int = 32) -
     `base` is the undefended one (`load_plain`): what an attacker misses is what the guard keeps back.
     """
     asked = [ask(base, case) for case in cases]
-    found = []
-    for case, one in zip(cases, asked, strict=True):
-        (answer,) = base.answer([one], one.pictures.unsqueeze(0), guarded=False, max_new_tokens=max_new_tokens)
-        found.append(Case(case.request, case.where, answer.text))
-    return found
+    requests = [request for one in asked for request in base.requests([one], one.pictures.unsqueeze(0))]
+    answers = base.guard.answer(requests, guarded=False, max_new_tokens=max_new_tokens, on_error="raise")
+    return [replace(case, wanted=answer.text) for case, answer in zip(cases, answers, strict=True)]
 
 
 def affirmative(request: Request) -> str:

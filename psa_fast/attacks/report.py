@@ -66,6 +66,12 @@ def page(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> st
             numbers = "; ".join(f"{key} {_number(value)}" for key, value in found.items())
             lines.append(f"| {row['condition']} | {row['stage']} | {row['n']} | {passed} | {numbers} |")
         lines.append("")
+    if any(row.get("settings", {}).get("got_through") for row in rows):
+        lines += ["## Pictures that got through", "", "Behind each the picture that it was made of.", ""]
+        for row in rows:
+            for one in row.get("settings", {}).get("got_through", ()):
+                what = f"{row['stage']}, {row['condition']}, {one['where']}: {one['asked']!r} {one['answer']!r}"
+                lines += [f"![]({one['file']}) ![]({one['before']}) {' '.join(what.split())}", ""]
     lines += ["## What the columns mean", "", *(f"- {name}: {text}." for name, text in _WORDS.items()), ""]
     lines += ["## How they were obtained", ""]
     lines += [f"- {key}: `{value}`" for key, value in provenance.items()]

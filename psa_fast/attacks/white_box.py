@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from psa_fast.attacks import controls, joint, pixels
@@ -12,8 +14,10 @@ from psa_fast.attacks.conditions import Case
 from psa_fast.attacks.measure import Row
 from psa_fast.attacks.pixels import Budget, Goal, Outcome
 from psa_fast.attacks.target import Target
+from psa_fast.data.records import IMAGE_MARK
 from psa_fast.evaluation.metrics import rate
 from psa_fast.evaluation.refusal import RefusalList, classify, is_safe
+from psa_fast.files import write_with
 from psa_fast.safety.request import Request
 
 if TYPE_CHECKING:
@@ -36,6 +40,8 @@ ANSWERS: tuple[tuple[str, str, int], ...] = (
     ("unlock-unguarded", "text_risk", 8),
 )
 TRANSFER = (4, 8)
+PICTURES = "got_through"  # folder of a report's
+SHOWN = 4  # pictures of a row that are kept
 DRAWS = 5  # of random noise
 CONTROL_CASES = 40
 CONTROL_EPS = 4
@@ -76,8 +82,12 @@ def measure(
     seed: int,
     known: Known | None = None,
     max_new_tokens: int = 32,
+    folder: Path | None = None,
 ) -> list[Row]:
-    """The rows of one condition, one for each group that it is tried on; of the controls one for each check."""
+    """The rows of one condition, one for each group that it is tried on; of the controls one for each check.
+
+    With a `folder`, some pictures that got through are kept there, as PNG files beside those they were made of.
+    """
     known = known or Known()
     target = Target(guard)
     if condition == "controls":
@@ -89,11 +99,13 @@ def measure(
         wall, cpu = time.perf_counter(), time.process_time()
         asked = [pixels.Case(request_of(c), c.record.where, known.answers.get(c.record.where)) for c in chosen]
         outcomes = _attack(target, asked, goal, eps, budget, seed, known, max_new_tokens)
-        settings = {
+        settings: dict[str, Any] = {
             "seed": seed, "eps": eps, "steps": budget.steps, "restarts": budget.restarts,
             "gradients": sum(outcome.steps for outcome in outcomes),
             "claimed_only": sum(outcome.claimed and not outcome.success for outcome in outcomes),
         }  # fmt: skip
+        if folder is not None:
+            settings["got_through"] = _keep(target, folder, f"{stage}-{goal}-{eps:g}-{group}", asked, outcomes)
         rows.append(
             Row(
                 "joint" if goal in {name for name, _, _ in ANSWERS} else "pixels",
@@ -109,6 +121,25 @@ def measure(
             )
         )
     return rows
+
+
+def _keep(
+    target: Target, folder: Path, name: str, cases: Sequence[pixels.Case], outcomes: Sequence[Outcome]
+) -> list[dict[str, str | None]]:
+    """Write the first pictures that got through; what a report says of each."""
+    kept: list[dict[str, str | None]] = []
+    for case, outcome in zip(cases, outcomes, strict=True):
+        if len(kept) == SHOWN or not outcome.success:
+            continue
+        stem = f"{name.replace(':', '-')}-{len(kept) + 1}"
+        (plain,) = pixels.ask(target, case).pictures
+        for end, picture in (("", outcome.pictures[0]), ("-before", plain)):
+            content = target.frame.png(picture)
+            write_with(folder / f"{stem}{end}.png", partial(Path.write_bytes, data=content))
+        words = case.request.turns[-1].text.replace(IMAGE_MARK, " ").strip()
+        kept.append({"file": f"{folder.name}/{stem}.png", "before": f"{folder.name}/{stem}-before.png",
+                     "where": case.where, "asked": words, "answer": outcome.answer})  # fmt: skip
+    return kept
 
 
 def request_of(case: Case) -> Request:
