@@ -179,7 +179,7 @@ def gradient_is_the_slope(
         along = gradient.sign() * (step / 255)
         with torch.no_grad():
             rise = of(row, x + along)[0] - of(row, x - along)[0]
-        ratios.append(float(rise / (2 * (gradient * along).sum())))
+        ratios.append(float(rise) / (2 * float((gradient * along).sum())))
     passed = all(0.95 <= ratio <= 1.05 for ratio in ratios)
     return Control(name, passed, {"n": len(ratios), "ratios": [round(ratio, 4) for ratio in ratios]})
 
@@ -207,7 +207,7 @@ def guard_agrees(target: Target, cases: Sequence[Case], eps: float, steps: int, 
         one = ask(target, case)
         with torch.no_grad():
             margins = target.margins(target.read([one], outcome.pictures.unsqueeze(0).float() / 255))
-        score = float((margins.amax().double() + target.threshold).sigmoid())
+        score = float((margins.amax().double().cpu() + target.threshold).sigmoid())
         if outcome.verdict.unsafe_score is not None:
             apart = max(apart, abs(score - outcome.verdict.unsafe_score))
     numbers = {"n": len(cases), "claimed": sum(one.claimed for one in outcomes), "refuted": refuted}

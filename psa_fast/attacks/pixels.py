@@ -26,8 +26,6 @@ Goal = Literal["hide", "raise", "downgrade"]
 Loss = Literal["margin", "ce", "worst"]
 #: how far beyond the threshold a margin is pushed, in nats, and no further: then only the others count
 ENOUGH = 2.0
-#: a success must not hang on the last digit: the guard reads in another batch
-SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -170,7 +168,7 @@ def head_loss(
     """
     margins = target.margins(readings)
     worst = margins.flatten(1).amax(1)
-    enough, slack = ENOUGH + beyond, SLACK + beyond
+    enough, slack = ENOUGH + beyond, target.slack + beyond
     if goal == "hide":
         followed = {
             "margin": lambda: margins.clamp(min=-enough).flatten(1).sum(1),

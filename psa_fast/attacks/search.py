@@ -217,8 +217,8 @@ def _gradient(objective: Objective, rows: Tensor, x: Tensor, batch_size: int) ->
         leaf = x[part].round().requires_grad_()
         loss, success = objective(rows[part], leaf / 255)
         gradients.append(torch.autograd.grad(loss.sum(), leaf)[0])
-        losses.append(loss.detach().float())
-        successes.append(success.detach())
+        losses.append(loss.detach().float().cpu())  # the model may be on a GPU, the bookkeeping is not
+        successes.append(success.detach().cpu())
     return torch.cat(losses), torch.cat(gradients), torch.cat(successes)
 
 
@@ -233,8 +233,8 @@ def look(objective: Objective, pictures: Tensor, batch_size: int = BATCH, rows: 
     for start in range(0, len(pictures), batch_size):
         part = slice(start, start + batch_size)
         loss, success = objective(rows[part], pictures[part].float() / 255)
-        losses.append(loss.float())
-        successes.append(success)
+        losses.append(loss.float().cpu())
+        successes.append(success.cpu())
     empty = torch.zeros(0)
     return Found(
         pictures.clone(),
