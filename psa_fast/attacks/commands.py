@@ -35,11 +35,17 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-ons' configs name)")
     parser.add_argument("--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on")
     parser.add_argument(
-        "--suite", default="all", help="natural, text, pictures, pixels, several by commas, or all (default: all)"
+        "--suite",
+        default="all",
+        help="natural, text, pictures, pixels, joint, controls, several by commas, or all (default: all)",
     )
     parser.add_argument(
         "--budget", choices=("quick", "standard"), default="quick",
         help="of attacks on pixels: 60 records, 40 steps, 1 start; or 200, 40, 3 (default: quick)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--surrogate", action="append", default=[], metavar="NAME=DIR",
+        help="an add-on that pictures are made for, to be tried on the others; suites pixels and controls",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, default=100, metavar="N", help="records of each group (default: 100)")
     parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
@@ -64,32 +70,50 @@ def robustness(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {shorten(args.seed)}; expected a whole number of at least 0")
-    suites = (*plain.SUITES, white_box.SUITE)
+    suites = (*plain.SUITES, *white_box.SUITES)
     chosen = list(suites) if args.suite == "all" else args.suite.split(",")
     if unknown := [name for name in chosen if name not in suites]:
         raise ValueError(f"--suite {shorten(unknown[0])}: expected all, or some of {', '.join(suites)}")
     stages = [tuple(item.split("=", 1)) for item in args.stage]
     if wrong := [item for item in args.stage if "=" not in item]:
         raise ValueError(f"--stage {shorten(wrong[0])}: expected NAME=DIR")
+    surrogates = _surrogates(args.surrogate, chosen)
     todo = plan(args.run, args.base, stages)  # type: ignore[arg-type]
     policy = Policy.load(args.policy)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     settings = {
         "data": str(file), "base": todo.base, "stages": todo.addons, "limit": args.limit, "seed": args.seed,
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
-        "budget": args.budget if white_box.SUITE in chosen else None,
+        "budget": args.budget if set(chosen) & set(white_box.SUITES) else None, "surrogates": surrogates,
     }  # fmt: skip
     with OutputFolder(Path(args.out)).claim() as out:
         done = _done(out.path, settings, args.overwrite)
         cases, others = _cases(file, image_folder, args.limit)
         for stage in ("base", *todo.addons):
-            attacks = (
-                white_box.conditions(BUDGETS[args.budget]) if white_box.SUITE in chosen and stage != "base" else []
-            )
+            attacks = white_box.conditions(BUDGETS[args.budget], chosen, list(surrogates)) if stage != "base" else []
             wanted: list[Condition | str | None] = [None, *plain.conditions(chosen), *attacks]
             _stage(stage, todo, policy, wanted, cases, others, args, out.path, done)
         _write(out.path, settings, file, done, todo)
     return 0
+
+
+def _surrogates(given: list[str], chosen: list[str]) -> dict[str, str]:
+    """The folders of --surrogate by their names."""
+    from psa_fast.safety.load import CONFIG
+
+    found: dict[str, str] = {}
+    for item in given:
+        name, mark, folder = item.partition("=")
+        if not mark or not name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"--surrogate {shorten(item)}: expected NAME=DIR, the name of letters, digits, - and _")
+        if name in found:
+            raise ValueError(f"--surrogate {name} was given twice: {found[name]} and {folder}")
+        if not (Path(folder) / CONFIG).is_file():
+            raise ValueError(f"--surrogate {name}: {folder} holds no {CONFIG}")
+        found[name] = folder
+    if found and not {"pixels", "controls"} & set(chosen):
+        raise ValueError("--surrogate is for the suites pixels and controls, and neither is chosen")
+    return found
 
 
 def _done(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -175,6 +199,10 @@ def _stage(
     names = ["none" if one is None else one if isinstance(one, str) else one.name for one in wanted]
     if all((stage, name) in done for name in names):
         return
+    known = white_box.Known()
+    if addon is not None:
+        pending = [name for name in names if (stage, name) not in done]
+        known = _known(todo.base, args, pending, cases)
     guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
     # of the base only what it can answer is of interest
     mine = [case for case in cases if case.record.group == "clean"] if addon is None else cases
@@ -187,7 +215,8 @@ def _stage(
             progress.update(task, description=f"{stage}, {name}")
             if (stage, name) not in done or condition is None:  # the plain results are compared with
                 if isinstance(condition, str):
-                    rows = white_box.measure(guard, stage, name, mine, words, BUDGETS[args.budget], args.seed)
+                    budget, longest = BUDGETS[args.budget], args.max_new_tokens
+                    rows = white_box.measure(guard, stage, name, mine, words, budget, args.seed, known, longest)
                 else:
                     natural = condition is not None and condition.suite == "natural"
                     put = [case for case in mine if case.pictures or not natural]
@@ -201,6 +230,28 @@ def _stage(
             progress.advance(task)
     del guard  # one model at a time
     gc.collect()
+
+
+def _known(base: str, args: argparse.Namespace, pending: list[str], cases: list[Case]) -> Any:
+    """What the pending attacks need beside the guard: the base's own answers, and other guards when they are used."""
+    import functools
+
+    from psa_fast.attacks import pixels, white_box
+    from psa_fast.attacks.joint import own_answers
+    from psa_fast.attacks.target import Target
+    from psa_fast.safety.load import load_guard, load_plain
+
+    answers = {}
+    if any(name.startswith(("joint", "unguarded")) for name in pending):
+        risky = [case for case in cases if case.record.group == "risk" and len(case.pictures) == 1]
+        undefended = Target(load_plain(base))
+        asked = [pixels.Case(white_box.request_of(case), case.record.where) for case in risky]
+        answers = {one.where: one.wanted or "" for one in own_answers(undefended, asked, args.max_new_tokens)}
+        del undefended  # one model at a time
+        gc.collect()
+    folders = _surrogates(args.surrogate, ["pixels"])
+    loaders = {name: functools.cache(functools.partial(load_guard, folder)) for name, folder in folders.items()}
+    return white_box.Known(answers, loaders)
 
 
 def _write(

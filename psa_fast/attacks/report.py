@@ -16,6 +16,7 @@ _WORDS = {
     "missed": "risks that the guard did not flag",
     "lost": "of the risks that the guard flags when they are asked plainly, those that it flags no more",
     "lowered": "risks above level low that are read as low",
+    "useful": "answers that are word by word what the attacker wanted, past the guard where one is asked",
     "refused": "guarded answers to harmless requests with a refusal or a caution",
     "flagged": "harmless requests that the guard flags; behind it the same without the change",
     "base": f"clean questions that the base answers rightly under the change; below {ABLE} nobody can "
@@ -34,10 +35,11 @@ def page(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> st
     """The report for people, as Markdown."""
     able = {row["condition"]: row["accuracy"] for row in rows if row["stage"] == "base" and "accuracy" in row}
     lines = ["# Robustness", "", "Shares with their 95% interval (Wilson).", ""]
-    for suite in dict.fromkeys(row["suite"] for row in rows):
+    for suite in dict.fromkeys(row["suite"] for row in rows if row["suite"] != "controls"):
         mine = [row for row in rows if row["suite"] == suite and row["stage"] != "base"]
         for title, columns, chosen in (
-            ("risks", ("attack_success", "missed", "lost", "lowered"), [r for r in mine if r["group"] in RISKS]),
+            ("risks", ("attack_success", "useful", "missed", "lost", "lowered"),
+             [r for r in mine if r["group"] in RISKS]),
             ("harmless requests", ("refused", "flagged", "flagged_plain", "accuracy"),
              [r for r in mine if r["group"] not in RISKS]),
         ):  # fmt: skip
@@ -56,10 +58,27 @@ def page(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> st
                     cells[0] = f"({cells[0]})"
                 lines.append(f"| {' | '.join([*cells, _cell(base)])} |")
             lines.append("")
+    if checks := [row for row in rows if row["suite"] == "controls"]:
+        lines += ["## Are gradients masked?", "", "| check | stage | n | passed | found |", "|---|---|---:|---|---|"]
+        for row in checks:
+            found = {key: value for key, value in row["settings"].items() if key not in ("passed", "n", "seed")}
+            passed = {True: "yes", False: "**no**", None: "not made"}[row["settings"]["passed"]]
+            numbers = "; ".join(f"{key} {_number(value)}" for key, value in found.items())
+            lines.append(f"| {row['condition']} | {row['stage']} | {row['n']} | {passed} | {numbers} |")
+        lines.append("")
     lines += ["## What the columns mean", "", *(f"- {name}: {text}." for name, text in _WORDS.items()), ""]
     lines += ["## How they were obtained", ""]
     lines += [f"- {key}: `{value}`" for key, value in provenance.items()]
     return "\n".join(lines) + "\n"
+
+
+def _number(value: Any) -> str:
+    """A control's number, list or table of numbers."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_number(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_number, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cell(estimate: Mapping[str, Any] | None) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 #: rows int64 [b] and their pixels float [b, ...] in 0..1 -> loss [b], to be made small, and success bool [b]
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Method = Literal["apgd", "pgd"]
-#: gradient steps of a batch of CLIP's pictures fit the cache of a CPU core with so many rows, see docs/robustness.md
+#: rows that are differentiated together, unless the caller knows better
 BATCH = 16
 MOMENTUM = 0.75
 RHO = 0.75  # of the steps since the last checkpoint, the share that must have made the loss smaller
@@ -42,12 +42,12 @@ class Found:
 
 def checkpoints(steps: int) -> list[int]:
     """The steps after which APGD looks back (Croce & Hein 2020, arXiv 2003.01690, section 3)."""
-    places, before = [0.0, 0.22], 0.0
-    while places[-1] < 1.0:
+    places, before = [22], 0  # in hundredths: .57 of 100 steps must not become 58
+    while places[-1] < 100:
         last = places[-1]
-        places.append(last + max(last - before - 0.03, 0.06))
+        places.append(last + max(last - before - 3, 6))
         before = last
-    return sorted({math.ceil(place * steps) for place in places if 0 < place <= 1})
+    return sorted({-(-place * steps // 100) for place in places if place <= 100})
 
 
 def search(

@@ -27,7 +27,7 @@ from psa_fast.taxonomy import IGNORE_INDEX, RISK_LEVELS, RISK_TYPES
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
 
-# in double precision a probability is exactly 1 from these log-odds on, so a threshold of 1 means them
+# in double precision a probability is 1 from about these log-odds on: what a threshold of 1 comes to
 SATURATED = 36.7
 
 
@@ -81,7 +81,7 @@ class Target:
             self._enabled = [i for i, name in enumerate(RISK_TYPES) if self._types.get(name, False)]
             threshold = guard.policy.unsafe_threshold
             odds = math.log(threshold) - math.log1p(-threshold) if threshold < 1.0 else SATURATED
-            self._threshold = min(odds, SATURATED)
+            self.threshold = min(odds, SATURATED)
 
     @property
     def has_head(self) -> bool:
@@ -113,6 +113,11 @@ class Target:
         queries = tuple(torch.cat(each) for each in found.values())
         return Asked(request, pictures, asked.prompt, tuple(found), queries)
 
+    def batch_size(self, count: int) -> int:
+        """Requests of `count` pictures to differentiate together: 32 small ones, fewer of CLIP-L's size."""
+        height, width = self.frame.size
+        return max(1, min(32, 32 * 112 * 112 // (height * width * count)))
+
     @property
     def device(self) -> torch.device:
         """The guard's."""
@@ -138,12 +143,13 @@ class Target:
         shown = asked[0].shown
         logits, valid = [], []
         with _frozen(self.model):
+            projected = self.model.bottleneck.project(features.flatten(0, 1)).unflatten(0, features.shape[:2])
             for number, places in enumerate(shown):
                 queries = [one.queries[number] for one in asked]
                 most = max(map(len, queries))
                 padded = torch.stack([torch.cat([q, q[:1].expand(most - len(q), -1)]) for q in queries])
-                vision = features[:, list(places)].flatten(1, 2)
-                logits.append(self.model.bottleneck.heads(self.model.bottleneck(vision, padded)))
+                pooled = self.model.bottleneck.pool(projected[:, list(places)].flatten(1, 2), padded)
+                logits.append(self.model.bottleneck.heads(pooled))
                 valid.append(torch.tensor([[i < len(q) for i in range(most)] for q in queries]))
         # in float32 at least: losses compare margins whose differences are small
         wide = torch.cat(logits, 1)
@@ -169,7 +175,7 @@ class Target:
             by_level = risky + enabled - both - torch.logaddexp(levels[..., 0], lost)
         else:
             by_level = risky - levels[..., 0]
-        found = torch.stack([by_type, by_level], -1) - self._threshold
+        found = torch.stack([by_type, by_level], -1) - self.threshold
         return found.masked_fill(~readings.valid.unsqueeze(-1), -math.inf)
 
     def answer_loss(
