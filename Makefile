@@ -22,6 +22,7 @@ help:
 	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that setup.py allows"
 	@echo "make lock   remake requirements/*.txt from setup.py and requirements/lock.in"
 	@echo "make fuzz   thousands of mutated inputs, kills and damaged files: runs/fuzz (about 15 minutes on 2 CPU cores)"
+	@echo "make robust   after the demo: attacks on its guard, and a tower made robust: runs/demo/robustness, runs/robust"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"
 	@echo "make gpu    gpu tests and the same benchmarks on a CUDA device: runs/bench/gpu.md (GPU_PYTHON=python to use)"
@@ -80,6 +81,16 @@ demo: $(STAMP)
 	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --out $(DEMO)/world
 	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO) --overwrite
 	@echo; echo "report: $(DEMO)/report.md"
+
+# on top of the demo: what gets past its guard, then the same on a tower made robust
+.PHONY: robust
+robust: $(STAMP)
+	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --out $(DEMO)/world
+	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --out $(DEMO)/robustness --suite natural,text,pictures --limit 60
+	psa-fast robustness --data $(DEMO)/world --stage stage1=$(DEMO)/stage1 --out $(DEMO)/pixels --suite pixels
+	deepspeed train.py --stage 0 --output_dir runs/robust --resume auto
+	deepspeed train.py --stage 1 --model_name_or_path runs/robust/stage0 --output_dir runs/robust --resume auto
+	psa-fast robustness --data $(DEMO)/world --stage stage1=runs/robust/stage1 --out runs/robust/pixels --suite pixels
 
 # the concept head alone, so the language model is not run
 ablation: $(STAMP)

@@ -200,12 +200,9 @@ class Ours(Form):
 
     def concept(self, batch: Batch, features: Any) -> Tensor:
         """What PsaVLM.forward does without labels, its vision pass apart."""
-        psa, ids = self.psa, batch["input_ids"]
-        embeds = psa.family.embed(psa.vlm, ids)
-        packing = Packing(batch["lengths"], ids.device)
-        query = psa._query_embeds(embeds, ids, None, None, batch["query_mask"], packing)
-        pooled = psa.bottleneck(features.vision, query)
-        return psa.bottleneck.loss(pooled, torch.stack([batch["safe_type"], batch["safe_level"]], 1)).loss
+        kept = {k: v for k, v in batch.items() if k not in ("where", "labels", "pixel_values")}
+        out = self.psa(**kept, vision_features=features.vision)
+        return out.loss_type + out.loss_level
 
     def hidden(self, batch: Batch, features: Any) -> Tensor:
         """[s_llm ; h_i] in place of the placeholders, then the language model."""

@@ -7,17 +7,25 @@ from torch import Tensor, nn
 
 
 class SafetyTokens(nn.Module):
-    """n learned vectors of width E, drawn from N(0, 0.02) (arXiv 2411.11543, section 3.2)."""
+    """n learned vectors of width E, drawn from N(0, std), of 0.02 as in the paper (arXiv 2411.11543, section 3.2)."""
 
-    def __init__(self, n: int, embed_dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        n: int,
+        embed_dim: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        std: float = 0.02,
+    ):
         super().__init__()
+        self.std = std
         self.weight = nn.Parameter(torch.empty(n, embed_dim, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw the tokens again; call it after a meta-device build."""
         if self.weight.numel():
-            nn.init.normal_(self.weight, std=0.02)
+            nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, batch: int) -> Tensor:
         """[batch, n, E], expanded (stride 0), never copied."""

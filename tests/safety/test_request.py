@@ -179,7 +179,7 @@ def test_the_bases_positions_are_the_limit_and_the_hint_counts(guard, folders):
     tight = Guard(guard.model, guard.processor, max_length=length + 3)
     risky = torch.zeros(1, 11)
     risky[0, 4] = risky[0, 10] = 9.0
-    tight.model.concept_logits = lambda features, counts, ids, mask: risky.expand(len(ids), -1)
+    tight.model.concept_logits = lambda features, counts, ids, mask, projected=None: risky.expand(len(ids), -1)
     try:
         guarded, unguarded = tight.answer_both([ask], max_new_tokens=3)[0]
         assert guarded.verdict.code == unguarded.verdict.code == "not_checked"

@@ -23,10 +23,11 @@ def build_base(folder: Path) -> Path:
     from psa_fast.sandbox import base
     from psa_fast.sandbox.language import all_texts
     from psa_fast.sandbox.processor import build_processor
+    from psa_fast.sandbox.tower import TowerRecipe
 
     processor = build_processor(all_texts(Policy.load(None).hint))
     torch.manual_seed(0)
-    recipe = replace(base.BaseRecipe(), hidden_size=32, heads=4, vision_layers=2, language_layers=2)
+    recipe = replace(base.BaseRecipe(), hidden_size=32, heads=4, tower=TowerRecipe(layers=2), language_layers=2)
     base.build_base(processor, recipe).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
