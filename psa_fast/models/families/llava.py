@@ -100,6 +100,7 @@ class LlavaFamily(Family):
         return self._select(tower, pixel_values)
 
     def _select(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
+        pixel_values = pixel_values.to(next(tower.parameters()).dtype)  # as CLIP does by itself, and a hybrid does not
         depth, wanted = self.config.vision_config.num_hidden_layers, self._wanted_layers()
         encoder: Any = getattr(tower, "encoder", None)
         if min(wanted) > 0 and max(wanted) < depth and encoder is not None:
