@@ -262,7 +262,7 @@ def build_model(
         vlm = load_base(base, compute_dtype(config), attention, config.runs_language_model, revision)
     # whatever the base drew while it was loaded: every objective starts from the same safety modules
     torch.manual_seed(config.seed)
-    model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **overrides, **(unlearnt or {}))
+    model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **{**overrides, **(unlearnt or {})})
     if addon:
         differing = [
             f"{k} {getattr(model.config, k)!r} != {v!r}" for k, v in overrides.items() if getattr(model.config, k) != v
