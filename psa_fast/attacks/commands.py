@@ -63,6 +63,7 @@ def robustness(args: argparse.Namespace) -> int:
     from psa_fast.attacks.pixels import BUDGETS
     from psa_fast.evaluation.commands import find_data, plan
     from psa_fast.evaluation.output import OutputFolder
+    from psa_fast.safety.load import addon_hash
     from psa_fast.safety.policy import Policy
 
     for name in ("limit", "max_new_tokens"):
@@ -82,7 +83,8 @@ def robustness(args: argparse.Namespace) -> int:
     policy = Policy.load(args.policy)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     settings = {
-        "data": str(file), "base": todo.base, "stages": todo.addons, "limit": args.limit, "seed": args.seed,
+        "data": str(file), "data_sha256": _sha256(file), "image_folder": str(image_folder),
+        "addons_sha256": {name: addon_hash(path) for name, path in todo.addons.items()}, "base": todo.base, "stages": todo.addons, "limit": args.limit, "seed": args.seed,
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
         "budget": args.budget if set(chosen) & set(white_box.SUITES) else None, "surrogates": surrogates,
     }  # fmt: skip
@@ -129,7 +131,7 @@ def _done(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[tuple
     done: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with named(part):
         lines = part.read_text(encoding="utf-8").splitlines() if part.exists() else []
-        if lines and json.loads(lines[0]) != kept:
+        if lines and (overwrite or json.loads(lines[0]) != kept):
             if not overwrite:
                 raise ValueError(f"{part} is of other data or settings; name another --out, or give --overwrite")
             lines = []
@@ -142,6 +144,13 @@ def _done(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[tuple
             continue
         done[row["stage"], row["condition"]] = row["rows"]
     return done
+
+
+def _sha256(file: Path) -> str:
+    from psa_fast.files import named
+
+    with named(file):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _cases(file: Path, image_folder: Path, limit: int) -> tuple[list[Case], Others]:
@@ -220,8 +229,7 @@ def _stage(
                         guard, stage, name, mine, words, budget, args.seed, known, longest, folder / white_box.PICTURES
                     )
                 else:
-                    natural = condition is not None and condition.suite == "natural"
-                    put = [case for case in mine if case.pictures or not natural]
+                    put = [case for case in mine if condition is None or condition.applies(case)]
                     rows, results = measure(
                         guard, stage, condition, put, others, plain, words, args.seed, args.max_new_tokens
                     )
@@ -263,15 +271,10 @@ def _write(
     from psa_fast.attacks.report import JSON, PAGE, write_report
     from psa_fast.evaluation.report import environment
     from psa_fast.files import named
-    from psa_fast.safety.load import addon_hash
 
-    with named(file):
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
     provenance = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": settings,
-        "data_sha256": digest,
-        "addons_sha256": {name: addon_hash(path) for name, path in todo.addons.items()},
         **environment(),
     }
     write_report(folder, [row for rows in done.values() for row in rows], provenance)

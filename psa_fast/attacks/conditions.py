@@ -53,6 +53,12 @@ class Condition:
     change: Change
     moves: bool = False
 
+    def applies(self, case: Case) -> bool:
+        """Whether there is anything to change: a picture, or, where others are put beside it, exactly one."""
+        if self.suite == "pictures":
+            return len(case.pictures) == 1
+        return bool(case.pictures) or self.suite == "text"
+
 
 def conditions(suites: Sequence[str], risks_first: int = 8) -> list[Condition]:
     """The conditions of some suites; several pictures are sent up to `risks_first` at once."""
@@ -186,16 +192,14 @@ def harmless_words(cases: Sequence[Case]) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------------- pictures beside its own
 def _pictures(most: int) -> list[Condition]:
     return [
-        Condition("pictures", f"{count} pictures, its own {name}", _among(count, place))
+        Condition("pictures", f"{count} pictures, its own number {place + 1}", _among(count, place))
         for count in range(2, most + 1)
-        for name, place in (("first", 0), ("last", count - 1))
+        for place in range(count)
     ]
 
 
 def _among(count: int, place: int) -> Change:
     def apply(case: Case, others: Others, rng: np.random.Generator) -> Case:
-        if len(case.pictures) != 1:
-            return case
         shown = [_one(others, rng) for _ in range(count - 1)]
         shown.insert(place, case.pictures[0])
         first, *rest = case.record.turns

@@ -56,7 +56,7 @@ def test_words_are_put_where_the_name_says():
 
 def test_a_risky_picture_stands_among_others_where_the_name_says():
     own = case(1, "risk", level=2)
-    for name, place in (("3 pictures, its own first", 0), ("3 pictures, its own last", 2)):
+    for name, place in ((f"3 pictures, its own number {i + 1}", i) for i in range(3)):
         new = named(name).change(own, OTHERS, rng())
         assert [picture.getpixel((0, 0))[0] for picture in new.pictures] == [100 if i == place else 7 for i in range(3)]
 

@@ -58,6 +58,7 @@ def arguments(base: Path, world: Path, out: Path, *options: object) -> list[str]
         "--micro_batch_size": 2,
         "--max_steps": 4,
         "--dtype": "fp32",
+        "--augment": "none",
         "--learning_rate": 1e-3,
     }
     given = {str(option) for option in options}
