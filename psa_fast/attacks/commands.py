@@ -84,7 +84,8 @@ def robustness(args: argparse.Namespace) -> int:
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     settings = {
         "data": str(file), "data_sha256": _sha256(file), "image_folder": str(image_folder),
-        "addons_sha256": {name: addon_hash(path) for name, path in todo.addons.items()}, "base": todo.base, "stages": todo.addons, "limit": args.limit, "seed": args.seed,
+        "addons_sha256": {name: addon_hash(path) for name, path in todo.addons.items()},
+        "base": todo.base, "stages": todo.addons, "limit": args.limit, "seed": args.seed,
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
         "budget": args.budget if set(chosen) & set(white_box.SUITES) else None, "surrogates": surrogates,
     }  # fmt: skip
