@@ -147,12 +147,10 @@ def _check_effects(config: TrainConfig, typed: Collection[str]) -> None:
             raise ValueError(f"--{name} only acts in {many}{why}")
         if config.stage == 1 and config.stage1_objective in facts.get("no_effect", ()):
             raise ValueError(f"--{name} has no effect with --stage1_objective {config.stage1_objective}")
-    if config.feature_cache is not None and config.augment != "none":
-        raise ValueError(
-            f"--feature_cache holds the features of unchanged images, so --augment {config.augment} has none"
-        )
     if config.feature_cache is not None and config.runs_language_model:
         raise ValueError("--feature_cache needs --stage1_objective concept: elsewhere the tower's share is too small")
+    if config.feature_cache is not None and config.augment != "none":
+        raise ValueError("--feature_cache holds the features of unchanged images: give --augment none beside it")
     if config.query == "first" and "query_window" in typed:
         raise ValueError("--query_window has no effect with --query first, which reads no text")
     if config.hint_rate == 0 and "policy" in typed:
