@@ -120,7 +120,7 @@ class Target:
 
     @property
     def slack(self) -> float:
-        """Nats beyond the threshold that make sure of a success: the guard reads in another batch, with other digits."""
+        """Nats beyond the threshold that make a success sure: the guard reads in another batch, with other digits."""
         return 0.1 if next(self.model.parameters()).dtype in (torch.float16, torch.bfloat16) else 1e-3
 
     @property
