@@ -76,7 +76,7 @@ class TrainConfig:
     query: str = _method("prompt", "what of the prompt asks the concept head", choices=(
         "prompt", "first",
     ), stage=(1, 2))  # fmt: skip
-    augment: str = _method("none", "random changes of the images that keep their labels", choices=(
+    augment: str = _method("none", "random changes of images that keep labels", choices=(
         "none", "light", "strong",
     ), stage=(1, 2))  # fmt: skip
     query_window: int = _method(

@@ -30,7 +30,7 @@ def build(base, packed=True, stage=2, dtype=torch.float64, device="cpu", mode="n
     config.text_config.num_hidden_layers = LAYERS
     torch.manual_seed(0)
     vlm = AutoModelForImageTextToText.from_config(config).to(device=device, dtype=dtype)
-    vlm.set_attn_implementation({"text_config": SDPA_BY_SAMPLE if packed else "sdpa"})
+    vlm.model.language_model.set_attn_implementation(SDPA_BY_SAMPLE if packed else "sdpa")
     psa = PsaVLM.build(vlm, num_safety_tokens=3, num_head_tokens=3)
     lora = ["--lora_r", "4", "--lora_dropout", "0.2", "--concept_loss_weight", "1"] if stage == 2 else []
     options = parse_args(["--stage", str(stage), "--gradient_checkpointing", mode, *lora])
