@@ -73,7 +73,7 @@ def build_base(processor: LlavaProcessor, recipe: BaseRecipe) -> LlavaForConditi
         **special,
     )
     config = LlavaConfig(
-        vision_config=tower_config(recipe.hidden_size, recipe.tower.layers, recipe.heads),
+        vision_config=tower_config(recipe.hidden_size, recipe.tower.layers, recipe.heads, recipe.tower.channels),
         text_config=text,
         image_token_index=processor.image_token_id,
         vision_feature_layer=-1,

@@ -37,6 +37,8 @@ class TowerRecipe:
     """The numbers of the tower's training."""
 
     layers: int = 2
+    # channels of the residual network: its stem, its three stages
+    channels: tuple[int, int, int, int] = (24, 64, 192, 256)
     window_side: int = 48
     windows: int = 12000
     window_steps: int = 1700
@@ -50,11 +52,11 @@ class TowerRecipe:
     warmup: int = 50
 
 
-def tower_config(hidden_size: int, layers: int, heads: int) -> DPTConfig:
+def tower_config(hidden_size: int, layers: int, heads: int, channels: tuple[int, ...]) -> DPTConfig:
     """The tower's configuration: a residual network, then 36 patches and a class token of `hidden_size`."""
     from transformers import DPTConfig
 
-    sizes = [64, 192, 256]
+    stem, *sizes = channels
     return DPTConfig(
         is_hybrid=True,
         hidden_size=hidden_size,
@@ -68,7 +70,7 @@ def tower_config(hidden_size: int, layers: int, heads: int) -> DPTConfig:
         neck_ignore_stages=[0, 1],
         backbone_config={
             "model_type": "bit",
-            "embedding_size": 24,
+            "embedding_size": stem,
             "hidden_sizes": sizes,
             "depths": [1, 1, 2],
             "num_groups": 8,

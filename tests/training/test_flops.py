@@ -129,7 +129,7 @@ def test_a_hybrid_towers_embedding_counts_its_convolutions():
     from psa_fast.sandbox.tower import tower_config
     from psa_fast.training.flops import _hybrid_embedding
 
-    tower = AutoModel.from_config(tower_config(32, 1, 2))
+    tower = AutoModel.from_config(tower_config(32, 1, 2, (8, 32, 64, 32)))
     with FlopCounterMode(display=False) as counter:
         tower.embeddings(torch.zeros(1, 3, 96, 96))
     assert _hybrid_embedding(tower, 96) == counter.get_total_flops()

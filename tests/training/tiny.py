@@ -27,7 +27,8 @@ def build_base(folder: Path) -> Path:
 
     processor = build_processor(all_texts(Policy.load(None).hint))
     torch.manual_seed(0)
-    recipe = replace(base.BaseRecipe(), hidden_size=32, heads=4, tower=TowerRecipe(layers=2), language_layers=2)
+    tower = TowerRecipe(layers=2, channels=(8, 32, 32, 32))
+    recipe = replace(base.BaseRecipe(), hidden_size=32, heads=4, tower=tower, language_layers=2)
     base.build_base(processor, recipe).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
