@@ -53,7 +53,7 @@ class TowerRecipe:
 
 
 def tower_config(hidden_size: int, layers: int, heads: int, channels: tuple[int, ...]) -> DPTConfig:
-    """The tower's configuration: a residual network, then 36 patches and a class token of `hidden_size`."""
+    """The tower's configuration: a residual network of some `channels` (TowerRecipe), then 36 patches and a class token."""
     from transformers import DPTConfig
 
     stem, *sizes = channels

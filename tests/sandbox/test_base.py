@@ -16,7 +16,9 @@ from psa_fast.sandbox.world import Place, Scene, Sign, Thing, split_of
 
 TINY = BaseRecipe(
     hidden_size=32, language_layers=1, heads=2, pictures=8, language_steps=4, language_batch=2, turns=2,
-    tower=TowerRecipe(layers=1, channels=(8, 32, 32, 32), windows=8, window_steps=2, window_batch=4, pictures=8, steps=2, batch=4),
+    tower=TowerRecipe(
+        layers=1, channels=(8, 32, 32, 32), windows=8, window_steps=2, window_batch=4, pictures=8, steps=2, batch=4
+    ),
 )  # fmt: skip
 
 
