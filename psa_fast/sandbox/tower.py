@@ -53,7 +53,7 @@ class TowerRecipe:
 
 
 def tower_config(hidden_size: int, layers: int, heads: int, channels: tuple[int, ...]) -> DPTConfig:
-    """The tower's configuration: a residual network of some `channels` (TowerRecipe), then 36 patches and a class token."""
+    """The tower's configuration: a residual network of `channels` (TowerRecipe), then 36 patches and a class token."""
     from transformers import DPTConfig
 
     stem, *sizes = channels

@@ -148,10 +148,10 @@ def test_nothing_to_learn_ends_the_run_before_a_model_is_loaded(rows, start):
 
 def test_more_than_the_base_s_positions_is_refused_with_both_numbers(rows, start, unloaded):
     path = rows()
-    with pytest.raises(ValueError, match="--max_length 1025 is more than the 1024 positions of"):
-        start(path, "--max_length", 1025)
+    with pytest.raises(ValueError, match="--max_length 4097 is more than the 4096 positions of"):
+        start(path, "--max_length", 4097)
     # without the language model no position is used
-    start(path, "--max_length", 1025, "--stage1_objective", "concept", expect=unloaded)
+    start(path, "--max_length", 4097, "--stage1_objective", "concept", expect=unloaded)
 
 
 def test_a_warm_up_that_outlasts_the_run_is_refused_once_the_rows_are_known(rows, start, unloaded):
