@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 from transformers.integrations import HfDeepSpeedConfig
 
-from psa_fast.models import PsaVLM
+from psa_fast.models import PsaVLM, load_base
 from psa_fast.training.vision_tower import keep_whole
 
 
@@ -21,7 +21,7 @@ def test_a_partitioned_tower_becomes_whole_and_leaves_the_model(base, partitione
     ds_config = json.loads(Path(partitioned).read_text()) | {"train_micro_batch_size_per_gpu": 1}
     ds_config.pop("gradient_accumulation_steps")
     alive = HfDeepSpeedConfig(ds_config)
-    model = PsaVLM.build(AutoModelForImageTextToText.from_pretrained(base)).requires_grad_(False)
+    model = PsaVLM.build(load_base(base, torch.float32)).requires_grad_(False)
     del alive
     tower = model.family.module(model.vlm, "vision")
     assert all(p.numel() == 0 for p in tower.parameters())
