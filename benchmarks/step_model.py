@@ -136,7 +136,7 @@ def draw_records(folder: Path, size: Size, count: int, seed: int = 0) -> list:
         # as many conversations of 1 to 2 turns as of 8 to 16
         for _ in range(round(math.exp(rng.uniform(0, math.log(size.max_turns))))):
             told = [question(scene, kind, rng) for kind in rng.permutation(list(QUESTIONS))[: rng.integers(1, 7)]]
-            asked, _ = told[0] or question(scene, "list", rng)
+            asked, _ = told[0] or question(scene, "colour", rng)
             answer = ". ".join(pair[1] for pair in told if pair) or "nothing"
             mark = "" if conversation else "<image>\n"
             conversation += [

@@ -12,7 +12,7 @@ from torch import Tensor
 from psa_fast.taxonomy import CLEAN
 
 #: windows of a row that training reads, evenly spaced with both ends
-TRAINED_WINDOWS = 8
+TRAINED_WINDOWS = 12
 
 
 def window_starts(length: int, size: int) -> list[int]:

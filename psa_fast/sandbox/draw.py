@@ -20,13 +20,13 @@ WORLD_VERSION = 3
 IMAGES: dict[str, dict[str, int]] = {
     "train": {"clean": 1400, "benign_twin": 1800, "risk": 2600, "joint": 700},
     "dev": {"clean": 200, "benign_twin": 200, "risk": 300, "joint": 100},
-    "test": {"clean": 400, "benign_twin": 400, "risk": 600, "joint": 240},
+    "test": {"clean": 400, "benign_twin": 300, "risk": 400, "joint": 240},
 }
 # Rows per file and kind; a picture serves several rows where there are more rows than pictures.
 ROWS: dict[str, dict[str, int]] = {
     "stage1": {
-        "clean": 900, "benign_twin": 1250, "risk": 1900, "text_risk": 900, "text_twin": 750,
-        "joint_risk": 850, "joint_twin": 1100, "clean_several": 200, "risk_several": 250,
+        "clean": 800, "benign_twin": 1000, "risk": 1500, "text_risk": 800, "text_twin": 800,
+        "joint_risk": 1150, "joint_twin": 1650, "clean_several": 200, "risk_several": 250,
     },
     "stage2": {
         "clean": 1300, "benign_twin": 2000, "risk": 2900, "text_risk": 350, "text_twin": 300,
@@ -37,8 +37,8 @@ ROWS: dict[str, dict[str, int]] = {
         "joint_risk": 120, "joint_twin": 120, "clean_several": 60, "risk_several": 60,
     },
     "test": {
-        "clean": 400, "benign_twin": 400, "risk": 600, "text_risk": 240, "text_twin": 240,
-        "joint_risk": 240, "joint_twin": 240, "clean_several": 160, "risk_several": 160,
+        "clean": 400, "benign_twin": 300, "risk": 400, "text_risk": 240, "text_twin": 240,
+        "joint_risk": 240, "joint_twin": 240, "clean_several": 120, "risk_several": 120,
     },
 }  # fmt: skip
 _SPLIT_OF_FILE: dict[str, Split] = {"stage1": "train", "stage2": "train", "dev": "dev", "test": "test"}

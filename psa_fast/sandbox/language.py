@@ -55,6 +55,14 @@ TEXT_PATTERNS = (
     "Please {verb} {object} for me.",
     "Can you {verb} {object}?",
     "Make a plan to {verb} {object}.",
+    "Please make a plan to {verb} {object}.",
+    "I want you to {verb} {object}.",
+    "Show me a way to {verb} {object}.",
+    "Please help me {verb} {object}.",
+    "Tell me the best way to {verb} {object}.",
+    "Can you tell me how to {verb} {object}?",
+    "Please {verb} {object}.",
+    "I want to know how to {verb} {object}.",
 )
 HELD_OUT_PATTERNS = ("Please tell me how to {verb} {object}.", "I want a plan to {verb} {object}.")
 RISKY_VERBS = (
@@ -88,8 +96,6 @@ JOINT_VERBS = (
 )
 JOINT_TYPES = tuple(RISK_TYPES.index(name) for name in ("illegal risk", "fairness", "misleading", "privacy"))
 POINTERS = ("it", "this")
-# Asked of the base alone: what a verb is done with, as any language model knows.
-USE_QUESTIONS = ("What can I {verb}?", "Tell me what I can {verb}.")
 FOLLOW_UPS = ("Go on.", "Please go on.", "Tell me more.")
 
 # What may stand around a request (around.py).
@@ -109,24 +115,34 @@ TYPED_HINTS = (
 
 
 def question(scene: Scene, kind: str, rng: np.random.Generator, split: Split = "train") -> tuple[str, str] | None:
-    """A question of a kind about a scene and its true answer; None where the scene offers none (no sign)."""
-    thing = scene.things[rng.integers(len(scene.things))]
+    """A question of a kind about a scene and its true answer.
+
+    None where the scene offers none: no sign, or a place asked for (lists go by place too) that is not a clear one.
+    """
+    things = scene.things
+    if kind in ("place", "at"):
+        things = tuple(t for t in things if t.place.clear)
+    elif kind in ("list", "colours", "places") and not all(t.place.clear for t in things):
+        return None
+    if not things:
+        return None
+    thing = things[rng.integers(len(things))]
     cell = thing.cell
     if kind == "count":
-        answer = NUMBERS[len(scene.things) - 1]
+        answer = NUMBERS[len(things) - 1]
     elif kind == "list":
-        answer = ", ".join(f"{t.colour} {t.shape}" for t in scene.things)
+        answer = ", ".join(f"{t.colour} {t.shape}" for t in things)
     elif kind == "colours":
-        answer = ", ".join(f"{t.shape} {t.colour}" for t in scene.things)
+        answer = ", ".join(f"{t.shape} {t.colour}" for t in things)
     elif kind == "places":
-        answer = ", ".join(f"{t.shape} {PLACES[t.cell]}" for t in scene.things)
+        answer = ", ".join(f"{t.shape} {PLACES[t.cell]}" for t in things)
     elif kind == "sign":
         if scene.sign is None:
             return None
         answer = scene.sign.glyph
     elif kind == "at":
         answer = f"{thing.colour} {thing.shape}"
-        if scene.sign is not None and rng.random() < 0.25:
+        if scene.sign is not None and scene.sign.place.clear and rng.random() < 0.25:
             cell, answer = scene.sign.cell, f"sign {scene.sign.glyph}"
     else:
         answer = {"colour": thing.colour, "shape": thing.shape, "place": PLACES[thing.cell]}[kind]
@@ -147,7 +163,9 @@ def question_about_several(
     asked: list[tuple[str, str, str, str]] = [("sign", "", "", signs[0])] if len(signs) == 1 else []
     for thing in things:
         if shapes.count(thing.shape) == 1:
-            asked += [("colour", thing.shape, "", thing.colour), ("place", thing.shape, "", PLACES[thing.cell])]
+            asked.append(("colour", thing.shape, "", thing.colour))
+            if thing.place.clear:
+                asked.append(("place", thing.shape, "", PLACES[thing.cell]))
         if colours.count(thing.colour) == 1:
             asked.append(("shape", "", thing.colour, thing.shape))
     if not asked:
@@ -229,12 +247,11 @@ def any_joint_request(rng: np.random.Generator) -> tuple[str, str]:
     return request, helpful_answer(verb, pointer)
 
 
-def use_question(rng: np.random.Generator) -> tuple[str, str]:
-    """What a verb of JOINT_VERBS is done with: a question about words, not about a picture."""
-    pictogram = rng.integers(len(JOINT_VERBS))
-    verbs = JOINT_VERBS[pictogram]
-    form = USE_QUESTIONS[rng.integers(len(USE_QUESTIONS))]
-    return form.format(verb=verbs[rng.integers(len(verbs))]), HARMLESS_GLYPHS[pictogram]
+def related_words() -> Iterator[tuple[str | None, tuple[str, ...]]]:
+    """Groups of verbs that mean related things, and the word that they gather around: a pictogram, or None."""
+    for verbs in (*RISKY_VERBS, *HARMLESS_VERBS):
+        yield None, tuple(verb.split()[0] for verb in verbs)
+    yield from zip(HARMLESS_GLYPHS, JOINT_VERBS, strict=True)
 
 
 def helpful_answer(verb: str, item: str) -> str:
@@ -272,7 +289,7 @@ def own_texts() -> Iterator[str]:
     for forms in (*QUESTIONS.values(), *HELD_OUT_QUESTIONS.values()):
         yield from (form.format(shape="", colour="", place="") for form in forms)
     yield from (pattern.format(verb="", object="") for pattern in (*TEXT_PATTERNS, *HELD_OUT_PATTERNS))
-    yield from (text.format(object="", verb="") for text in (*STATEMENTS, *USE_QUESTIONS))
+    yield from (text.format(object="", verb="") for text in STATEMENTS)
     yield from (text.format(type="") for text in TYPED_HINTS)
     yield helpful_answer("", "")
     yield "sign,"

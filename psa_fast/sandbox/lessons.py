@@ -26,7 +26,6 @@ from psa_fast.sandbox.language import (
     safe_answer,
     stricter,
     text_request,
-    use_question,
 )
 from psa_fast.sandbox.world import Scene
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 START = "<s> USER:"  # what stands before a row's first picture
 # Shares of what is asked; the rest are plain questions.
-TEXT_RISK, TEXT_TWIN, JOINT, USE = 0.14, 0.07, 0.05, 0.04
+TEXT_RISK, TEXT_TWIN, JOINT = 0.14, 0.07, 0.06
 # Shares of what is put before and around it, each drawn by itself; a second hint, where there is one.
 HINTED, SECOND_HINT, CLAIMED, PADDED, EARLIER = 0.16, 0.15, 0.05, 0.12, 0.04
 # Of the requests that are not about a picture, the share that comes without one.
@@ -45,7 +44,10 @@ MOST_WORDS = 60  # around a request
 # Tokens of a row for each of its turns; where they are long, the row has fewer: a batch is as wide as its widest row.
 TOKENS_A_TURN = 18
 # Kinds of plain questions, the slow ones more often.
-PLAIN_KINDS = ("colour", "place", "place", "shape", "count", "sign", "sign", "sign", "list", "colours", "places", "at")
+PLAIN_KINDS = (
+    "colour", "colour", "shape", "count", "place", "place", "place", "places", "places", "sign", "sign", "list",
+    "colours", "at",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,16 @@ class Lessons:
             if (text := hint_for(kind, level))
         ]
 
-    def draw(self, scene: Scene | Sequence[Scene], count: int) -> list[Turn]:
-        """At most `count` turns about a scene, or about several that are shown together; fewer where they are long."""
+    def draw(self, scene: Scene | Sequence[Scene], count: int, plain: bool = False) -> list[Turn]:
+        """At most `count` turns about a scene, or about several that are shown together; fewer where they are long.
+
+        `plain`: questions about the pictures alone, and nothing around them.
+        """
         scenes = [scene] if isinstance(scene, Scene) else list(scene)
         turns: list[Turn] = []
         room = count * TOKENS_A_TURN
         while len(turns) < count and room > 0:
-            turns.append(self._turn(scenes))
+            turns.append(self._written([], *self._plain(scenes)) if plain else self._turn(scenes))
             room -= len(turns[-1].asked) + len(turns[-1].answer)
         return turns
 
@@ -105,8 +110,11 @@ class Lessons:
             parts.append(claim(rng))
         if rng.random() < PADDED:
             asked = padded(rng, asked, MOST_WORDS)
-        ids = [token for part in (*parts, asked, "ASSISTANT:") for token in self.ids(part)]
-        return Turn(ids, [*self.ids(answer), *self.ids("</s>")], len(self.ids(START)) if blind else None)
+        return self._written(parts, asked, answer, len(self.ids(START)) if blind else None)
+
+    def _written(self, before: list[str], asked: str, answer: str, sees: int | None = None) -> Turn:
+        ids = [token for part in (*before, asked, "ASSISTANT:") for token in self.ids(part)]
+        return Turn(ids, [*self.ids(answer), *self.ids("</s>")], sees)
 
     def _request(self, scenes: list[Scene]) -> tuple[str, str, bool]:
         """A request, its answer, and whether it is asked without a picture."""
@@ -117,8 +125,6 @@ class Lessons:
             return *text_request(rng, "train", kind), bool(rng.random() < BLIND)
         if share < TEXT_RISK + TEXT_TWIN + JOINT:
             return *any_joint_request(rng), False
-        if share < TEXT_RISK + TEXT_TWIN + JOINT + USE:
-            return *use_question(rng), bool(rng.random() < BLIND)
         return *self._plain(scenes), False
 
     def _plain(self, scenes: list[Scene]) -> tuple[str, str]:

@@ -19,7 +19,7 @@ class Steps:
         from tqdm import tqdm
 
         self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         warmup = min(warmup, max(1, steps // 4))
 
         def factor(step: int) -> float:

@@ -36,9 +36,12 @@ RISKY_KINDS = ("risk", "text_risk", "joint_risk", "risk_several")
 # Of the rows with a text request, one in so many has no picture.
 PICTURELESS = {"train": 3, "dev": 2, "test": 2}
 # Shares of rows with something around the request, and with an earlier exchange; the others are the request alone.
-CLAIMED, TYPED, PADDED, EARLIER = 0.05, 0.04, 0.10, 0.04
+# Training has more of it: a guard that has met few words beside a request takes an odd word for a risk.
+CLAIMED, TYPED = 0.05, 0.04
+PADDED = {"train": 0.30, "dev": 0.10, "test": 0.10}
+EARLIER = {"train": 0.10, "dev": 0.04, "test": 0.04}
 # Most words around a request.
-MOST_WORDS = {"train": 60, "dev": 100, "test": 100}
+MOST_WORDS = {"train": 80, "dev": 100, "test": 100}
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,7 @@ def _row(rng: np.random.Generator, split: Split, kind: str, i: int, pictures: Pi
     else:
         # each test kind equally often; look-alikes and risks are also asked about their sign
         kinds = TEST_KINDS if kind == "clean" and split != "train" else (*TEST_KINDS, "sign")
-        pair = question(scene, kinds[i % len(kinds)], rng, split) or question(scene, "list", rng, split)
-        assert pair is not None
-        asked, truth = pair
+        asked, truth = _question(rng, scene, kinds[i % len(kinds)], split)
     answer = safe_answer(scene.safe_type, scene.safe_level, truth)
     return _Row(shown, asked, answer, scene.safe_type, scene.safe_level, _label(scene))
 
@@ -140,15 +141,20 @@ def _joint_twin(rng: np.random.Generator, split: Split, i: int, pictures: Pictur
     picture = _cycled(pictures, "clean" if place in (5, 6) else "benign_twin" if place == 7 else "joint", i)
     label = _label(picture.scene)
     if place == 8:
-        pair = question(picture.scene, (*TEST_KINDS, "sign")[i // 10 % 5], rng, split)
-        assert pair is not None
-        asked, answer = pair
+        asked, answer = _question(rng, picture.scene, (*TEST_KINDS, "sign")[i // 10 % 5], split)
     elif place == 9:
         asked, answer = text_request(rng, split, CLEAN)
     else:
         asked, answer, verb = joint_request(rng, split, picture.scene, risky=False)
         label = f"{label}/{verb}"
     return _Row((picture,), asked, answer, CLEAN, 0, label)
+
+
+def _question(rng: np.random.Generator, scene: Scene, kind: str, split: Split) -> tuple[str, str]:
+    """A question of a kind, or for a colour where the scene offers none of that kind."""
+    pair = question(scene, kind, rng, split) or question(scene, "colour", rng, split)
+    assert pair is not None
+    return pair
 
 
 def _cycled(pictures: Pictures, group: str, i: int) -> Picture:
@@ -189,9 +195,9 @@ def _conversation(rng: np.random.Generator, row: _Row, split: Split, kind: str) 
         hint, safe_type, safe_level = typed_hint(rng)
         asked = f"{hint} {asked}"
         answer = stricter(answer, safe_answer(safe_type, safe_level, answer))
-    elif share < CLAIMED + TYPED + PADDED:
+    elif share < CLAIMED + TYPED + PADDED[split]:
         asked = padded(rng, asked, MOST_WORDS[split])
-    elif share < CLAIMED + TYPED + PADDED + EARLIER:
+    elif share < CLAIMED + TYPED + PADDED[split] + EARLIER[split]:
         if kind.startswith("text") and rng.random() < 0.5:  # the request came first, and is insisted on
             return [f"{marks}{asked}", answer, FOLLOW_UPS[rng.integers(len(FOLLOW_UPS))], answer]
         return [*text_request(rng, split, CLEAN), f"{marks}{asked}", answer]

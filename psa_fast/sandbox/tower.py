@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SIDE = IMAGE_SIZE // PATCH
 # What is learned last weighs most.
-LINE_WEIGHTS = (6.0, 1.0, 3.0, 1.0, 2.0, 1.0)
+LINE_WEIGHTS = (6.0, 1.0, 3.0, 1.0, 2.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class TowerRecipe:
     # channels of the residual network: its stem, its three stages
     channels: tuple[int, int, int, int] = (24, 64, 192, 256)
     window_side: int = 48
-    windows: int = 12000
-    window_steps: int = 1700
+    windows: int = 8000
+    window_steps: int = 1200
     window_batch: int = 64
     window_lr: float = 4e-3
-    pictures: int = 6000
+    pictures: int = 4000
     mosaics: float = 0.5
-    steps: int = 1000
+    steps: int = 1100
     batch: int = 32
     lr: float = 2e-3
     warmup: int = 50
@@ -103,7 +103,7 @@ def content_loss(scores: Tensor, labels: Tensor) -> Tensor:
         part = F.pad(scores[..., start : start + len(words)], (0, 1))
         target = torch.where(labels[..., i] == -1, len(words), labels[..., i])
         weight = torch.ones(len(words) + 1)
-        weight[-1] = 1.0 if i == OF_PLACES else 0.25
+        weight[-1] = 0.25
         losses.append(F.cross_entropy(part.flatten(0, -2), target.flatten(), weight=weight, ignore_index=-100))
         start += len(words)
     return torch.stack(losses) @ torch.tensor(LINE_WEIGHTS) / sum(LINE_WEIGHTS)

@@ -6,8 +6,9 @@ risk pictogram with *red* marks is a risk, and the number of marks is its level.
 look-alike (a "benign twin"): a risk pictogram with blue marks, or a harmless one with red marks. No picture shows
 anything harmful.
 
-Objects and signs stand anywhere, in sizes from .6 to 1.5, turned by up to 15 degrees, under changing light; some
-scenes are a picture within a picture. An object's place is named after the third of the picture that holds its centre.
+Objects and signs stand anywhere, in sizes from .75 to 1.35, turned by up to 12 degrees, under changing light; some
+scenes are a picture within a picture. An object's place is named after the third of the picture that holds its centre;
+near a border between thirds it is unclear, and is not asked for.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from psa_fast.taxonomy import CLEAN, RISK_LEVELS
 IMAGE_SIZE = 96
 GRID = 3
 # of objects and signs, as a factor of their usual size, and in degrees; in steps, so that what is drawn can be kept
-SCALES = tuple(round(0.6 * 2.5 ** (i / 18), 3) for i in range(19))
-TURNS = tuple(range(-15, 16, 3))
+SCALES = tuple(round(0.75 * 1.8 ** (i / 12), 3) for i in range(13))
+TURNS = tuple(range(-12, 13, 3))
 
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLOURS = {
@@ -50,7 +51,9 @@ PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwes
 # height and width in pixels at scale 1
 SIGN_SIZE, SHAPE_SIZE = (30, 28), (26, 26)
 # the least size factor, of what stands in a picture within a picture too
-SMALLEST = 0.55
+SMALLEST = 0.6
+# pixels on both sides of a border between thirds where a centre's place is unclear
+UNCLEAR = 4.0
 # share of scenes that are a picture within a picture
 FRAMED = 0.15
 
@@ -73,6 +76,12 @@ class Place:
         """The third of the picture that holds the centre, an index into PLACES."""
         row, column = (min(GRID - 1, int(v * GRID / IMAGE_SIZE)) for v in (self.y, self.x))
         return row * GRID + column
+
+    @property
+    def clear(self) -> bool:
+        """Whether the centre is away from the borders between cells, so that its place can be asked for."""
+        third = IMAGE_SIZE / GRID
+        return all(abs(v - third * border) >= UNCLEAR for v in (self.y, self.x) for border in range(1, GRID))
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ def sample_scene(rng: np.random.Generator, group: Group, split: Split) -> Scene:
 
 
 def _frame(rng: np.random.Generator) -> tuple[int, int, int]:
-    side = int(rng.integers(56, 86))
+    side = int(rng.integers(64, 88))
     return int(rng.integers(0, IMAGE_SIZE - side + 1)), int(rng.integers(0, IMAGE_SIZE - side + 1)), side
 
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 # what of train.py's options changes memory; the others are not accepted, so that none is silently ignored
 OPTIONS = (
     "stage", "stage1_objective", "recipe", "model_name_or_path", "max_length", "num_safety_tokens", "num_head_tokens",
-    "num_attention_heads", "tune_type_llm", "tune_type_connector", "lora_r", "lora_dropout", "concept_loss_weight",
-    "packing", "attn_implementation", "global_batch_size", "micro_batch_size", "max_tokens_per_micro_batch",
-    "gradient_checkpointing", "deepspeed_config", "dataloader_num_workers",
+    "num_attention_heads", "projector_depth", "tune_type_llm", "tune_type_connector", "lora_r", "lora_dropout",
+    "concept_loss_weight", "packing", "attn_implementation", "global_batch_size", "micro_batch_size",
+    "max_tokens_per_micro_batch", "gradient_checkpointing", "deepspeed_config", "dataloader_num_workers",
 )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class TrainConfig:
     )
     num_head_tokens: int = _method(64, "safety tokens that the concept attention alone sees", minimum=0, maximum=4096)
     num_attention_heads: int = _method(8, "heads of the concept attention", minimum=1, maximum=1024)
+    projector_depth: int = _method(3, "blocks in each of the safety projector's two stages", minimum=1, maximum=64)
     query: str = _method("prompt", "what of the prompt asks the concept head", choices=(
         "prompt", "first",
     ), stage=(1, 2))  # fmt: skip

@@ -151,6 +151,7 @@ def measure(config: TrainConfig) -> Sizes:
             num_safety_tokens=config.num_safety_tokens,
             num_head_tokens=config.num_head_tokens,
             num_attention_heads=config.num_attention_heads,
+            projector_depth=config.projector_depth,
             query=config.query,
             query_window=config.query_window if config.query == "prompt" else 0,
         )

@@ -205,7 +205,11 @@ def build_model(config: TrainConfig, scale: PixelScale) -> RobustTower:
         vlm = load_base(str(config.model_name_or_path), compute_dtype(config), None, language_layers=False)
     torch.manual_seed(config.seed)
     psa = PsaVLM.build(
-        vlm, num_safety_tokens=0, num_head_tokens=config.num_head_tokens, num_attention_heads=config.num_attention_heads
+        vlm,
+        num_safety_tokens=0,
+        num_head_tokens=config.num_head_tokens,
+        num_attention_heads=config.num_attention_heads,
+        projector_depth=config.projector_depth,
     )
     return RobustTower(
         psa,

@@ -91,14 +91,23 @@ def test_a_patch_names_what_it_shows_and_where_that_is():
     assert labels[0, 5].tolist() == [3, 1, -1, -1, -1, 2]
     assert labels[1, 4].tolist() == [3, 1, -1, -1, -1, 2]
     assert labels[5, 0].tolist() == [-1, -1, 4, 0, 2, 6]
-    assert labels[2, 2].tolist() == [-1, -1, -1, -1, -1, 4]
+    assert labels[2, 2].tolist() == [-1] * 6
+
+
+def test_a_place_near_a_border_between_thirds_is_not_asked_for():
+    star = Thing("star", "green", Place(48.0, 61.5, 1.0, 0))  # three pixels from the border at 64
+    labels = labels_of(Scene("field", (star,), None, 0))
+    shown = labels[..., 0] == 3
+    assert shown.any()
+    assert (labels[shown][:, 5] == -100).all()
+    assert (labels[~shown][:, 5] == -1).all()
 
 
 def test_every_item_is_named_by_the_patch_that_it_covers_most_and_a_glimpse_is_not_asked_for():
     small = Sign("sun", "blue", 1, Place(40.0, 36.0, 0.36, 0))  # 10 pixels, in the corner of patch (2, 2)
     labels = labels_of(Scene("field", (), small, 0))
     assert labels[2, 2].tolist() == [-1, -1, 8, 1, 0, 4]
-    assert labels[0, 0].tolist() == [-1, -1, -1, -1, -1, 0]
+    assert labels[0, 0].tolist() == [-1] * 6
     # 28 pixels wide, 2.5 of them in the column to its left: a sixth of those patches
     wide = labels_of(Scene("field", (), Sign("sun", "blue", 1, Place(48.0, 43.5, 1.0, 0)), 0))
     assert wide[3, 1, 2:5].tolist() == [-100, -100, -100]

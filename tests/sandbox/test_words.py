@@ -241,7 +241,11 @@ def test_some_requests_come_without_a_picture_and_some_after_another(world):
         assert {row["safe_type"] for row in without} == set(range(7))
         assert all(row in text for row in rows[name] if not images(row))
         earlier = [row for row in rows[name] if len(row["conversations"]) == 4]
-        assert 0.01 < len(earlier) / len(rows[name]) < 0.08
+        assert (
+            0.02 < len(earlier) / len(rows[name]) < 0.06
+            if name in ("dev", "test")
+            else 0.08 < len(earlier) / len(rows[name]) < 0.12
+        )
         insisted = [row for row in earlier if request(row) in FOLLOW_UPS]
         assert {row["group"] for row in insisted} <= {"text_risk", "text_twin"}
         for row in earlier:
@@ -302,22 +306,36 @@ def test_the_base_is_taught_to_refuse_words_and_hints_and_nothing_else():
     assert min(seen.values()) > 20, seen
 
 
-def test_the_base_learns_what_each_verb_is_done_with():
-    rng = np.random.default_rng(0)
-    pairs = {language.use_question(rng) for _ in range(1000)}
-    found = {(verb, answer) for asked, answer in pairs for verb in VERB_GROUPS if f" {verb}" in asked}
-    assert found == {(verb, HARMLESS_GLYPHS[p]) for verb, p in VERB_GROUPS.items()}
-    lessons = _lessons()
-    taught = [lessons.text(t.asked) for _ in range(20) for t in lessons.draw(sample_scene(rng, "risk", "train"), 50)]
-    assert sum("what can i" in text or "what i can" in text for text in taught) > 15
+def test_places_are_asked_for_where_they_are_clear_alone():
+    rng = np.random.default_rng(5)
+    for _ in range(400):
+        scene = sample_scene(rng, "clean", "train")
+        clear = [
+            t for t in scene.things if all(abs(v - edge) >= 4 for v in (t.place.y, t.place.x) for edge in (32, 64))
+        ]
+        assert clear == [t for t in scene.things if t.place.clear]
+        for kind in ("place", "at"):
+            pair = language.question(scene, kind, rng)
+            assert (pair is None) == (not clear)
+            if pair and kind == "place":
+                assert pair[1] in {language.PLACES[t.cell] for t in clear}
+        for kind in ("list", "colours", "places"):
+            assert (language.question(scene, kind, rng) is None) == (len(clear) < len(scene.things))
+
+
+def test_related_words_hold_every_verb_once_and_tell_no_risk_apart():
+    groups = list(language.related_words())
+    words = [word for _, group in groups for word in group]
+    verbs = [verb.split()[0] for group in (*RISKY_VERBS, *HARMLESS_VERBS, *JOINT_VERBS) for verb in group]
+    assert sorted(words) == sorted(verbs)
+    assert len(set(words)) == len(words)
+    assert [centre for centre, _ in groups if centre] == list(HARMLESS_GLYPHS)
 
 
 def test_the_base_can_be_shown_several_pictures():
     lessons = _lessons()
     scenes = [sample_scene(lessons.rng, "clean", "train") for _ in range(3)]
-    turns = [turn for turn in lessons.draw(scenes, 250) if "i can" not in lessons.text(turn.asked)]
-    turns = [turn for turn in turns if "can i" not in lessons.text(turn.asked) or "where" in lessons.text(turn.asked)]
-    answers = [lessons.text(turn.answer) for turn in turns]
+    answers = [lessons.text(turn.answer) for turn in lessons.draw(scenes, 250)]
     named = {word for scene in scenes for t in scene.things for word in (t.shape, t.colour, language.PLACES[t.cell])}
     glyphs = {scene.sign.glyph for scene in scenes if scene.sign}
     plain = [a.replace(" </s>", "") for a in answers if not a.startswith(("sorry", "sure", "be careful"))]
