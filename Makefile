@@ -28,6 +28,7 @@ help:
 	@echo "make gpu    gpu tests and the same benchmarks on a CUDA device: runs/bench/gpu.md (GPU_PYTHON=python to use)"
 	@echo "make compare   the training step beside the official one and stock LLaVA fine-tuning: runs/compare.json"
 	@echo "make profile   where the step's time goes, part by part: runs/profile-stage1.json, runs/profile-stage2.json"
+	@echo "make guard-cost   what the guard adds to an answer, and a verdict beside a generative guard: runs/guard-cost.json"
 	@echo "make clean  remove runs/ (the virtual environment and the sandbox cache stay)"
 
 .PHONY: prerequisites
@@ -156,6 +157,12 @@ profile: $(STAMP)
 	mkdir -p runs
 	python benchmarks/profile_step.py --stage 1 --json runs/profile-stage1.json
 	python benchmarks/profile_step.py --stage 2 --json runs/profile-stage2.json
+
+# answers under guard beside plain ones, verdicts beside a generative guard
+.PHONY: guard-cost
+guard-cost: $(STAMP)
+	mkdir -p runs
+	python benchmarks/guard_cost.py --json runs/guard-cost.json
 
 clean:
 	rm -rf runs

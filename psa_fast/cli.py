@@ -9,9 +9,9 @@ import sys
 
 from psa_fast import __version__
 from psa_fast.files import shorten, shown
+from psa_fast.threads import choose_waiting
 
-# before torch is imported: threads that spin while they wait starve each other where jobs share the cores
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+choose_waiting()
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,8 +14,9 @@ import time
 import warnings
 from typing import Any
 
-# before torch is imported: threads that spin while they wait starve each other where ranks or jobs share the cores
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from psa_fast.threads import choose_waiting
+
+choose_waiting()
 _SPEAKER_FIRST = 30.0  # seconds that a silent rank waits for the launcher to end it
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     "taxonomy": set(),
     "files": set(),
+    "threads": set(),
     "ops": {"taxonomy"},
     "models": {"taxonomy", "files", "ops"},
     "data": {"taxonomy", "files"},
@@ -21,8 +22,8 @@ ALLOWED = {
     "evaluation": {"taxonomy", "files", "models", "data", "safety"},
     "sandbox": {"taxonomy", "files", "data", "safety"},
     "attacks": {"taxonomy", "files", "models", "data", "safety", "evaluation"},
-    "train": {"files", "models", "safety", "sandbox", "training"},
-    "cli": {"files", "attacks", "data", "evaluation", "safety", "sandbox", "train", "training"},
+    "train": {"files", "models", "safety", "sandbox", "threads", "training"},
+    "cli": {"files", "attacks", "data", "evaluation", "safety", "sandbox", "threads", "train", "training"},
 }
 
 

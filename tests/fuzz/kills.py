@@ -100,7 +100,8 @@ def trial(lab: Lab, number: int, rng: random.Random, stage: int, ranks: int, kil
         processes = tiny.start(lab.command(out, stage), ranks)
         struck.append(kill_once(processes, stage_dir, rng, seconds, in_save))
         for process in processes:
-            process.stdout.close()
+            if process.stdout is not None:
+                process.stdout.close()
         if struck[-1] == "ended before":
             break
     codes, output = tiny.outcome(tiny.start(lab.command(out, stage), ranks), 600)

@@ -12,6 +12,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -67,24 +69,27 @@ def arguments(base: Path, world: Path, out: Path, *options: object) -> list[str]
     return [*pairs, *map(str, options)]
 
 
-def start(command: list[str], ranks: int = 1) -> list[subprocess.Popen]:
+def start(command: list[str], ranks: int = 1) -> list[subprocess.Popen | forked.Forked]:
     """Processes of one group without the launcher, which takes as long as a short run; one process group per rank.
 
     A command of one rank finds a port for itself.
     """
-    processes = []
+    processes: list[subprocess.Popen | forked.Forked] = []
     port = free_port()
     for rank in range(ranks):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
         if ranks > 1:
             group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
             environment |= {name: str(value) for name, value in group.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        if command[0] == sys.executable and command[1].endswith(".py") and forked.possible():
+            processes.append(forked.Forked(command, environment, ROOT))
+            continue
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, **pipes))
     return processes
 
 
-def outcome(processes: list[subprocess.Popen], timeout: float = 240) -> tuple[list[int], str]:
+def outcome(processes: list[subprocess.Popen | forked.Forked], timeout: float = 240) -> tuple[list[int], str]:
     """Exit codes and output of all; whatever is left of them after the time is killed."""
     deadline = time.monotonic() + timeout
     try:
@@ -94,7 +99,7 @@ def outcome(processes: list[subprocess.Popen], timeout: float = 240) -> tuple[li
     return [process.returncode for process in processes], "\n".join(outputs)
 
 
-def kill(processes: list[subprocess.Popen]) -> None:
+def kill(processes: list[subprocess.Popen | forked.Forked]) -> None:
     """SIGKILL to each process that still runs and to its children."""
     for process in processes:
         if process.poll() is None:
