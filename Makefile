@@ -82,14 +82,14 @@ demo: export MALLOC_TRIM_THRESHOLD_ = -1
 demo: $(STAMP)
 	deepspeed train.py --stage 1 --resume auto
 	deepspeed train.py --stage 2 --resume auto
-	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --out $(DEMO)/world
+	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --split test --out $(DEMO)/world
 	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO) --batch_size 256 --overwrite
 	@echo; echo "report: $(DEMO)/report.md"
 
 # on top of the demo: what gets past its guard, then the same on a tower made robust
 .PHONY: robust
 robust: $(STAMP)
-	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --out $(DEMO)/world
+	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --split test --out $(DEMO)/world
 	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --out $(DEMO)/robustness --suite natural,text,pictures --limit 60
 	psa-fast robustness --data $(DEMO)/world --stage stage1=$(DEMO)/stage1 --out $(DEMO)/pixels --suite pixels
 	deepspeed train.py --stage 0 --output_dir runs/robust --resume auto

@@ -47,7 +47,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--surrogate", action="append", default=[], metavar="NAME=DIR",
         help="an add-on that pictures are made for, to be tried on the others; suites pixels and controls",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, default=100, metavar="N", help="records of each group (default: 100)")
+    parser.add_argument(
+        "--limit", type=int, metavar="N",
+        help="records of each group (default: 100; as many as the budget, where all suites are attacks on pixels)",
+    )  # fmt: skip
     parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
     parser.add_argument("--seed", type=int, default=0, help="of the changes (default: 0)")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
@@ -67,8 +70,8 @@ def robustness(args: argparse.Namespace) -> int:
     from psa_fast.safety.policy import Policy
 
     for name in ("limit", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; expected at least 1")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; expected at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {shorten(args.seed)}; expected a whole number of at least 0")
     suites = (*plain.SUITES, *white_box.SUITES)
@@ -82,16 +85,19 @@ def robustness(args: argparse.Namespace) -> int:
     todo = plan(args.run, args.base, stages)  # type: ignore[arg-type]
     policy = Policy.load(args.policy)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
+    limit = args.limit
+    if limit is None:
+        limit = BUDGETS[args.budget].n if set(chosen) <= set(white_box.SUITES) else 100
     settings = {
         "data": str(file), "data_sha256": _sha256(file), "image_folder": str(image_folder),
         "addons_sha256": {name: addon_hash(path) for name, path in todo.addons.items()},
-        "base": todo.base, "stages": todo.addons, "limit": args.limit, "seed": args.seed,
+        "base": todo.base, "stages": todo.addons, "limit": limit, "seed": args.seed,
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
         "budget": args.budget if set(chosen) & set(white_box.SUITES) else None, "surrogates": surrogates,
     }  # fmt: skip
     with OutputFolder(Path(args.out)).claim() as out:
         done = _done(out.path, settings, args.overwrite)
-        cases, others = _cases(file, image_folder, args.limit)
+        cases, others = _cases(file, image_folder, limit)
         for stage in ("base", *todo.addons):
             attacks = white_box.conditions(BUDGETS[args.budget], chosen, list(surrogates)) if stage != "base" else []
             wanted: list[Condition | str | None] = [None, *plain.conditions(chosen), *attacks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,13 @@ def draw_world(
     out: str | Path,
     images: dict[str, dict[str, int]] | None = None,
     rows: dict[str, dict[str, int]] | None = None,
+    splits: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Draw a world into the folder `out` and return what world.json says about it.
 
     Files: images/<split>/*.png, stage1.jsonl and stage2.jsonl (training rows), dev.jsonl (for choosing), test.jsonl
-    (for reporting), world.json. `images` and `rows` replace the usual numbers (`IMAGES`, `ROWS`).
+    (for reporting), world.json. `images` and `rows` replace the usual numbers (`IMAGES`, `ROWS`); of `splits`, where
+    given, alone anything is drawn, and it is the same as in the whole world.
     Raises ValueError for a negative seed, or where `out` already holds something.
     """
     out = Path(out)
@@ -68,12 +71,15 @@ def draw_world(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: already holds something; name a new or empty folder")
     images, rows = images or IMAGES, rows or ROWS
+    if splits is not None:
+        images = {split: counts for split, counts in images.items() if split in splits}
+        rows = {name: counts for name, counts in rows.items() if _SPLIT_OF_FILE[name] in splits}
     pictures: dict[str, dict[str, list[Picture]]] = {}
-    for s, (split, counts) in enumerate(images.items()):
+    for split, counts in images.items():
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
         pictures[split] = {}
         for g, (group, count) in enumerate(counts.items()):
-            rng = np.random.default_rng([seed, s, g])
+            rng = np.random.default_rng([seed, list(IMAGES).index(split), g])
             drawn = [_scene(rng, group, split) for _ in range(count)]  # type: ignore[arg-type]
             paths = [f"images/{split}/{group}-{i:05d}.png" for i in range(count)]
             for path, scene in zip(paths, drawn, strict=True):

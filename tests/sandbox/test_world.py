@@ -112,6 +112,15 @@ def test_a_picture_is_painted_as_its_scene_says(world):
     assert Image.open(next((world / "images" / "test").glob("*.png"))).size == (96, 96)
 
 
+def test_a_split_by_itself_is_the_same_as_in_the_whole_world(world, tmp_path):
+    draw_world(3, tmp_path / "test", IMAGES, ROWS, splits=["test"])
+    alone = {path.relative_to(tmp_path / "test"): path.read_bytes() for path in (tmp_path / "test").rglob("*.*")}
+    summary = json.loads(alone.pop(Path("world.json")))
+    assert list(summary["images"]) == list(summary["rows"]) == ["test"]
+    assert {path.parts[0] for path in alone} == {"images", "test.jsonl"}
+    assert all((world / path).read_bytes() == content for path, content in alone.items())
+
+
 def test_an_occupied_folder_and_a_negative_seed_are_refused(world):
     with pytest.raises(ValueError, match="already holds something"):
         draw_world(0, world)

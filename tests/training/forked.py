@@ -1,8 +1,8 @@
 """Runs of train.py from one process that has imported everything: each is a fork of it, and starts in no time.
 
-Importing torch, transformers and DeepSpeed takes longer than most runs of these tests. A fork has every module as a fresh
-process would have it after its imports; nothing has been run in it. Not on machines with a GPU, where a fork cannot use
-what its parent has opened.
+Importing torch, transformers and DeepSpeed takes longer than most runs of these tests. A fork has every module as a
+fresh process would have it after its imports; nothing has been run in it. Not on machines with a GPU, where a fork
+cannot use what its parent has opened.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Forked:
     def __init__(self, command: list[str], environment: dict[str, str], folder: Path):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self._output = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115: it lives as long as the run
+        self._output = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"  # what the server is started with counts
         try:
