@@ -65,6 +65,9 @@ def arguments(base: Path, world: Path, out: Path, *options: object) -> list[str]
         "--learning_rate": 1e-3,
     }
     given = {str(option) for option in options}
+    texts = list(map(str, options))
+    if "--stage" not in texts or texts[texts.index("--stage") + 1] == "1":
+        shared["--stage1_objective"] = "joint"  # the recipe's own does without the language model
     pairs = [str(x) for key, value in shared.items() if key not in given for x in (key, value)]
     return [*pairs, *map(str, options)]
 
