@@ -125,7 +125,7 @@ def test_a_base_from_the_hub_is_known_by_its_commit_and_its_weights(publish, tmp
     # training goes on with the add-on's commit too
     options = ["--model_name_or_path", "some/base", "--num_safety_tokens", "3", "--dtype", "fp32"]
     options += ["--query_window", str(psa.config.query_window)]
-    options += [f"--{name}={SMALL[name]}" for name in ("num_head_tokens", "num_attention_heads")]
+    options += [f"--{name}={SMALL[name]}" for name in ("num_head_tokens", "num_attention_heads", "projector_depth")]
     for objective in ("joint", "concept"):
         config = parse_args([*options, "--stage1_objective", objective])
         model, _ = build_model(config, {"zero_optimization": {"stage": 2}}, str(tmp_path / "addon"))
