@@ -28,6 +28,10 @@ def test_command_line_beats_recipe_beats_default(tmp_path):
     assert parse_args(["--stage", "1", "--recipe", str(recipe)]).learning_rate == 1e-4
 
 
+# the sandbox recipe's own stage 1 does without the language model
+JOINT = ("--stage1_objective", "joint")
+
+
 @pytest.mark.parametrize("name", ["sandbox", "llava-1.5-7b", "llava-1.5-13b"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_shipped_recipes_are_accepted(name, stage):
@@ -44,7 +48,7 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--stage", "1", "--tune_type_connector", "full"], "--tune_type_connector only acts in stage 2"),
         (["--stage", "2", "--tune_type_llm", "full", "--lora_r", "8"], r"--lora_\* has no effect"),
         (["--stage", "1", "--concept_loss_weight", "0"], "must be positive in stage 1; --stage1_objective tokens"),
-        (["--stage", "1", "--lm_loss_weight", "0"], "must be positive in stage 1; --stage1_objective concept"),
+        ([*JOINT, "--lm_loss_weight", "0"], "must be positive in stage 1; --stage1_objective concept"),
         (["--stage", "2", "--stage1_objective", "concept"], "--stage1_objective only acts in stage 1"),
         (["--stage1_objective", "concept", "--token_learning_rate", "1e-3"], "--token_learning_rate has no effect"),
         (["--stage1_objective", "tokens", "--concept_loss_weight", "2"], "--concept_loss_weight has no effect"),
@@ -54,10 +58,13 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--resume", "auto", "--overwrite_output_dir", "True"], "exclude each other"),
         (["--deepspeed_config", "nowhere.json"], "no such file"),
         (["--stage1_objective", "concept", "--attn_implementation", "sdpa"], "--attn_implementation has no effect"),
-        (["--max_tokens_per_micro_batch", "4096", "--packing", "False"], "no effect with --packing False"),
+        ([*JOINT, "--max_tokens_per_micro_batch", "4096", "--packing", "False"], "no effect with --packing False"),
         (["--max_tokens_per_micro_batch", "4096", "--stage1_objective", "concept"], "language model's rows, which"),
-        (["--max_tokens_per_micro_batch", "4096", "--micro_batch_size", "2"], "--micro_batch_size exclude each other"),
-        (["--max_tokens_per_micro_batch", "1023"], "1023 is less than --max_length 1024: a row that long"),
+        (
+            [*JOINT, "--max_tokens_per_micro_batch", "4096", "--micro_batch_size", "2"],
+            "--micro_batch_size exclude each other",
+        ),
+        ([*JOINT, "--max_tokens_per_micro_batch", "1023"], "1023 is less than --max_length 1024: a row that long"),
         (["--max_steps", "5", "--warmup_steps", "5"], "--warmup_steps 5 leaves none of the run's 5 steps"),
         (["--lr_scheduler_type", "constant", "--warmup_steps", "5"], "no effect with --lr_scheduler_type constant"),
         (["--learning_rat", "1"], "--learning_rat is not an option; did you mean --learning_rate"),
@@ -183,7 +190,7 @@ def test_deepspeed_config_is_filled_and_contradictions_are_refused(tmp_path):
     assert resolve_deepspeed_config(config, world_size=4)["train_micro_batch_size_per_gpu"] == 4
     config.micro_batch_size = 4
 
-    budget = parse_args(["--global_batch_size", "16", "--max_tokens_per_micro_batch", "4096"])
+    budget = parse_args([*JOINT, "--global_batch_size", "16", "--max_tokens_per_micro_batch", "4096"])
     ds = resolve_deepspeed_config(budget, world_size=4)
     assert (ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (4, 1)
     with pytest.raises(ValueError, match="16 is not a multiple of 3 ranks"):
