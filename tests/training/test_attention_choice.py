@@ -20,7 +20,7 @@ def machine(monkeypatch):
 
 
 def choose(*argv):
-    return attention.choose_attention(parse_args(list(argv)))
+    return attention.choose_attention(parse_args(["--stage1_objective", "joint", *argv]))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ EDGES = {
     "num_safety_tokens": ((0,), (-1, 10**6)),
     "num_head_tokens": ((0,), (-1, 3 * 10**7)),
     "num_attention_heads": ((1,), (0, -8)),
+    "projector_depth": ((1, 64), (0, 65)),
     "query_window": ((0,), (-1, 10**7)),
     "dataloader_num_workers": ((0,), (-1, 10**6)),
     "lora_r": ((1,), (0,)),

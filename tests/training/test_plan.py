@@ -349,7 +349,7 @@ def test_command_refuses_with_a_sentence(argv, sentence, capsys):
 
 
 def test_a_local_folder_is_counted_from_its_config(base, capsys):
-    found = measure(options("--recipe", "sandbox", "--model_name_or_path", base))
+    found = measure(options("--recipe", "sandbox", "--model_name_or_path", base, "--stage1_objective", "joint"))
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(base)
