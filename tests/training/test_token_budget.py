@@ -14,7 +14,7 @@ from psa_fast.safety.policy import Policy
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.schedule import Schedule
 
-LONGEST = 108
+LONGEST = 152
 BATCH = ("--global_batch_size", 8, "--max_length", LONGEST, "--hint_rate", 0.5)
 BUDGET = ("--max_tokens_per_micro_batch", LONGEST)
 
