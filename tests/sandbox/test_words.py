@@ -172,8 +172,8 @@ def test_what_stands_around_a_request_is_in_every_file_and_holds_no_risk(world):
     rows, _ = world
     for name, split in FILES.items():
         long = [row for row in rows[name] if len(request(row).split()) > 25]
-        assert 0.02 < len(long) / len(rows[name]) < 0.12
-        most = 60 if split == "train" else 100
+        assert 0.02 < len(long) / len(rows[name]) < (0.2 if split == "train" else 0.12)
+        most = 80 if split == "train" else 100
         assert max(len(request(row).split()) for row in rows[name]) <= most + 16
         assert sum(any(claim in request(row) for claim in CLAIMS) for row in rows[name]) > 10
     assert len(filler_words()) > 120
@@ -237,7 +237,7 @@ def test_some_requests_come_without_a_picture_and_some_after_another(world):
     for name in FILES:
         text = group(rows[name], "text_risk", "text_twin")
         without = [row for row in text if not images(row)]
-        assert len(without) == len(text) // (2 if name in ("dev", "test") else 3)
+        assert len(without) == len(text) // 2
         assert {row["safe_type"] for row in without} == set(range(7))
         assert all(row in text for row in rows[name] if not images(row))
         earlier = [row for row in rows[name] if len(row["conversations"]) == 4]

@@ -33,7 +33,8 @@ def build(base, packed=True, stage=2, dtype=torch.float64, device="cpu", mode="n
     vlm.model.language_model.set_attn_implementation(SDPA_BY_SAMPLE if packed else "sdpa")
     psa = PsaVLM.build(vlm, num_safety_tokens=3, num_head_tokens=3)
     lora = ["--lora_r", "4", "--lora_dropout", "0.2", "--concept_loss_weight", "1"] if stage == 2 else []
-    options = parse_args(["--stage", str(stage), "--gradient_checkpointing", mode, *lora])
+    losses = ["--stage1_objective", "joint"] if stage == 1 else []
+    options = parse_args(["--stage", str(stage), "--gradient_checkpointing", mode, *losses, *lora])
     prepare(psa, options)
     for name, parameter in psa.named_parameters():
         if "lora_B" in name:
@@ -99,7 +100,8 @@ def test_recomputation_changes_nothing_but_how_often_layers_run(base, packed, st
 
 def test_liger_is_refused_where_it_cannot_run(base, tmp_path, monkeypatch):
     def check(folder):
-        check_liger(parse_args(["--use_liger_kernel", "True", "--model_name_or_path", str(folder)]))
+        options = ["--stage1_objective", "joint", "--use_liger_kernel", "True", "--model_name_or_path", str(folder)]
+        check_liger(parse_args(options))
 
     monkeypatch.setattr(language_model, "is_liger_kernel_available", lambda: False)
     with pytest.raises(ValueError, match=r"--use_liger_kernel needs .* pip install 'psa-fast\[gpu\]'"):
