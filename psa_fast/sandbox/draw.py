@@ -26,7 +26,7 @@ IMAGES: dict[str, dict[str, int]] = {
 # Rows per file and kind; a picture serves several rows where there are more rows than pictures.
 ROWS: dict[str, dict[str, int]] = {
     "stage1": {
-        "clean": 700, "benign_twin": 900, "risk": 1300, "text_risk": 1100, "text_twin": 1100,
+        "clean": 800, "benign_twin": 1000, "risk": 1500, "text_risk": 800, "text_twin": 800,
         "joint_risk": 1150, "joint_twin": 1650, "clean_several": 200, "risk_several": 250,
     },
     "stage2": {
