@@ -17,7 +17,7 @@ GPU_PYTHON ?= python3
 
 .PHONY: help demo ablation test lint bench gpu compare profile clean
 help:
-	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 10 minutes on 2 CPU cores)"
+	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that setup.py allows"
 	@echo "make lock   remake requirements/*.txt from setup.py and requirements/lock.in"
