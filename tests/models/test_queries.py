@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 
 from psa_fast.models import PsaConfig, PsaVLM
-from psa_fast.models.queries import TRAINED_WINDOWS, spaced_windows, unsafe_log_odds, window_starts
+from psa_fast.models.queries import spaced_windows, unsafe_log_odds, window_starts
 from psa_fast.taxonomy import CLEAN
 
 
@@ -66,7 +66,7 @@ def test_every_query_is_a_multihead_attention_of_its_own():
     vision = features.vision.detach().requires_grad_()
     got = psa.concept_logits(features._replace(vision=vision), [1, 2, 0], batch["input_ids"], masks)
     expected = all_references(psa, batch, masks)
-    assert got.shape == (3, 2 + TRAINED_WINDOWS, 11)
+    assert got.shape == (3, 14, 11)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
     # one query at a time is the same, and no row depends on another's images
     one = psa.concept_logits(features, [1, 2, 0], batch["input_ids"], whole)
@@ -173,7 +173,7 @@ def test_windows_cover_the_text_and_both_ends():
     text[0, 10:12] = False  # an image between the words
     text[1, :4] = True
     found = spaced_windows(text, 6)
-    assert found.sum(2)[0].tolist() == [6] * TRAINED_WINDOWS
+    assert found.sum(2)[0].tolist() == [6] * 12
     places = text[0].nonzero().flatten().tolist()
     assert found[0, 0].nonzero().flatten().tolist() == places[:6]
     assert found[0, -1].nonzero().flatten().tolist() == places[-6:]

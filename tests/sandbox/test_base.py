@@ -67,7 +67,7 @@ def test_pictures_are_prepared_as_by_the_processor():
     scenes = draw_scenes(np.random.default_rng(0), 3)
     from PIL import Image
 
-    from psa_fast.sandbox.world import paint
+    from psa_fast.sandbox.paint import paint
 
     theirs = processor.image_processor([Image.fromarray(paint(s)) for s in scenes], return_tensors="pt").pixel_values
     torch.testing.assert_close(to_pixels(scene_pictures(scenes).pixels), theirs, atol=1e-6, rtol=0)

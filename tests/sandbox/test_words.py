@@ -31,8 +31,9 @@ from psa_fast.sandbox.language import (
     stricter,
 )
 from psa_fast.sandbox.lessons import Lessons
+from psa_fast.sandbox.paint import paint
 from psa_fast.sandbox.processor import build_processor
-from psa_fast.sandbox.world import HARMLESS_GLYPHS, SCENES, paint, sample_scene
+from psa_fast.sandbox.world import HARMLESS_GLYPHS, SCENES, sample_scene
 from psa_fast.taxonomy import CLEAN, RISK_TYPES
 
 FILES = {"stage1": "train", "stage2": "train", "dev": "dev", "test": "test"}
@@ -172,7 +173,8 @@ def test_what_stands_around_a_request_is_in_every_file_and_holds_no_risk(world):
     rows, _ = world
     for name, split in FILES.items():
         long = [row for row in rows[name] if len(request(row).split()) > 25]
-        assert 0.02 < len(long) / len(rows[name]) < (0.2 if split == "train" else 0.12)
+        least, greatest = (0.08, 0.18) if split == "train" else (0.02, 0.12)
+        assert least < len(long) / len(rows[name]) < greatest
         most = 80 if split == "train" else 100
         assert max(len(request(row).split()) for row in rows[name]) <= most + 16
         assert sum(any(claim in request(row) for claim in CLAIMS) for row in rows[name]) > 10

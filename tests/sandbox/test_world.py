@@ -11,8 +11,9 @@ from psa_fast.data.records import load_records
 from psa_fast.safety.policy import Policy
 from psa_fast.sandbox.draw import draw_world
 from psa_fast.sandbox.language import all_texts
+from psa_fast.sandbox.paint import paint, render
 from psa_fast.sandbox.processor import build_processor
-from psa_fast.sandbox.world import GROUPS_WITH_PICTURES, RISK_GLYPHS, SCENES, paint, render, sample_scene, split_of
+from psa_fast.sandbox.world import GROUPS_WITH_PICTURES, RISK_GLYPHS, SCENES, sample_scene, split_of
 from psa_fast.taxonomy import CLEAN
 
 COUNTS = {"clean": 12, "benign_twin": 12, "risk": 24, "text_risk": 12, "text_twin": 12}

@@ -37,7 +37,7 @@ def test_joint_equals_concept_and_tokens_apart(train, command, run, tmp_path, pa
     weights = {folder.name: load_file(folder / "stage1" / "psa.safetensors") for folder in (joint, concept, tokens)}
     for name, tensor in weights["joint"].items():
         apart = weights["tokens" if name.startswith("safety_tokens") else "concept"][name]
-        torch.testing.assert_close(apart, tensor, rtol=1e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(apart, tensor, rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
         # the tokens were trained on top of the bottleneck, which they left alone
         torch.testing.assert_close(weights["tokens"][name], apart, rtol=0, atol=0)
     # ZeRO-2 keeps whole gradients where ZeRO-3 has shards

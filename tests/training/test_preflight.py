@@ -16,7 +16,7 @@ LONG = (3, 7, 40)
 
 @pytest.fixture
 def rows(world, tmp_path):
-    """Writes rows of the world's file, three of which have no answer within 180 tokens."""
+    """Writes rows of the world's file, three of which have no answer within 120 tokens."""
 
     def write(change=lambda row: row, count=50):
         lines = [json.loads(line) for line in (world / "mixed.jsonl").read_text().splitlines()[:count]]
@@ -77,16 +77,16 @@ MODES = [
 def test_rows_that_cannot_be_encoded_are_all_named_before_the_first_step(rows, start, mode):
     path = rows()
     with pytest.raises(ValueError, match=r"3 problem\(s\) in .*rows\.jsonl") as error:
-        start(path, "--max_length", 180, *mode)
+        start(path, "--max_length", 120, *mode)
     for index in LONG:
-        assert f"{path}:{index + 1}: no supervised token within max_length 180" in str(error.value)
+        assert f"{path}:{index + 1}: no supervised token within max_length 120" in str(error.value)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_they_are_dropped_counted_and_named_where_the_run_may_skip_them(rows, start, unloaded, monkeypatch, mode):
     path, seen = rows(), []
     monkeypatch.setattr(loop, "fingerprint", lambda records: seen.append(records) or fingerprint(records))
-    said = start(path, "--max_length", 180, "--on_bad_sample", "skip", *mode, expect=unloaded)
+    said = start(path, "--max_length", 120, "--on_bad_sample", "skip", *mode, expect=unloaded)
     assert "skipped 3 row(s) that cannot be encoded:" in said
     for index in LONG:
         assert f"{path}:{index + 1}: no supervised token" in said
@@ -97,7 +97,7 @@ def test_they_are_dropped_counted_and_named_where_the_run_may_skip_them(rows, st
 def test_the_fingerprint_is_that_of_the_rows_that_are_left(rows, start, unloaded, monkeypatch):
     digests = []
     monkeypatch.setattr(loop, "fingerprint", lambda records: digests.append(fingerprint(records)) or digests[-1])
-    options = ["--max_length", 180, "--on_bad_sample", "skip"]
+    options = ["--max_length", 120, "--on_bad_sample", "skip"]
     path = rows()
     start(path, *options, expect=unloaded)
     lines = path.read_text().splitlines()
@@ -110,7 +110,7 @@ def test_the_lengths_survive_dropping_and_balancing(rows, start, unloaded, monke
     kept = []
     prepared = loop.prepare_dataset
     monkeypatch.setattr(loop, "prepare_dataset", lambda *a: kept.append(prepared(*a)) or kept[-1])
-    start(rows(), "--max_length", 180, "--on_bad_sample", "skip", "--clean_samples", 4, expect=unloaded)
+    start(rows(), "--max_length", 120, "--on_bad_sample", "skip", "--clean_samples", 4, expect=unloaded)
     (dataset,) = kept
     assert sum(record.safe_type == 6 for record in dataset.records) == 4
     for index in range(len(dataset)):
@@ -127,14 +127,14 @@ def test_what_is_cut_is_said_in_one_line(rows, start, unloaded):
             ]  # fmt: skip
         return row
 
-    said = start(rows(two_pictures), "--max_length", 180, "--on_bad_sample", "skip", expect=unloaded)
-    (line,) = [line for line in said.splitlines() if "max_length 180 cuts" in line]
+    said = start(rows(two_pictures), "--max_length", 120, "--on_bad_sample", "skip", expect=unloaded)
+    (line,) = [line for line in said.splitlines() if "max_length 120 cuts" in line]
     assert "lose the end of an answer" in line
 
 
 def test_a_key_that_looks_like_ours_may_be_left_unread(rows, start, unloaded):
     path = rows(lambda row: row | {"label": "street", "severity": 2})
-    options = ["--max_length", 180, "--on_bad_sample", "skip"]
+    options = ["--max_length", 120, "--on_bad_sample", "skip"]
     with pytest.raises(ValueError, match="no usable record"):
         start(path, *options)
     assert "skipped 3 row(s)" in start(path, *options, "--keep_keys", "label, other", expect=unloaded)

@@ -41,8 +41,16 @@ def build_world(folder: Path) -> Path:
     from psa_fast.sandbox.draw import draw_world
 
     images = {"train": {"clean": 6, "benign_twin": 6, "risk": 12}}
-    draw_world(3, folder, images=images, rows={"stage1": {"clean": 6, "risk": 12, "text_risk": 4, "benign_twin": 6}})
-    rows = (folder / "stage1.jsonl").read_text().splitlines()
+    wanted = {"clean": 6, "risk": 12, "text_risk": 4, "benign_twin": 6}
+    draw_world(3, folder, images=images, rows={"stage1": {kind: 3 * count for kind, count in wanted.items()}})
+    # short ones: sums over long prompts round differently in each layout, and take longer
+    rows = []
+    for line in (folder / "stage1.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if wanted[row["group"]] and sum(len(turn["value"].split()) for turn in row["conversations"]) <= 30:
+            wanted[row["group"]] -= 1
+            rows.append(line)
+    assert not any(wanted.values())
     talk = [{"from": "human", "value": "what is this ?"}, {"from": "gpt", "value": "a red circle ."}]
     rows += [json.dumps({"id": f"text-{i}", "safe_type": 6, "safe_level": 0, "conversations": talk}) for i in range(28)]
     (folder / "mixed.jsonl").write_text("\n".join(rows) + "\n")
