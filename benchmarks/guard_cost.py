@@ -37,7 +37,8 @@ from psa_fast.models import PsaVLM
 from psa_fast.safety import Guard, Policy, Request
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.sandbox.language import QUESTIONS
-from psa_fast.sandbox.world import paint, sample_scene
+from psa_fast.sandbox.paint import paint
+from psa_fast.sandbox.world import sample_scene
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS
 
 WORDS = {"short": 12, "long": 250}
@@ -107,14 +108,9 @@ def _forms(base: Any, size: Size, answer_tokens: int, verdict_tokens: int, texts
         return _counting(Guard(model, ours, policy, neutral_question=None), answer_tokens)
 
     alone, whole = guarded(0, every_reading=False), guarded(0)
-    blocking = Policy.load()
-    high = RISK_LEVELS[-1]
-    blocking = blocking.model_copy(
-        update={
-            "levels": blocking.levels
-            | {high: blocking.levels[high].model_copy(update={"action": "block", "hint": None})}
-        }
-    )
+    blocking, high = Policy.load(), RISK_LEVELS[-1]
+    rule = blocking.levels[high].model_copy(update={"action": "block", "hint": None})
+    blocking = blocking.model_copy(update={"levels": blocking.levels | {high: rule}})
     reading = guarded(len(RISK_LEVELS) - 1, policy=blocking)
     return {
         "plain": plain(answer_tokens),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+_SPINS = "2000"
+
 
 def choose_waiting() -> None:
     """Let threads that wait spin for microseconds, then sleep; where ranks share a machine, sleep at once.
@@ -13,9 +15,12 @@ def choose_waiting() -> None:
     with the default, 7.0 so, 10.1 without spinning; two such jobs at once: minutes, 15.3, 11.6. What the user has set,
     OMP_WAIT_POLICY or GOMP_SPINCOUNT, stays.
     """
-    if os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    # a rank inherits what the command that starts it has chosen for itself
+    inherited = os.environ.get("GOMP_SPINCOUNT") == _SPINS
+    if "OMP_WAIT_POLICY" in os.environ or ("GOMP_SPINCOUNT" in os.environ and not inherited):
         return
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        os.environ["GOMP_SPINCOUNT"] = "2000"
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
     else:
+        os.environ.pop("GOMP_SPINCOUNT", None)  # it would overrule the policy
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -62,7 +62,7 @@ class ConceptBottleneck(nn.Module):
             eps=config.layer_norm_eps,
         )
         # requests without an image are read from these alone: as alike as the paper's 0.02 makes them, no query tells
-        # one from another, and the sandbox's 300 steps did not part text risks from their twins
+        # one from another; further apart than 0.3 they are learned sooner, but joint risks later (docs/sandbox.md)
         std = 0.3 if config.reads_text else 0.02
         self.head_tokens = SafetyTokens(config.num_head_tokens, config.hidden_size, std=std)
         self.query = SafetyTokens(1, config.hidden_size) if config.query == "prompt" else None

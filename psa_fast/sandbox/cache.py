@@ -16,9 +16,9 @@ from psa_fast.sandbox.language import HintFor, all_texts
 
 logger = logging.getLogger(__name__)
 
-WORLD_SOURCES = ("world.py", "language.py", "around.py", "draw.py", "rows.py")
+WORLD_SOURCES = ("world.py", "paint.py", "language.py", "around.py", "draw.py", "rows.py")
 BASE_SOURCES = (
-    "world.py", "language.py", "around.py", "processor.py", "lessons.py", "optimise.py",
+    "world.py", "paint.py", "language.py", "around.py", "processor.py", "lessons.py", "optimise.py",
     "content.py", "tower.py", "base.py",
 )  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from psa_fast.sandbox.language import NUMBERS
+from psa_fast.sandbox.paint import lay, lit, render, texture
 from psa_fast.sandbox.processor import PATCH
 from psa_fast.sandbox.world import (
     COLOURS,
@@ -33,12 +34,8 @@ from psa_fast.sandbox.world import (
     Scene,
     Sign,
     Thing,
-    lay,
-    lit,
-    render,
     sample_scene,
     split_of,
-    texture,
 )
 
 # A patch names one word of each line (or none of it): what CLIP's features would tell of a picture.

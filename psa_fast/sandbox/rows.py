@@ -34,7 +34,7 @@ KINDS = (
 )  # fmt: skip
 RISKY_KINDS = ("risk", "text_risk", "joint_risk", "risk_several")
 # Of the rows with a text request, one in so many has no picture.
-PICTURELESS = {"train": 2, "dev": 2, "test": 2}
+PICTURELESS = 2
 # Shares of rows with something around the request, and with an earlier exchange; the others are the request alone.
 # Training has more of it: a guard that has met few words beside a request takes an odd word for a risk.
 CLAIMED, TYPED = 0.05, 0.04
@@ -128,8 +128,8 @@ def _row(rng: np.random.Generator, split: Split, kind: str, i: int, pictures: Pi
 
 def _text_row(rng: np.random.Generator, split: Split, kind: str, i: int, pictures: Pictures) -> _Row:
     risky = kind == "text_risk"
-    safe_type, safe_level = (i // PICTURELESS[split] % CLEAN, TEXT_RISK_LEVEL) if risky else (CLEAN, 0)
-    shown = () if i % PICTURELESS[split] == 0 else (_cycled(pictures, "clean", i),)
+    safe_type, safe_level = (i // PICTURELESS % CLEAN, TEXT_RISK_LEVEL) if risky else (CLEAN, 0)
+    shown = () if i % PICTURELESS == 0 else (_cycled(pictures, "clean", i),)
     asked, answer = text_request(rng, split, safe_type)
     return _Row(shown, asked, answer, safe_type, safe_level, f"text/{kind}")
 
