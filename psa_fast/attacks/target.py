@@ -109,7 +109,7 @@ class Target:
                     masks[0, number, list(part.positions)] = True
                 embeds = self.model.family.embed(self.model.vlm, ids)
                 text = self.model._query_text(ids, None, None, masks.to(self.device))
-                found.setdefault(tuple(question.images), []).append(self.model._queries(embeds, text)[0])
+                found.setdefault(tuple(question.images), []).append(self.model.bottleneck.queries(embeds, text)[0])
         queries = tuple(torch.cat(each) for each in found.values())
         return Asked(request, pictures, asked.prompt, tuple(found), queries)
 
@@ -145,16 +145,18 @@ class Target:
 
     def read_features(self, asked: Sequence[Asked], features: Tensor) -> Readings:
         """As `read`, from features [B, P, S, Dv]."""
-        shown = asked[0].shown
+        shown = max((one.shown for one in asked), key=len)  # a request without words is not read by them
         logits, valid = [], []
+        bottleneck = self.model.bottleneck
         with _frozen(self.model):
-            projected = self.model.bottleneck.project(features.flatten(0, 1)).unflatten(0, features.shape[:2])
+            projected = bottleneck.project(features.flatten(0, 1)).unflatten(0, features.shape[:2])
             for number, places in enumerate(shown):
-                queries = [one.queries[number] for one in asked]
+                queries = [one.queries[number] if number < len(one.shown) else one.queries[0][:0] for one in asked]
                 most = max(map(len, queries))
-                padded = torch.stack([torch.cat([q, q[:1].expand(most - len(q), -1)]) for q in queries])
-                pooled = self.model.bottleneck.pool(projected[:, list(places)].flatten(1, 2), padded)
-                logits.append(self.model.bottleneck.heads(pooled))
+                padded = torch.stack([torch.cat([q, q.new_zeros(most - len(q), q.shape[1])]) for q in queries])
+                seen = projected[:, list(places)].flatten(1, 2)
+                pooled = bottleneck.pool(seen, padded) if places else bottleneck.read_words(padded)
+                logits.append(bottleneck.heads(pooled))
                 valid.append(torch.tensor([[i < len(q) for i in range(most)] for q in queries]))
         # in float32 at least: losses compare margins whose differences are small
         wide = torch.cat(logits, 1)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.data.records import IMAGE_MARK, Record, Turn
 from psa_fast.files import shorten
 from psa_fast.taxonomy import IGNORE_INDEX
@@ -37,7 +38,8 @@ class Encoded:
     query is made of) have the same length. `pixel_values` is [image_count, 3, H, W], None if no images were given;
     `vision_features` [image_count, S, Dv] where they stand in for the images. Where `max_length` cuts the row,
     `cut_answer` says that supervised tokens were lost, `cut_images` how many images; then all labels are -100, since
-    what they are about may be gone. `picture_type` and `picture_level` are the picture's own, whatever the request.
+    what they are about may be gone. `picture_type` and `picture_level` are the picture's own, whatever the request,
+    `words_type` and `words_level` those of its text by itself, -100 where there is none.
     """
 
     input_ids: list[int]
@@ -49,6 +51,8 @@ class Encoded:
     safe_level: int = IGNORE_INDEX
     picture_type: int = IGNORE_INDEX
     picture_level: int = IGNORE_INDEX
+    words_type: int = IGNORE_INDEX
+    words_level: int = IGNORE_INDEX
     where: str = ""
     vision_features: Tensor | None = None
     cut_answer: bool = False
@@ -110,18 +114,12 @@ def encode(
     if not isinstance(record_or_turns, Record):
         return encoded
     record = record_or_turns
-    labels = (record.safe_type, record.safe_level, *record.picture)
+    words = record.words if any(encoded.query_mask) else (None, None)
+    labels = (record.safe_type, record.safe_level, *record.picture, *words)
     if encoded.cut_images:  # a label never outlives its picture
-        labels = (None,) * 4
-    kind, level, picture_type, picture_level = (IGNORE_INDEX if label is None else label for label in labels)
-    return replace(
-        encoded,
-        safe_type=kind,
-        safe_level=level,
-        picture_type=picture_type,
-        picture_level=picture_level,
-        where=where,
-    )
+        labels = (None,) * len(CONCEPT_LABELS)
+    known = [IGNORE_INDEX if label is None else label for label in labels]
+    return replace(encoded, **dict(zip(CONCEPT_LABELS, known, strict=True)), where=where)
 
 
 def stop_token_ids(processor: Any) -> list[int]:

@@ -15,11 +15,11 @@ import torch
 from psa_fast.data.augment import AUGMENTATIONS, Augmentation, augment
 from psa_fast.data.chat import Encoded, encode
 from psa_fast.data.images import ImageError, load_image, resolve
+from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.data.records import Record
 from psa_fast.taxonomy import IGNORE_INDEX
 
 HintFor = Callable[[int, int], "str | None"]
-LABELS = ("safe_type", "safe_level", "picture_type", "picture_level")
 FeaturesOf = Callable[[Sequence[str]], torch.Tensor]
 
 
@@ -156,7 +156,7 @@ def collate(
     """Pad rows to one batch of PsaVLM.forward's arguments, plus "where": the rows' file:line.
 
     Returns input_ids, attention_mask, labels int64 [B, T], query_mask bool [B, T], pixel_values [N, 3, H, W] or None,
-    image_counts, safe_type, safe_level, picture_type, picture_level int64 [B].
+    image_counts and the CONCEPT_LABELS int64 [B].
     """
     if not items:
         raise ValueError("a batch needs at least one row")
@@ -206,6 +206,6 @@ def _per_sample(items: Sequence[Encoded]) -> dict[str, Any]:
         **({"vision_features": torch.cat(features)} if features else {}),
         "pixel_values": torch.cat(pixels) if pixels else None,
         "image_counts": torch.tensor([item.image_count for item in items]),
-        **{name: torch.tensor([getattr(item, name) for item in items]) for name in LABELS},
+        **{name: torch.tensor([getattr(item, name) for item in items]) for name in CONCEPT_LABELS},
         "where": [item.where for item in items],
     }

@@ -14,6 +14,8 @@ from psa_fast.taxonomy import CLEAN, RISK_LEVELS
 
 SAFE, UNSAFE, UNKNOWN = VERDICTS = ("safe", "unsafe", "unknown")
 LABELS = ("image_label", "text_label", "joint_label")
+# what a batch holds of them: type and level of the request, of its pictures alone, of its words alone
+CONCEPT_LABELS = ("safe_type", "safe_level", "picture_type", "picture_level", "words_type", "words_level")
 GROUPS = ("clean", "benign_twin", "risk", "text_risk", "text_twin", "joint_risk", "joint_twin")
 BENIGN_GROUPS = ("clean", "benign_twin", "text_twin", "joint_twin")
 JOINT_GROUPS = ("joint_risk", "joint_twin")
@@ -97,10 +99,8 @@ def contradictions(
     return list(dict.fromkeys(found))
 
 
-def picture_label(
-    image_label: str, safe_type: int | None, safe_level: int | None, has_images: bool
-) -> tuple[int | None, int | None]:
-    """The picture's own (type, level): the row's where the picture is unsafe, clean where it is safe, else None."""
-    if not has_images or image_label == UNKNOWN:
+def own_label(label: str, safe_type: int | None, safe_level: int | None) -> tuple[int | None, int | None]:
+    """(type, level) of what a label is about, by itself: the row's where unsafe, clean where safe, else None."""
+    if label == UNKNOWN:
         return None, None
-    return (safe_type, safe_level) if image_label == UNSAFE else (CLEAN, RISK_LEVELS.index("none"))
+    return (safe_type, safe_level) if label == UNSAFE else (CLEAN, RISK_LEVELS.index("none"))

@@ -28,10 +28,11 @@ from psa_fast.data.keys import FIELDS, foreign_layout, meant_field
 from psa_fast.data.labels import (
     GROUPS,
     LABELS,
+    UNKNOWN,
     contradictions,
     default_group,
     default_labels,
-    picture_label,
+    own_label,
     read_label,
 )
 from psa_fast.data.progress import progress
@@ -120,7 +121,12 @@ class Record:
     @property
     def picture(self) -> tuple[int | None, int | None]:
         """Type and level of the picture by itself, whatever is said about it; None where that is not known."""
-        return picture_label(self.image_label, self.safe_type, self.safe_level, bool(self.images))
+        return own_label(self.image_label if self.images else UNKNOWN, self.safe_type, self.safe_level)
+
+    @property
+    def words(self) -> tuple[int | None, int | None]:
+        """Type and level of the words by themselves, whatever is shown; None where that is not known."""
+        return own_label(self.text_label, self.safe_type, self.safe_level)
 
     @property
     def where(self) -> str:

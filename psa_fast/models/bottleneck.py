@@ -61,10 +61,11 @@ class ConceptBottleneck(nn.Module):
             depth=config.projector_depth,
             eps=config.layer_norm_eps,
         )
-        # requests without an image are read from these alone: as alike as the paper's 0.02 makes them, no query tells
-        # one from another; further apart than 0.3 they are learned sooner, but joint risks later (docs/sandbox.md)
-        std = 0.3 if config.reads_text else 0.02
-        self.head_tokens = SafetyTokens(config.num_head_tokens, config.hidden_size, std=std)
+        self.head_tokens = SafetyTokens(config.num_head_tokens, config.hidden_size)
+        # as wide as a query: what is as alike as the paper's 0.02 makes it cannot tell one request from another
+        texts = config.num_text_tokens
+        self.text_tokens = SafetyTokens(texts, config.hidden_size, std=1.0) if texts else None
+        self.asks_first = config.query == "first"
         self.query = SafetyTokens(1, config.hidden_size) if config.query == "prompt" else None
         self.attention = ConceptReadout(config.hidden_size, config.num_attention_heads)
         self.heads = ConceptHeads(config.hidden_size, config.head_sizes)
@@ -121,6 +122,20 @@ class ConceptBottleneck(nn.Module):
             query = query + learned
         pooled = self.attention(query, tokens, features, features_mask)
         return pooled.squeeze(1) if query_embeds.dim() == 2 else pooled
+
+    def read_words(self, query_embeds: Tensor, windows: Tensor | None = None) -> Tensor:
+        """As `forward`, without a picture: what the query finds in the head and text tokens.
+
+        Raises ValueError without text tokens (`PsaConfig.num_text_tokens`).
+        """
+        if self.text_tokens is None:
+            raise ValueError("the add-on has no text tokens, so it reads no words by themselves")
+        tokens = self.text_tokens(query_embeds.shape[0]).to(self.heads.weight.dtype)
+        return self.pool(tokens, query_embeds, None, windows)
+
+    def queries(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """What asks: word embeddings [B, T, E] and a mask bool [B, T] or [B, Q, T] -> [B, E] or [B, Q, E]."""
+        return first_query(embeds, text) if self.asks_first else prompt_query(embeds, text)
 
     def loss(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 from psa_fast.files import read_json, shorten, write_text
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
-VERSION = 3
+VERSION = 4
 QUERIES = ("prompt", "first")
 # inclusive ranges; the upper ends are far beyond any model, and keep products of two within 64 bits
 _RANGES = {
@@ -23,16 +23,19 @@ _RANGES = {
     "image_tokens": (1, 1 << 20),
     "num_safety_tokens": (0, 1 << 20),
     "num_head_tokens": (0, 1 << 20),
+    "num_text_tokens": (0, 1 << 20),
     "num_attention_heads": (1, 1 << 20),
     "projector_hidden_size": (1, 1 << 20),
     "projector_depth": (1, 10_000),
     "query_window": (0, 1 << 20),
 }
 _REQUIRED = ("vision_hidden_size", "hidden_size", "image_tokens")
-# version 1 had no field for eps: all of its add-ons were trained with this one
-_VERSION_1 = {"layer_norm_eps": 1e-6}
-# up to version 2 the head was trained on whole prompts alone, and on rows with an image
-_VERSION_2 = {"neutral_query": False, "query_window": 0, "reads_text": False}
+# version -> the fields that came with it, and what a file of an earlier version means by not having them
+_ADDED: dict[int, dict[str, Any]] = {
+    2: {"layer_norm_eps": 1e-6},
+    3: {"neutral_query": False, "query_window": 0, "reads_text": False},
+    4: {"num_text_tokens": 0},
+}
 DEFAULT_WINDOW = 16
 
 
@@ -61,8 +64,10 @@ class PsaConfig:
             allows.
         query_window: tokens of the windows of a prompt that were trained on the request's label, 0: none were. A
             window should hold a risky sentence and little more. None: 16, or 0 where the text does not ask.
-        reads_text: whether requests without an image were trained, read from the head tokens alone; None: as `query`
-            and the head tokens allow. Files up to version 2 have none of the three, and mean: not trained.
+        reads_text: whether requests without an image were trained; None: as `query` and the head tokens allow. Files up
+            to version 2 have none of the three, and mean: not trained.
+        num_text_tokens: learned features that stand in for the picture of a request without one; None: as many as head
+            tokens, or 0 where such requests are not read. Files up to version 3 mean 0: read from head tokens alone.
         version: format of this file.
         checksums: SHA-256 of what the add-on's files held when they were saved, see addon.py; None: not on record.
     """
@@ -86,6 +91,7 @@ class PsaConfig:
     neutral_query: bool | None = None
     query_window: int | None = None
     reads_text: bool | None = None
+    num_text_tokens: int | None = None
     version: int = VERSION
     checksums: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
@@ -106,15 +112,19 @@ class PsaConfig:
             self.query_window = DEFAULT_WINDOW if asks else 0
         if self.reads_text is None:
             self.reads_text = asks and self.num_head_tokens != 0
-        for name in _VERSION_2:
+        for name in _ADDED[3]:
             if name != "query_window" and type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {shorten(getattr(self, name))}; expected true or false")
             if getattr(self, name) and not asks:
                 raise ValueError(f"{name} is {shorten(getattr(self, name))}, but query {self.query!r} reads no text")
         if self.reads_text and self.num_head_tokens == 0:
             raise ValueError("reads_text is True, but num_head_tokens is 0: nothing is left to read without an image")
+        if self.num_text_tokens is None:
+            self.num_text_tokens = self.num_head_tokens if self.reads_text else 0
         for name in _RANGES:
             _check_integer(name, getattr(self, name))
+        if self.num_text_tokens and not self.reads_text:
+            raise ValueError(f"num_text_tokens is {self.num_text_tokens}, but reads_text is False: nothing reads them")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
@@ -153,8 +163,11 @@ class PsaConfig:
         """SHA-256 over every field that decides what the model computes; where its base lies does not."""
         left_out = ("base_model_name_or_path", "base_revision", "base_fingerprint", "checksums")
         kept = {name: value for name, value in asdict(self).items() if name not in left_out}
-        if all(kept[name] == value for name, value in _VERSION_2.items()):  # as version 2 digested itself
-            kept = {name: value for name, value in kept.items() if name not in _VERSION_2} | {"version": 2}
+        for version in range(VERSION, 2, -1):  # as the version digested itself that could say the same
+            if any(kept[name] != value for name, value in _ADDED[version].items()):
+                break
+            kept = {name: value for name, value in kept.items() if name not in _ADDED[version]}
+            kept["version"] = version - 1
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def to_json_file(self, path: str | Path) -> None:
@@ -168,26 +181,19 @@ class PsaConfig:
     def from_json_file(cls, path: str | Path) -> PsaConfig:
         """Read a configuration; ValueError that names the file for anything that is not exactly one."""
         raw = read_json(path, "add-on")
-        version, known = raw.get("version", 1), {f.name for f in fields(cls)}
-        older = type(version) is int and version in (1, 2)
-        if older:
-            known -= set(_VERSION_2)
-        if type(version) is int and version == 1:
-            known -= {"layer_norm_eps", "checksums"}
+        version = raw.get("version", 1)
+        if type(version) is not int or not 1 <= version <= VERSION:
+            version = VERSION  # __post_init__ refuses it
+        later = {name: value for added in range(version + 1, VERSION + 1) for name, value in _ADDED[added].items()}
+        known = {f.name for f in fields(cls)} - set(later) - ({"checksums"} if version == 1 else set())
         unknown = sorted(set(raw) - known)
         if unknown:
             raise ValueError(f"{path} has unknown keys: {shorten(', '.join(unknown))}")
-        missing = [name for name in _REQUIRED if name not in raw]
-        if missing:
+        needed = (*_REQUIRED, *(name for added in range(2, version + 1) for name in _ADDED[added]))
+        if missing := [name for name in needed if name not in raw]:
             raise ValueError(f"{path} lacks: {', '.join(missing)}")
-        if type(version) is int and version == 1:
-            raw.update(_VERSION_1)
-        elif "layer_norm_eps" not in raw:
-            raise ValueError(f"{path} lacks: layer_norm_eps")
-        if older:
-            raw.update({"version": VERSION, **_VERSION_2})
-        elif absent := [name for name in _VERSION_2 if name not in raw]:
-            raise ValueError(f"{path} lacks: {', '.join(absent)}")
+        if later:
+            raw.update({**later, "version": VERSION})
         try:
             config = cls(**raw)
         except ValueError as error:

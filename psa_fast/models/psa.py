@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from psa_fast.models import addon as addon_files
-from psa_fast.models.bottleneck import ConceptBottleneck, first_query, prompt_query
+from psa_fast.models.bottleneck import ConceptBottleneck
+from psa_fast.models.concept_readings import ConceptLabels, by_row, read_batch
 from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import Family, ImageFeatures, get_family
 from psa_fast.models.lm_head import supervise
 from psa_fast.models.packing import Packing
-from psa_fast.models.queries import spaced_windows
 from psa_fast.models.tokens import SafetyTokens
 from psa_fast.models.transfer import to_device
 from psa_fast.taxonomy import IGNORE_INDEX
@@ -33,8 +33,8 @@ class PsaOutput(ModelOutput):
         loss: weighted sum of the losses below.
         loss_lm: next-token loss; None without labels.
         loss_type, loss_level: concept losses; None without concept targets.
-        concept_logits: [R, 7 + 4] by the whole prompt, for the R rows that are read: those with an image, or all of
-            them if the add-on reads text.
+        concept_logits: [R, 7 + 4] by the whole prompt, of the pictures or, in rows without one, of the words, for the R
+            rows that are read: those with an image, or all of them if the add-on reads text.
         concept_rows: int64 [R], their row numbers.
     """
 
@@ -136,6 +136,8 @@ class PsaVLM(nn.Module):
         safe_level: Tensor | None = None,
         picture_type: Tensor | None = None,
         picture_level: Tensor | None = None,
+        words_type: Tensor | None = None,
+        words_level: Tensor | None = None,
         num_items: float | Tensor | None = None,
         num_concept_rows: float | Tensor | None = None,
         concept_loss_weight: float = 1.0,
@@ -158,12 +160,14 @@ class PsaVLM(nn.Module):
             lengths: tokens of each sample of a packed row, as python ints; None: the rows are padded.
             vision_features: h_o of the batch's images, [N, S, Dv], N may be 0; the vision tower is not run. In place of
                 pixel_values.
-            safe_type, safe_level: int64 [B], the request's label, -100 = none. Each labelled row counts once by its
-                whole prompt and, if the add-on has windows, once more by the worst of them (the prompt itself if it is
-                no longer). Rows without an image count if the add-on reads text.
+            safe_type, safe_level: int64 [B], the request's label, -100 = none: asked of rows with an image whose words
+                are not risky by themselves (concept_readings.py). Each counts once by its whole prompt and, if the add-on
+                has windows, once more by the worst of them (the prompt itself if it is no longer).
             picture_type, picture_level: int64 [B], the picture's own label, -100 = unknown: asked of the learned query
-                alone, in rows with an image; unused by an add-on without neutral_query. If all four labels are None
-                but `labels` is given, the bottleneck is not run.
+                alone, in rows with an image; unused by an add-on without neutral_query.
+            words_type, words_level: int64 [B], the label of the words by themselves, -100 = unknown: asked of all rows,
+                by prompt and window; unused by an add-on without text tokens. If all six labels are None but `labels`
+                is given, the bottleneck is not run.
             num_items, num_concept_rows: divisors of the summed losses, for batches spread over ranks or accumulation
                 steps; None: this batch's own counts. num_concept_rows may be one value per head [2]; what counts is
                 told by training.flops.Load.
@@ -191,36 +195,13 @@ class PsaVLM(nn.Module):
         out = PsaOutput()
         losses = []
 
-        asked = any(t is not None for t in (safe_type, safe_level, picture_type, picture_level))
-        if labels is None or asked:
-            if self.config.reads_text:
-                rows = list(range(len(counts)))
-            else:
-                rows = [row for row, count in enumerate(counts) if count] or [0]  # row 0 stands in, unlabelled
-            read = has_images or bool(self.config.reads_text)
-            index = to_device(rows, input_ids.device)
-            chosen = [counts[row] for row in rows] if read else [1]
-            vision, mask = _by_row(features, chosen)
+        targets = ConceptLabels((safe_type, safe_level), (picture_type, picture_level), (words_type, words_level))
+        if labels is None or targets.given:
             text = self._query_text(input_ids, attention_mask, labels, query_mask, packing)
-            query = self._queries(embeds, text)[index].unsqueeze(1)
-            targets = _targets(safe_type, safe_level, index, read)
-            if self.config.neutral_query and (picture_type is not None or picture_level is not None):
-                own = _targets(picture_type, picture_level, index, has_images)
-                pictured = to_device([count > 0 for count in chosen], index.device)
-                own = own.masked_fill(~pictured.view(-1, 1, 1), IGNORE_INDEX)
-                query = torch.cat([query, torch.zeros_like(query)], 1)
-                targets = torch.cat([targets, own], 1)
-            windows = None
-            if self.config.query_window and (safe_type is not None or safe_level is not None):
-                windows = self._queries(embeds, spaced_windows(text, self.config.query_window))[index]
-                targets = torch.cat([targets, targets[:, :1]], 1)
-            pooled = self.bottleneck(vision, query, mask, windows)
-            concept = self.bottleneck.loss(
-                pooled.flatten(0, 1), targets.flatten(0, 1), class_weights, label_smoothing, num_concept_rows
-            )
-            out.concept_rows = index if read else index[:0]
-            out.concept_logits = concept.logits.view(*pooled.shape[:2], -1)[:, 0] if read else concept.logits[:0]
-            if asked:
+            read = read_batch(self.bottleneck, self.config, features, counts, embeds, text, targets)
+            concept = self.bottleneck.loss(read.pooled, read.targets, class_weights, label_smoothing, num_concept_rows)
+            out.concept_rows, out.concept_logits = read.rows, concept.logits[read.places]
+            if targets.given:
                 out.loss_type, out.loss_level = concept.losses.unbind()
                 # the zero keeps every parameter in the graph of a rank whose rows have no target
                 losses.append(concept_loss_weight * concept.loss + 0.0 * concept.logits.sum().to(concept.loss.dtype))
@@ -259,7 +240,7 @@ class PsaVLM(nn.Module):
         Args:
             features: of all rows' images in order; None where no row has one, or where `projected` is given.
             projected: in place of features: what `bottleneck.project` made of them, [N, S, E].
-            image_counts: int [B]; a row without an image (0) is read from the head tokens alone.
+            image_counts: int [B]; a row without an image (0) is read by its words alone.
             input_ids: int64 [B, T], of which only text is read: placeholders need not fit the images.
             query_mask: bool [B, T], or [B, Q, T] for Q queries from one launch. A mask without any True is the learned
                 query alone. None: all text that is not padding.
@@ -276,16 +257,23 @@ class PsaVLM(nn.Module):
             raise ValueError(f"image_counts names {sum(counts)} images, features hold another number")
         if 0 in counts and self.config.num_head_tokens == 0:
             raise ValueError("a row has no image, and the add-on no head tokens: there is nothing to read")
-        if projected is None:
-            shape = 1, self.config.image_tokens, self.config.vision_hidden_size
-            blank = torch.zeros(shape, device=input_ids.device, dtype=self.bottleneck.heads.weight.dtype)
-            projected = self.bottleneck.project(blank if features is None else features.vision)
         embeds = self.family.embed(self.vlm, input_ids)
-        query = self._queries(embeds, self._query_text(input_ids, attention_mask, None, query_mask))
-        rows, mask = _by_row(projected, counts)
-        logits = self.bottleneck.heads(self.bottleneck.pool(rows, query, mask))
+        query = self.bottleneck.queries(embeds, self._query_text(input_ids, attention_mask, None, query_mask))
+        shown = [row for row, count in enumerate(counts) if count or self.bottleneck.text_tokens is None]
+        bare = sorted(set(range(len(counts))) - set(shown))
+        pooled = []
+        if shown:
+            if projected is None:
+                blank = torch.zeros(1, self.config.image_tokens, self.config.vision_hidden_size, dtype=query.dtype)
+                projected = self.bottleneck.project(blank.to(query.device) if features is None else features.vision)
+            rows, mask = by_row(projected, [counts[row] for row in shown])
+            pooled.append(self.bottleneck.pool(rows, query[shown], mask))
+        if bare:
+            pooled.append(self.bottleneck.read_words(query[bare]))
+        logits = self.bottleneck.heads(torch.cat(pooled))
         assert isinstance(logits, Tensor)
-        return logits
+        order = shown + bare
+        return logits if order == sorted(order) else logits[[order.index(row) for row in range(len(order))]]
 
     @torch.no_grad()
     def generate(
@@ -378,10 +366,6 @@ class PsaVLM(nn.Module):
                 text = text & (labels == IGNORE_INDEX)
         return text if packing is None else packing.by_sample(text)
 
-    def _queries(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """What the concept attention asks with, [B, E] or [B, Q, E] as the masks are."""
-        return first_query(embeds, text) if self.config.query == "first" else prompt_query(embeds, text)
-
 
 def _as_list(counts: Tensor | Sequence[int]) -> list[int]:
     return [int(c) for c in (counts.tolist() if isinstance(counts, Tensor) else counts)]
@@ -397,29 +381,6 @@ def _pack(lengths: Sequence[int], input_ids: Tensor, attention_mask: Tensor | No
 
 def _position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-def _targets(kind: Tensor | None, level: Tensor | None, index: Tensor, known: bool) -> Tensor:
-    """int64 [R, 1, 2] of the rows in `index`; -100 where a label is not given, everywhere if not `known`."""
-    none = torch.full_like(index, IGNORE_INDEX)
-    picked = [none if t is None or not known else t.to(index.device)[index] for t in (kind, level)]
-    return torch.stack(picked, 1).unsqueeze(1)
-
-
-def _by_row(vision: Tensor, counts: list[int]) -> tuple[Tensor, Tensor | None]:
-    """[N, S, Dv] of all images -> [R, max images * S, Dv] and its mask (None where every row has as many)."""
-    s, width = vision.shape[1:]
-    most = max(*counts, 1)
-    if min(counts) == most:
-        return vision.reshape(len(counts), most * s, width), None
-    index, valid, start = [], [], 0
-    for count in counts:  # the places of a row with fewer images show some other, masked
-        index += list(range(start, start + count)) + [min(start, len(vision) - 1)] * (most - count)
-        valid += [True] * count + [False] * (most - count)
-        start += count
-    rows = vision[to_device(index, vision.device)].reshape(len(counts), most * s, width)
-    mask = to_device(valid, vision.device).view(len(counts), most).repeat_interleave(s, dim=1)
-    return rows, mask
 
 
 def _check_fit(config: PsaConfig, family: Family) -> None:

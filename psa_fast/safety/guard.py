@@ -33,7 +33,8 @@ class _Asked:
 
     `neutral` is the neutral question about its images, None where none is asked. `alone` holds both for each image,
     as if it had come alone, where there are several and the add-on has none of the readings of `parts`: those are the
-    further queries of the prompt, of all its images and of each. `readable` tells whether the head reads it at all.
+    further queries of the prompt, of all its images and of each. `words` tells whether its words are read by themselves
+    besides, `readable` whether the head reads it at all.
     """
 
     number: int
@@ -43,6 +44,7 @@ class _Asked:
     neutral: Encoded | None
     alone: tuple[tuple[Encoded, Encoded | None], ...] = ()
     parts: tuple[Part, ...] | None = None
+    words: bool = False
     readable: bool = True
 
     @property
@@ -60,6 +62,9 @@ class _Asked:
             if self.count > 1:
                 shown += [(images[place : place + 1], place) for place in range(self.count)]
             found = [Question("prompt", self.prompt, chosen, place, self.parts) for chosen, place in shown]
+            if self.words and self.count:
+                by_words = [part for part in self.parts if part.query != "neutral"]
+                found.append(Question("prompt", self.prompt, (), None, by_words))
             if self.neutral is not None:  # an add-on that reads text, but whose learned query never asked alone
                 found += [Question("neutral", self.neutral, chosen, place) for chosen, place in shown]
             return found
@@ -261,7 +266,8 @@ class Guard:
         if config.neutral_query or config.query_window or config.reads_text:
             learned = bool(config.neutral_query and prompt.image_count)
             parts = parts_of(prompt, self.model.family.image_token_id, config.query_window or 0, learned)
-            return _Asked(number, turns, images, prompt, neutral, parts=tuple(parts), readable=readable)
+            words = bool(config.num_text_tokens) and any(prompt.query_mask)
+            return _Asked(number, turns, images, prompt, neutral, parts=tuple(parts), words=words, readable=readable)
         if images is None or prompt.image_count < 2:
             return _Asked(number, turns, images, prompt, neutral, readable=readable)
         alone = []

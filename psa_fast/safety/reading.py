@@ -3,7 +3,8 @@
 The worst of the readings decides. The concept query is made of the prompt's words, so the words can move the reading of
 the image: the same harmless question twenty times over may hide a risk. The learned query alone (in older add-ons a
 fixed question) cannot be moved, a window of the prompt cannot be diluted, and no picture can take back what another
-shows, if each is also read as if it had come alone.
+shows, if each is also read as if it had come alone. What the words say by themselves is read without any picture: no
+picture can hide it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Reading:
         number: of the turn or window, from 0; None for the other queries.
         span: the prompt's tokens from the first to behind the last that asked, for a turn or window.
         logits: the 7 + 4 numbers that the probabilities come from.
+        words_alone: whether no picture was shown: the words were read by themselves.
     """
 
     query: Query
@@ -50,6 +52,7 @@ class Reading:
     number: int | None = None
     span: tuple[int, int] | None = None
     logits: list[float] | None = None
+    words_alone: bool = False
 
 
 class Part(NamedTuple):
@@ -68,8 +71,8 @@ class Part(NamedTuple):
 class Question(NamedTuple):
     """One row for the concept head: a prompt without a hint, and the places of its images in the features.
 
-    It is asked with all of the prompt's text, under the name `query`, and with each of `parts`. A row without images is
-    read from the head tokens alone.
+    It is asked with all of the prompt's text, under the name `query`, and with each of `parts`. Without images the words
+    are read by themselves.
     """
 
     query: Query
@@ -121,7 +124,9 @@ def read_head(
     asked = [(question, part) for question in questions for part in (Part(question.query, ()), *question.parts)]
     rows = zip(asked, types.softmax(-1).tolist(), levels.softmax(-1).tolist(), logits.tolist(), strict=True)
     return [
-        Reading(part.query, kinds, degrees, question.picture, part.number, part.span, given)
+        Reading(
+            part.query, kinds, degrees, question.picture, part.number, part.span, given, words_alone=not question.images
+        )
         for (question, part), kinds, degrees, given in rows
     ]
 

@@ -18,7 +18,7 @@ class Verdict:
     image before an add-on that reads no text, no concept head, or a request that cannot be read at all, which is
     blocked and whose fault is `error`. `applied` is False for unguarded generation: action and hint are what the policy
     would have done. `query` tells which reading decided, and `picture` which picture it was shown alone (from 0; None:
-    all of them together). For a turn or a window `query_number` says which, from 0, and `query_span` its tokens in the
+    all of them together); `words_alone` that it was shown none, though the request may have some. For a turn or a window `query_number` says which, from 0, and `query_span` its tokens in the
     prompt, [first, behind last]. Probabilities and score are that reading's; they are None if not read or not finite.
     """
 
@@ -39,6 +39,7 @@ class Verdict:
     query_number: int | None = None
     query_span: tuple[int, int] | None = None
     picture: int | None = None
+    words_alone: bool = False
     error: str | None = None
     code: Code = field(kw_only=True)
 
@@ -74,6 +75,7 @@ def read_verdict(reading: Reading, decision: Decision) -> Verdict:
         query_number=reading.number,
         query_span=reading.span,
         picture=reading.picture,
+        words_alone=reading.words_alone,
         code=decision.code,
     )
 

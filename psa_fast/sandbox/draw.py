@@ -27,8 +27,8 @@ IMAGES: dict[str, dict[str, int]] = {
 # Rows per file and kind; a picture serves several rows where there are more rows than pictures.
 ROWS: dict[str, dict[str, int]] = {
     "stage1": {
-        "clean": 800, "benign_twin": 1000, "risk": 1500, "text_risk": 800, "text_twin": 800,
-        "joint_risk": 1150, "joint_twin": 1650, "clean_several": 200, "risk_several": 250,
+        "clean": 800, "benign_twin": 1100, "risk": 1400, "text_risk": 500, "text_twin": 900,
+        "joint_risk": 1300, "joint_twin": 2100, "clean_several": 200, "risk_several": 250,
     },
     "stage2": {
         "clean": 1300, "benign_twin": 2000, "risk": 2900, "text_risk": 350, "text_twin": 300,

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psa_fast.taxonomy import IGNORE_INDEX
-
-CONCEPT_LABELS = ("safe_type", "safe_level", "picture_type", "picture_level")
+from psa_fast.data.labels import CONCEPT_LABELS
+from psa_fast.taxonomy import CLEAN, IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,14 @@ class ConceptAttack:
         """
         changed = {name: value for name, value in inputs.items() if name != "labels"}
         pictured = batch["image_counts"] > 0
+        words = batch.get("words_type")
+        # what the words say by themselves is read without the pixels
+        asked = pictured if words is None else pictured & ((words == IGNORE_INDEX) | (words == CLEAN))
+        taught = {"safe": asked, "picture": pictured, "words": torch.zeros_like(pictured)}
         for name in CONCEPT_LABELS:
             if changed.get(name) is not None:
                 label = changed[name]
-                changed[name] = label.masked_fill(~pictured.to(label.device), IGNORE_INDEX)
+                changed[name] = label.masked_fill(~taught[name.split("_")[0]].to(label.device), IGNORE_INDEX)
         pixels = changed["pixel_values"]
         if pixels is None:
             return changed

@@ -30,7 +30,7 @@ from torch import nn
 from psa_fast.models import PsaConfig, PsaVLM
 from psa_fast.models.projector import DepthwiseConv3x3, SqueezeExcite
 from psa_fast.models.queries import TRAINED_WINDOWS
-from psa_fast.taxonomy import IGNORE_INDEX
+from psa_fast.taxonomy import CLEAN, IGNORE_INDEX
 
 from .config import TrainConfig
 
@@ -45,9 +45,11 @@ class Load:
         positions: tokens with padding.
         pairs: a position with itself or an earlier one of its sample.
         supervised: positions with a label.
-        typed, levelled: rows of the type loss and of the level loss: a sample's label by its whole prompt, again by
-            its worst window, and its picture's own label, as far as the add-on is trained on them.
-        images, concept_rows: images, and samples that the concept head reads.
+        typed, levelled: rows of the type loss and of the level loss: a request's label by its whole prompt, again by
+            its worst window, its picture's own label, and that of its words by themselves, as far as the add-on is
+            trained on them.
+        images, concept_rows, word_rows: images, and samples that the concept head reads with their images (an older
+            add-on: or without any), and by their words alone.
     """
 
     samples: int
@@ -59,6 +61,7 @@ class Load:
     levelled: int
     images: int
     concept_rows: int
+    word_rows: int
 
     @classmethod
     def of(cls, batch: dict[str, Any], psa: PsaConfig) -> Load:
@@ -74,13 +77,14 @@ class Load:
             typed=_concept_rows(batch, "type", psa),
             levelled=_concept_rows(batch, "level", psa),
             images=int(counts.sum()),
-            concept_rows=len(counts) if psa.reads_text else int((counts > 0).sum()),
+            concept_rows=len(counts) if psa.reads_text and not psa.num_text_tokens else int((counts > 0).sum()),
+            word_rows=len(counts) if psa.num_text_tokens else 0,
         )
 
 
 @dataclass(frozen=True)
 class StageFlops:
-    """FLOPs of a stage's parts: of a token, a pair, a supervised position, an image, a sample with an image."""
+    """FLOPs of a stage's parts: of a token, a pair, a supervised position, an image, a sample with an image, its words."""
 
     language_model: int
     attention: int
@@ -89,6 +93,7 @@ class StageFlops:
     connector: int
     bottleneck: int
     pooling: int
+    words: int
 
     @classmethod
     def of(cls, model: PsaVLM, config: TrainConfig) -> StageFlops:
@@ -109,7 +114,7 @@ class StageFlops:
             parts["lm_head"] = 2 * _weights(head) * (1 + reached + _trained(head))
             parts["connector"] = _connector(connector, model.config.image_tokens)
         if config.runs_bottleneck:
-            parts["bottleneck"], parts["pooling"] = _bottleneck(model)
+            parts["bottleneck"], parts["pooling"], parts["words"] = _bottleneck(model)
         return cls(**parts)
 
     def parts(self, load: Load) -> dict[str, int]:
@@ -122,6 +127,7 @@ class StageFlops:
             "connector": self.connector * load.images,
             "bottleneck": self.bottleneck * load.images,
             "pooling": self.pooling * load.concept_rows,
+            "words": self.words * load.word_rows,
         }
 
     def total(self, load: Load) -> int:
@@ -132,8 +138,17 @@ class StageFlops:
 def _concept_rows(batch: dict[str, Any], head: str, psa: PsaConfig) -> int:
     """Targets of a head that PsaVLM.forward stacks for the batch."""
     pictured = batch["image_counts"] > 0
+    times = 2 if psa.query_window else 1  # by the prompt and by its worst window
     request = batch[f"safe_{head}"] != IGNORE_INDEX
-    count = int((request if psa.reads_text else request & pictured).sum()) * (2 if psa.query_window else 1)
+    words = batch.get(f"words_{head}")
+    if psa.num_text_tokens:
+        kind = batch.get("words_type", torch.full_like(batch["image_counts"], IGNORE_INDEX))
+        request = request & pictured & ((kind == IGNORE_INDEX) | (kind == CLEAN))
+    elif not psa.reads_text:
+        request = request & pictured
+    count = times * int(request.sum())
+    if psa.num_text_tokens and words is not None:
+        count += times * int((words != IGNORE_INDEX).sum())
     if psa.neutral_query and f"picture_{head}" in batch:
         count += int(((batch[f"picture_{head}"] != IGNORE_INDEX) & pictured).sum())
     return count
@@ -186,8 +201,8 @@ def _connector(connector: nn.Module, image_tokens: int) -> int:
     return 2 * image_tokens * (3 * weights - first if _trained(connector) else weights)
 
 
-def _bottleneck(model: PsaVLM) -> tuple[int, int]:
-    """Of an image (safety projector, its keys in the attention) and of a sample with one."""
+def _bottleneck(model: PsaVLM) -> tuple[int, int, int]:
+    """Of an image (safety projector, its keys in the attention), of a sample with one, and of its words alone."""
     projector, attention, heads = model.bottleneck.projector, model.bottleneck.attention, model.bottleneck.heads
     tokens, width, rows = model.config.image_tokens, attention.embed_dim, attention.num_heads
     gates = sum(_weights(m) for m in projector.modules() if isinstance(m, SqueezeExcite))
@@ -204,7 +219,13 @@ def _bottleneck(model: PsaVLM) -> tuple[int, int]:
     pooling = projections + model.config.num_head_tokens * key
     passes = 3 if _trained(model.bottleneck) else 1
     unasked = unasked if passes == 3 else 0
-    return 2 * (passes * image - tokens * unasked + tokens * tried * key), 2 * (passes * queries + tried) * pooling
+    texts = model.config.num_text_tokens or 0
+    by_words = passes * (1 + bool(tried)) + tried
+    return (
+        2 * (passes * image - tokens * unasked + tokens * tried * key),
+        2 * (passes * queries + tried) * pooling,
+        2 * by_words * (pooling + texts * key) if texts else 0,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import PsaOutput
 from psa_fast.models.transfer import to_device
 
-from .adversarial import CONCEPT_LABELS, ConceptAttack
+from .adversarial import ConceptAttack
 from .clipping import clip_each
 from .config import TrainConfig
 from .flops import Load, Meter

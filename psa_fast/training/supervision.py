@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from psa_fast.data import Record
-from psa_fast.taxonomy import RISK_TYPES
+from psa_fast.taxonomy import CLEAN, RISK_TYPES
 
 from .config import TrainConfig
 
@@ -16,12 +16,12 @@ FEW = 0.05  # below this share of labelled pictures a run is warned
 def unlearnt_readings(records: Sequence[Record]) -> dict[str, bool]:
     """What a new add-on's configuration must not claim, since no record teaches it.
 
-    The learned query alone is taught by pictures whose own label is known, requests without a picture by labelled ones.
+    The learned query alone is taught by pictures whose own label is known, words by themselves by some that are risky.
     """
     found: dict[str, bool] = {}
     if not any(record.images and record.picture != (None, None) for record in records):
         found["neutral_query"] = False
-    if not any(not record.images and record.safe_type is not None for record in records):
+    if not any(record.words[0] not in (None, CLEAN) for record in records):
         found["reads_text"] = False
     return found
 

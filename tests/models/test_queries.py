@@ -25,6 +25,8 @@ def labelled(counts=(1, 2, 0)):
     batch = make_batch(3, counts, dtype=torch.float64)
     batch["picture_type"] = torch.tensor([4, -100, 5])[: len(counts)]
     batch["picture_level"] = torch.tensor([2, 1, 0])[: len(counts)]
+    batch["words_type"] = torch.tensor([CLEAN, 2, 5])[: len(counts)]
+    batch["words_level"] = torch.tensor([0, -100, 1])[: len(counts)]
     return batch
 
 
@@ -37,9 +39,11 @@ def reference(psa, embeds, mask, vision):
         query = query + mean / (mean.square().mean() + 1e-8).sqrt()
     keys = b.head_tokens.weight
     if vision is not None:
-        grids = vision.view(-1, psa.config.image_tokens, vision.shape[-1])
-        a = F.silu(b.projector(grids).flatten(0, 1) + b.attention.feature_bias)
-        keys = torch.cat([keys, a @ b.attention.readout_weight.T + b.attention.readout_bias])
+        seen = b.projector(vision.view(-1, psa.config.image_tokens, vision.shape[-1])).flatten(0, 1)
+    else:
+        seen = b.text_tokens.weight if b.text_tokens is not None else keys[:0]
+    a = F.silu(seen + b.attention.feature_bias)
+    keys = torch.cat([keys, a @ b.attention.readout_weight.T + b.attention.readout_bias])
     oracle = torch.nn.MultiheadAttention(b.attention.embed_dim, b.attention.num_heads, batch_first=True).double()
     own = {k: v for k, v in b.attention.named_parameters() if k in oracle.state_dict()}
     inputs = query[None, None], keys[None], keys[None]
@@ -78,34 +82,50 @@ def test_every_query_is_a_multihead_attention_of_its_own():
     assert (gradient[1:].flatten(1).abs().amax(1) > 0).all()
 
 
+def worst_of(logits):
+    """The place of the riskiest of [W, 11], by the larger of both heads' odds."""
+    p = logits[:, :7].softmax(-1)[:, CLEAN]
+    q = logits[:, 7:].softmax(-1)[:, 0]
+    return int(torch.maximum((1 - p) / p, (1 - q) / q).argmax())
+
+
 def expected_loss(psa, batch):
     """The stacked mean, and which windows were taken."""
     whole = batch["query_mask"]
     windows = spaced_windows(whole, psa.config.query_window)
     masks = torch.cat([whole[:, None], torch.zeros_like(whole)[:, None], windows], 1)
-    logits = all_references(psa, batch, masks)
-    chosen = []
-    losses = []
-    for part, own, wanted in (
-        (slice(0, 7), "picture_type", "safe_type"),
-        (slice(7, 11), "picture_level", "safe_level"),
-    ):
+    seen = all_references(psa, batch, masks)
+    bare = batch | {"image_counts": torch.zeros_like(batch["image_counts"]), "pixel_values": None}
+    alone = all_references(psa, bare, masks)
+    apart = psa.config.num_text_tokens > 0
+    chosen, losses = [], []
+    for part, head in ((slice(0, 7), "type"), (slice(7, 11), "level")):
         terms = []
+
+        def add(logits, label, part=part, terms=terms):
+            if label != -100:
+                terms.append(F.cross_entropy(logits[part], label))
+
         for row, count in enumerate(batch["image_counts"].tolist()):
-            p = logits[row, 2:, :7].softmax(-1)[:, CLEAN]
-            q = logits[row, 2:, 7:].softmax(-1)[:, 0]
-            risk = torch.maximum((1 - p) / p, (1 - q) / q)
-            worst = 2 + int(risk.argmax())
-            chosen.append(worst)
-            terms += [F.cross_entropy(logits[row, k, part], batch[wanted][row]) for k in (0, worst)]
-            if count and batch[own][row] != -100:
-                terms.append(F.cross_entropy(logits[row, 1, part], batch[own][row]))
+            risky = batch["words_type"][row] not in (-100, CLEAN)
+            asked = []
+            if not apart or (count and not risky):
+                asked.append((seen[row], batch[f"safe_{head}"][row]))
+            if apart:
+                asked.append((alone[row], batch[f"words_{head}"][row]))
+            for logits, label in asked:
+                chosen.append(worst_of(logits[2:]))
+                add(logits[0], label)
+                add(logits[2 + chosen[-1]], label)
+            if count:
+                add(seen[row, 1], batch[f"picture_{head}"][row])
         losses.append(torch.stack(terms).mean())
     return losses, chosen
 
 
-def test_the_loss_is_the_mean_over_prompt_worst_window_and_picture():
-    psa, batch = build(), labelled()
+@pytest.mark.parametrize("texts", [6, 0])
+def test_the_loss_is_the_mean_over_prompt_worst_window_picture_and_words(texts):
+    psa, batch = build(num_text_tokens=texts), labelled()
     del batch["labels"]
     (kind, level), chosen = expected_loss(psa, batch)
     assert len(set(chosen)) > 1  # not always the first
@@ -133,7 +153,7 @@ def test_packed_rows_and_single_rows_sum_to_the_padded_batch():
         torch.testing.assert_close(getattr(got, name), getattr(out, name), rtol=1e-9, atol=1e-9)
     # row by row with the global counts as divisors, as ranks and accumulation steps do
     load = Load.of(batch, psa.config)
-    assert (load.typed, load.levelled) == (7, 8)
+    assert (load.typed, load.levelled) == (2 + 1 + 6, 2 + 2 + 4)
     divisors = torch.tensor([load.typed, load.levelled], dtype=torch.float64)
     total, first = 0.0, 0
     for row, count in enumerate(batch["image_counts"].tolist()):
@@ -189,7 +209,8 @@ def test_log_odds_are_those_of_the_worse_head():
 def test_which_readings_an_addon_was_trained_on(tmp_path):
     fields = dict(vision_hidden_size=24, hidden_size=40, image_tokens=16)
     new = PsaConfig(**fields)
-    assert (new.neutral_query, new.query_window, new.reads_text) == (True, 16, True)
+    assert (new.neutral_query, new.query_window, new.reads_text, new.num_text_tokens) == (True, 16, True, 64)
+    assert PsaConfig(**fields, num_head_tokens=8).num_text_tokens == 8
     for config in (PsaConfig(**fields, query="first"), PsaConfig(**fields, compat="paper")):
         assert (config.neutral_query, config.query_window, config.reads_text) == (False, 0, False)
     assert PsaConfig(**fields, num_head_tokens=0).reads_text is False
@@ -199,12 +220,32 @@ def test_which_readings_an_addon_was_trained_on(tmp_path):
         PsaConfig(**fields, num_head_tokens=0, reads_text=True)
     with pytest.raises(ValueError, match="neutral_query is 1; expected true or false"):
         PsaConfig(**fields, neutral_query=1)
+    with pytest.raises(ValueError, match="num_text_tokens is 4, but reads_text is False"):
+        PsaConfig(**fields, reads_text=False, num_text_tokens=4)
+
+
+def test_what_files_of_earlier_versions_mean(tmp_path):
+    fields = dict(vision_hidden_size=24, hidden_size=40, image_tokens=16)
+    new = PsaConfig(**fields)
     file = tmp_path / "psa_config.json"
     new.to_json_file(file)
     assert PsaConfig.from_json_file(file) == new
     raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"version": 3}))
+    with pytest.raises(ValueError, match="unknown keys: 'num_text_tokens'"):
+        PsaConfig.from_json_file(file)
+    del raw["num_text_tokens"]
+    file.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="lacks: num_text_tokens"):
+        PsaConfig.from_json_file(file)
+    raw["version"] = 3
+    file.write_text(json.dumps(raw))
+    config = PsaConfig.from_json_file(file)
+    assert (config.reads_text, config.num_text_tokens) == (True, 0)
+    # the digest that such a program wrote beside the weights
+    assert config.digest() == "9225ac8f0991f5e6412499e77131c2a6115c122af4a7a6873c7560a18e86bea9"
     old = {k: v for k, v in raw.items() if k not in ("neutral_query", "query_window", "reads_text")}
-    file.write_text(json.dumps(old))
+    file.write_text(json.dumps(old | {"version": 3}))
     with pytest.raises(ValueError, match="lacks: neutral_query, query_window, reads_text"):
         PsaConfig.from_json_file(file)
     file.write_text(json.dumps(old | {"version": 2}))

@@ -61,4 +61,7 @@ def make_batch(num_safety_tokens, counts=(1, 2, 0), dtype=torch.float32):
         "image_counts": torch.tensor(counts),
         "safe_type": torch.tensor([1, 6, 2][: len(counts)]),
         "safe_level": torch.tensor([3, 0, 1][: len(counts)]),
+        # what the words of a risk say by themselves is not known
+        "words_type": torch.tensor([-100, 6, 2][: len(counts)]),
+        "words_level": torch.tensor([-100, 0, 1][: len(counts)]),
     }

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
 
 from tiny_vlm import SMALL, make_batch, make_vlm
 
+from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import PsaConfig, PsaVLM
 from psa_fast.ops import attention_pool
 from psa_fast.training.config import TrainConfig
@@ -65,10 +67,10 @@ def test_a_stage_costs_what_torch_counts(name):
     prepare(model, config)
     one = make_batch(4, counts=(1,))
     batch = {k: torch.cat([v] * 3) for k, v in one.items()}
-    batch |= {name: batch[f"safe_{name[8:]}"] for name in ("picture_type", "picture_level")}
+    batch |= {f"{whose}_{head}": batch[f"safe_{head}"] for whose in ("picture", "words") for head in ("type", "level")}
     load = Load.of(batch, model.config)
     if not config.runs_bottleneck:
-        batch = {k: v for k, v in batch.items() if not k.startswith(("safe_", "picture_"))}
+        batch = {k: v for k, v in batch.items() if not k.startswith(("safe_", "picture_", "words_"))}
     if not config.runs_language_model:
         del batch["labels"]
     with counter() as counted:
@@ -82,7 +84,7 @@ def test_a_stage_costs_what_torch_counts(name):
     # a part of each kind is there or not as the stage wants it
     has = {part for part, flops in parts.items() if flops}
     language = {"language_model", "attention", "lm_head", "connector"} if config.runs_language_model else set()
-    assert has == {"vision"} | language | ({"bottleneck", "pooling"} if config.runs_bottleneck else set())
+    assert has == {"vision"} | language | ({"bottleneck", "pooling", "words"} if config.runs_bottleneck else set())
 
 
 def test_the_load_of_packed_and_padded_rows():
@@ -94,17 +96,22 @@ def test_the_load_of_packed_and_padded_rows():
     assert load.tokens == sum(lengths)
     assert load.positions == 3 * max(lengths)
     assert load.pairs == sum(n * (n + 1) // 2 for n in lengths)
-    assert (load.samples, load.images, load.concept_rows) == (3, 3, 2)
+    assert (load.samples, load.images, load.concept_rows, load.word_rows) == (3, 3, 2, 0)
     assert load.supervised == 4 + 5 + 6
     assert (load.typed, load.levelled) == (2, 2)  # the third row has no image
     batch |= {"picture_type": torch.tensor([1, -100, 6]), "picture_level": torch.tensor([-100, -100, -100])}
     assert Load.of(batch, old) == load
-    load = Load.of(batch, psa)
+    load = Load.of(batch, replace(psa, num_text_tokens=0))
     # three requests by prompt and window, and one picture whose type is known
-    assert (load.concept_rows, load.typed, load.levelled) == (3, 7, 6)
+    assert (load.concept_rows, load.word_rows, load.typed, load.levelled) == (3, 0, 7, 6)
+    batch |= {"words_type": torch.tensor([6, 1, 2]), "words_level": torch.tensor([0, -100, 2])}
+    load = Load.of(batch, psa)
+    # the words of the second are risky by themselves, and the third has no picture: the first request is asked of its
+    # picture by prompt and window, all words by both, and one picture whose type is known
+    assert (load.concept_rows, load.word_rows, load.typed, load.levelled) == (2, 3, 2 + 6 + 1, 2 + 4)
     real = batch["attention_mask"].bool()
     packed = {k: batch[k][real].unsqueeze(0) for k in ("input_ids", "labels")}
-    packed |= {k: batch[k] for k in ("image_counts", "safe_type", "safe_level", "picture_type", "picture_level")}
+    packed |= {k: batch[k] for k in ("image_counts", *CONCEPT_LABELS)}
     again = Load.of(packed | {"lengths": lengths}, psa)
     assert again == Load(**{**vars(load), "positions": sum(lengths)})
 
