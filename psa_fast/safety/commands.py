@@ -89,7 +89,8 @@ def describe(verdict: Verdict) -> str:
     )
     number = "" if verdict.query_number is None else f" {verdict.query_number + 1}"
     picture = "" if verdict.picture is None else f", in picture {verdict.picture + 1}"
-    return f"{verdict.action}{note}: {verdict.rule}{kind}{score}{query}{number}{picture}"
+    words = ", in the words alone" if verdict.words_alone else ""
+    return f"{verdict.action}{note}: {verdict.rule}{kind}{score}{query}{number}{picture}{words}"
 
 
 def check_policy(args: argparse.Namespace) -> int:

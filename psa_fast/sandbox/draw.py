@@ -27,12 +27,12 @@ IMAGES: dict[str, dict[str, int]] = {
 # Rows per file and kind; a picture serves several rows where there are more rows than pictures.
 ROWS: dict[str, dict[str, int]] = {
     "stage1": {
-        "clean": 800, "benign_twin": 1100, "risk": 1400, "text_risk": 500, "text_twin": 900,
-        "joint_risk": 1300, "joint_twin": 2100, "clean_several": 200, "risk_several": 250,
+        "clean": 700, "benign_twin": 1050, "risk": 1300, "text_risk": 500, "text_twin": 800,
+        "joint_risk": 1550, "joint_twin": 2450, "clean_several": 200, "risk_several": 250,
     },
     "stage2": {
-        "clean": 1300, "benign_twin": 2000, "risk": 2900, "text_risk": 350, "text_twin": 300,
-        "joint_risk": 350, "joint_twin": 350, "clean_several": 200, "risk_several": 250,
+        "clean": 1500, "benign_twin": 1700, "risk": 2300, "text_risk": 300, "text_twin": 450,
+        "joint_risk": 350, "joint_twin": 1200, "clean_several": 300, "risk_several": 250,
     },
     "dev": {
         "clean": 200, "benign_twin": 200, "risk": 300, "text_risk": 150, "text_twin": 150,

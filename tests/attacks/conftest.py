@@ -14,7 +14,8 @@ def folders(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("tiny")
     base = build_base(root / "base")
-    return base, build_addon(base, root / "addon")
+    # what the words say by themselves no attack on pixels changes: of these guards that is nothing
+    return base, build_addon(base, root / "addon", num_text_tokens=0)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_cases import QUESTION, noisy
-from tiny_llava import picture
+from tiny_llava import build_addon, picture
 
 from psa_fast.attacks.frame import Frame
 from psa_fast.attacks.target import Target
@@ -44,6 +44,17 @@ def test_readings_are_the_guards_own(guard, name):
     assert score.item() == pytest.approx(verdict.unsafe_score, abs=1e-5)
     assert again.unsafe_score == pytest.approx(verdict.unsafe_score, abs=1e-5)
     assert (again.unsafe, again.level, again.query) == (verdict.unsafe, verdict.level, verdict.query)
+
+
+@pytest.fixture(scope="module")
+def worded(folders):
+    """A guard that reads what the words say by themselves besides."""
+    return load_guard(build_addon(folders[0], folders[1].parent / "worded"))
+
+
+@pytest.mark.parametrize("name", ["two", "turns"])
+def test_readings_of_the_words_alone_are_the_guards_own(worded, name):
+    test_readings_are_the_guards_own(worded, name)
 
 
 def test_readings_of_a_batch_are_those_of_each_alone(guard):

@@ -6,6 +6,7 @@ from tiny_vlm import SMALL, make_batch, make_vlm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import PsaVLM, add_lora
 from psa_fast.models.packing import SDPA_BY_SAMPLE, Packing
 
@@ -30,6 +31,8 @@ def padded_batch(counts=COUNTS):
     batch = make_batch(3, counts)
     batch["safe_type"] = torch.tensor([1, 6, 2, -100, 3])[: len(counts)]
     batch["safe_level"] = torch.tensor([3, 0, 1, 2, -100])[: len(counts)]
+    batch["words_type"] = torch.tensor([-100, 6, 6, 2, 3])[: len(counts)]
+    batch["words_level"] = torch.tensor([-100, 0, 0, 1, -100])[: len(counts)]
     return batch
 
 
@@ -37,7 +40,7 @@ def packed_batch(batch):
     """The batch's real tokens end to end, by another route than the collator's."""
     real = batch["attention_mask"].bool()
     row = {name: batch[name][real].unsqueeze(0) for name in ("input_ids", "labels", "query_mask")}
-    rest = {name: batch[name] for name in ("pixel_values", "image_counts", "safe_type", "safe_level")}
+    rest = {name: batch[name] for name in ("pixel_values", "image_counts", *CONCEPT_LABELS) if name in batch}
     return {**row, **rest, "lengths": real.sum(1).tolist()}
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 
+from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import ImageFeatures, PsaVLM
 from psa_fast.training.language_model import recompute
 
@@ -164,7 +165,8 @@ def test_every_batch_runs_the_same_modules_and_reaches_the_same_parameters(count
         module.register_forward_hook(lambda *_, name=name: order.append(name))
     batch = make_batch(3, counts)
     if counts == (0, 0):
-        batch |= {name: torch.full_like(batch[name], -100) for name in ("labels", "safe_type", "safe_level")}
+        unlabelled = ("labels", *(name for name in CONCEPT_LABELS if name in batch))
+        batch |= {name: torch.full_like(batch[name], -100) for name in unlabelled}
     psa(**make_batch(3)).loss.backward()
     reference, order[:] = list(order), []
     psa.zero_grad()
@@ -188,7 +190,7 @@ def test_losses_that_are_not_asked_for_are_not_computed(batch):
     assert concept.loss_lm is None
     torch.testing.assert_close(concept.loss, concept.loss_type + concept.loss_level)
     ran.clear()
-    lm = psa(**{k: v for k, v in batch.items() if not k.startswith("safe_")})
+    lm = psa(**{k: v for k, v in batch.items() if k not in CONCEPT_LABELS})
     assert ran == ["llm"]
     assert lm.loss_type is None
     torch.testing.assert_close(lm.loss, lm.loss_lm)

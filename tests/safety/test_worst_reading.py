@@ -74,10 +74,12 @@ def test_a_risky_sentence_is_found_among_2000_words(guard, monkeypatch):
         == parts_of(prompt, guard.model.family.image_token_id, WINDOW, True)[1 + verdict.query_number].span
     )
     assert f"by window {verdict.query_number + 1}" in describe(verdict)
-    # one launch, and as many queries as half windows
-    ((rows, queries),) = head.launches
-    assert (rows, queries) == (1, 2 + -(-(sum(prompt.query_mask) - WINDOW) // (WINDOW // 2)) + 1)
-    assert sum(words.count(blue) for _, words in head.asked[2:]) > 2 * 1900  # every word, about twice
+    # the picture by the prompt, by the learned query and by as many as half windows; the words by all but the second
+    windows = -(-(sum(prompt.query_mask) - WINDOW) // (WINDOW // 2)) + 1
+    assert head.launches == [(1, 2 + windows), (1, 1 + windows)]
+    for shown in (0, 1):
+        found = [words.count(blue) for count, words in head.asked if count == shown]
+        assert sum(found[2 if shown else 1 :]) > 2 * 1900  # every word, about twice
     monkeypatch.undo()
     (answer,) = guard.answer([request], max_new_tokens=1)  # by the head itself
     assert answer.verdict.checked
@@ -86,7 +88,7 @@ def test_a_risky_sentence_is_found_among_2000_words(guard, monkeypatch):
 def test_the_learned_query_alone_reads_the_picture_whatever_is_said(guard, monkeypatch):
     ask = Request("red ?", (picture(0),))
     head, (answer,) = asked_with(guard, monkeypatch, lambda shown, words: not words, [ask])
-    assert [bool(words) for _, words in head.asked].count(False) == 1
+    assert [bool(words) for shown, words in head.asked if shown].count(False) == 1
     assert (answer.verdict.query, answer.verdict.query_number, answer.verdict.query_span) == ("neutral", None, None)
     assert guard.neutral_question is None  # not asked in words besides
 
@@ -107,6 +109,26 @@ def test_a_request_without_an_image_is_read_and_earlier_turns_count(guard, monke
     assert answer.verdict.checked
     assert all(words for _, words in head.asked)  # no picture, so nothing for the learned query alone
     assert all(word(guard, "blue") not in words for _, words in head.asked)  # an answer never asks
+
+
+def test_no_picture_hides_what_the_words_say(guard, folders, monkeypatch):
+    red = word(guard, "red")
+    requests = [Request("red ?", (picture(1), picture(2))), Request("blue ?", (picture(1),))]
+    head, answers = asked_with(guard, monkeypatch, lambda shown, words: shown is None and red in words, requests)
+    assert [answer.verdict.unsafe for answer in answers] == [True, False]
+    verdict = answers[0].verdict
+    assert (verdict.words_alone, verdict.picture, verdict.query) == (True, None, "prompt")
+    assert "in the words alone" in describe(verdict)
+    assert not answers[1].verdict.words_alone
+    # once, however many pictures there are, by all that asks of them but the learned query alone
+    head, _ = asked_with(guard, monkeypatch, lambda shown, words: False, requests[:1])
+    asked = {shown: [words for count, words in head.asked if count == shown and words] for shown in (0, 1, 2)}
+    assert asked[0] == asked[2] == asked[1][: len(asked[1]) // 2]
+    monkeypatch.undo()
+    # an add-on without text tokens was not trained to
+    old = load_guard(build_addon(folders[0], folders[1].parent / "no-text-tokens", num_text_tokens=0))
+    head, _ = asked_with(old, monkeypatch, lambda shown, words: False, requests[:2])
+    assert 0 not in {count for count, _ in head.asked}
 
 
 def test_every_picture_is_read_alone_with_every_query(guard, monkeypatch):

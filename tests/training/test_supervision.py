@@ -71,8 +71,11 @@ def test_an_addon_claims_no_reading_that_its_records_do_not_teach():
 
     pictured = row(("a.png",), 6)
     unknown = row(("a.png",), 6, image_label="unknown")
-    words = row((), 6)
+    words = row((), 2)
     assert unlearnt_readings([pictured, words]) == {}
     assert unlearnt_readings([pictured]) == {"reads_text": False}
     assert unlearnt_readings([unknown, words]) == {"neutral_query": False}
+    # words that are never risky teach to call all words harmless
+    assert unlearnt_readings([pictured, row((), 6)]) == {"reads_text": False}
+    assert unlearnt_readings([pictured, row(("a.png",), 2, group="text_risk")]) == {}
     assert unlearnt_readings([row((), None)]) == {"neutral_query": False, "reads_text": False}
