@@ -31,7 +31,7 @@ ROWS: dict[str, dict[str, int]] = {
         "joint_risk": 1550, "joint_twin": 2450, "clean_several": 200, "risk_several": 250,
     },
     "stage2": {
-        "clean": 1500, "benign_twin": 1700, "risk": 2300, "text_risk": 300, "text_twin": 450,
+        "clean": 1800, "benign_twin": 1700, "risk": 2100, "text_risk": 250, "text_twin": 450,
         "joint_risk": 350, "joint_twin": 1200, "clean_several": 300, "risk_several": 250,
     },
     "dev": {
