@@ -115,11 +115,12 @@ def encode(
         return encoded
     record = record_or_turns
     words = record.words if any(encoded.query_mask) else (None, None)
-    labels = (record.safe_type, record.safe_level, *record.picture, *words)
+    labels: tuple[int | None, ...] = (record.safe_type, record.safe_level, *record.picture, *words)
     if encoded.cut_images:  # a label never outlives its picture
         labels = (None,) * len(CONCEPT_LABELS)
-    known = [IGNORE_INDEX if label is None else label for label in labels]
-    return replace(encoded, **dict(zip(CONCEPT_LABELS, known, strict=True)), where=where)
+    pairs = zip(CONCEPT_LABELS, labels, strict=True)
+    known: dict[str, Any] = {name: IGNORE_INDEX if label is None else label for name, label in pairs}
+    return replace(encoded, where=where, **known)
 
 
 def stop_token_ids(processor: Any) -> list[int]:

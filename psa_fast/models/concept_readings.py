@@ -1,8 +1,8 @@
 """Which reading of a batch learns which label.
 
-Pictures are asked by the whole prompt and by its worst window (the request's label), and by the learned query alone (the
-picture's own). Words are read by themselves, whatever is shown (the words' own label). The largest of these decides at
-inference, so none has to learn what another finds: a picture is not asked about words that are risky alone.
+Pictures are asked by the whole prompt and by its worst window (the request's label), and by the learned query alone
+(the picture's own). Words are read by themselves, whatever is shown (the words' own label). The largest of these
+decides at inference, so none has to learn what another finds: a picture is not asked about words that are risky alone.
 """
 
 from __future__ import annotations

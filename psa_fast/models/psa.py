@@ -160,9 +160,9 @@ class PsaVLM(nn.Module):
             lengths: tokens of each sample of a packed row, as python ints; None: the rows are padded.
             vision_features: h_o of the batch's images, [N, S, Dv], N may be 0; the vision tower is not run. In place of
                 pixel_values.
-            safe_type, safe_level: int64 [B], the request's label, -100 = none: asked of rows with an image whose words
-                are not risky by themselves (concept_readings.py). Each counts once by its whole prompt and, if the add-on
-                has windows, once more by the worst of them (the prompt itself if it is no longer).
+            safe_type, safe_level: int64 [B], the request's label, -100 = none: asked of rows with an image whose
+                words are not risky by themselves (concept_readings.py). Each counts once by its whole prompt and, if
+                the add-on has windows, once more by the worst of them (the prompt itself if it is no longer).
             picture_type, picture_level: int64 [B], the picture's own label, -100 = unknown: asked of the learned query
                 alone, in rows with an image; unused by an add-on without neutral_query.
             words_type, words_level: int64 [B], the label of the words by themselves, -100 = unknown: asked of all rows,

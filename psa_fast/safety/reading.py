@@ -71,8 +71,8 @@ class Part(NamedTuple):
 class Question(NamedTuple):
     """One row for the concept head: a prompt without a hint, and the places of its images in the features.
 
-    It is asked with all of the prompt's text, under the name `query`, and with each of `parts`. Without images the words
-    are read by themselves.
+    It is asked with all of the prompt's text, under the name `query`, and with each of `parts`. Without images the
+    words are read by themselves.
     """
 
     query: Query

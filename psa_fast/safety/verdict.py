@@ -18,8 +18,9 @@ class Verdict:
     image before an add-on that reads no text, no concept head, or a request that cannot be read at all, which is
     blocked and whose fault is `error`. `applied` is False for unguarded generation: action and hint are what the policy
     would have done. `query` tells which reading decided, and `picture` which picture it was shown alone (from 0; None:
-    all of them together); `words_alone` that it was shown none, though the request may have some. For a turn or a window `query_number` says which, from 0, and `query_span` its tokens in the
-    prompt, [first, behind last]. Probabilities and score are that reading's; they are None if not read or not finite.
+    all of them together); `words_alone` that it was shown none, though the request may have some. For a turn or a
+    window `query_number` says which, from 0, and `query_span` its tokens in the prompt, [first, behind last].
+    Probabilities and score are that reading's; they are None if not read or not finite.
     """
 
     checked: bool

@@ -84,7 +84,7 @@ class Load:
 
 @dataclass(frozen=True)
 class StageFlops:
-    """FLOPs of a stage's parts: of a token, a pair, a supervised position, an image, a sample with an image, its words."""
+    """FLOPs of a stage's parts: of a token, a pair, a supervised position, an image, a sample with one, its words."""
 
     language_model: int
     attention: int
