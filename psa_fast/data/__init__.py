@@ -9,20 +9,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from psa_fast.data.chat import Encoded, encode, prepare_images, stop_token_ids
+    from psa_fast.data.chat import Encoded, encode, prepare_images
     from psa_fast.data.dataset import PsaDataset, collate, pack
     from psa_fast.data.images import ImageError, load_image, to_rgb
     from psa_fast.data.lengths import RowCheck, check_rows
     from psa_fast.data.records import DataError, Problem, Record, Turn, find_problems, load_records
     from psa_fast.data.sampler import GlobalBatchSampler, balance
+    from psa_fast.data.template import stop_token_ids
 
 _HOME = {
-    "chat": ("Encoded", "encode", "prepare_images", "stop_token_ids"),
+    "chat": ("Encoded", "encode", "prepare_images"),
     "dataset": ("PsaDataset", "collate", "pack"),
     "images": ("ImageError", "load_image", "to_rgb"),
     "lengths": ("RowCheck", "check_rows"),
     "records": ("DataError", "Problem", "Record", "Turn", "find_problems", "load_records"),
     "sampler": ("GlobalBatchSampler", "balance"),
+    "template": ("stop_token_ids",),
 }
 
 __all__ = [

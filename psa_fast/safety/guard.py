@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from psa_fast.data.chat import Encoded, ImageInputs, encode, stop_token_ids
+from psa_fast.data.chat import Encoded, ImageInputs, encode
 from psa_fast.data.records import IMAGE_MARK, Turn
+from psa_fast.data.template import stop_token_ids
 from psa_fast.files import shorten
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy

@@ -4,8 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from psa_fast.data.chat import encode, prepare_images, stop_token_ids
+from psa_fast.data.chat import encode, prepare_images
 from psa_fast.data.records import Record, Turn
+from psa_fast.data.template import stop_token_ids
 
 QUESTION = Turn("user", "<image>\nwhat is this shape ?")
 ANSWER = Turn("assistant", "a red square .")
