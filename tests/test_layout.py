@@ -59,6 +59,15 @@ def test_every_room_has_a_rule():
     assert rooms - {"__init__"} == set(ALLOWED)
 
 
+def test_contributing_tells_the_same_rooms():
+    told = {}
+    for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and (name := cells[0].strip("`")) in ALLOWED:
+            told[name] = set() if cells[2] == "-" else set(cells[2].split(", "))
+    assert told == ALLOWED
+
+
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
