@@ -19,8 +19,8 @@ GPU_PYTHON ?= python3
 help:
 	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
-	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that setup.py allows"
-	@echo "make lock   remake requirements/*.txt from setup.py and requirements/lock.in"
+	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that pyproject.toml allows"
+	@echo "make lock   remake requirements/*.txt from pyproject.toml and requirements/lock.in"
 	@echo "make fuzz   thousands of mutated inputs, kills and damaged files: runs/fuzz (about 15 minutes on 2 CPU cores)"
 	@echo "make robust   after the demo: attacks on its guard, and a tower made robust: runs/demo/robustness, runs/robust"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
@@ -57,9 +57,9 @@ $(STAMP): setup.py pyproject.toml $(LOCK) | prerequisites
 .PHONY: lock test-newest test-oldest
 lock: | prerequisites
 	test -x .venv-lock/bin/uv || { $(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install --quiet uv==$(UV_VERSION); }
-	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/uv pip compile --quiet setup.py requirements/lock.in --extra test --extra bench \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/uv pip compile --quiet pyproject.toml requirements/lock.in --extra test --extra bench \
 		--universal --python-version 3.10 --annotation-style line --upgrade --output-file $(LOCK)
-	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/uv pip compile --quiet setup.py --extra test --resolution lowest-direct \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" .venv-lock/bin/uv pip compile --quiet pyproject.toml --extra test --resolution lowest-direct \
 		--universal --python-version 3.10 --annotation-style line --upgrade --output-file requirements/oldest.txt
 
 # a fresh environment each time: what is installed already would keep its versions

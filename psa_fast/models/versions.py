@@ -8,7 +8,7 @@ from packaging.version import Version
 
 from psa_fast.files import shorten
 
-#: lowest versions that the tests passed with, as setup.py requires them
+#: lowest versions that the tests passed with, as pyproject.toml requires them
 LOWEST = {"torch": "2.13", "transformers": "5.20", "peft": "0.18", "deepspeed": "0.19.8"}
 #: a set of versions that is known to work
 TESTED = {"transformers": "5.23.0", "peft": "0.21.2"}

@@ -66,7 +66,7 @@ def test_a_pair_that_no_table_foresees_is_tried(monkeypatch):
         versions.check_versions()
 
 
-def test_the_floors_are_those_of_setup():
-    text = (Path(__file__).parents[2] / "setup.py").read_text()
+def test_the_floors_are_those_of_the_project_file():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     for package, lowest in versions.LOWEST.items():
         assert re.search(rf'"{package}>={re.escape(lowest)}["<,]', text), package
