@@ -140,7 +140,7 @@ gpu-ready:
 # the kernels' and ops' tests all run there; of the rest only those that need a GPU
 gpu-tests: gpu-ready
 	$(GPU_PYTHON) -m pytest tests/kernels tests/ops --junitxml $(BENCH)/gpu-tests.xml
-	@if $(GPU_PYTHON) -c 'import liger_kernel, psa_fast.training.language_model, psa_fast.models'; \
+	@if $(GPU_PYTHON) -c 'import liger_kernel, psa_fast.training.recompute, psa_fast.models'; \
 	then $(GPU_PYTHON) -m pytest -m gpu tests/training/test_language_model.py; \
 	else echo "left out: tests/training/test_language_model.py, which needs what is named above"; fi
 

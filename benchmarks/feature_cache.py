@@ -29,7 +29,7 @@ from ladder import DEVICE, DTYPE, where
 from step_forms import synchronize
 
 from psa_fast.models.bottleneck import ConceptBottleneck
-from psa_fast.models.config import PsaConfig
+from psa_fast.models.psa_config import PsaConfig
 from psa_fast.training.feature_cache import FeatureCache
 
 SHAPE = (576, 1024)

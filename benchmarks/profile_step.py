@@ -35,8 +35,8 @@ from step_forms import PARTS, Form, Ours, synchronize
 from step_measure import CLOCKS, Counter, add_shared_options, check_shared_options, overhead, time_parts
 from step_model import SIZES, Rows, Size, build_base, in_order
 
+from psa_fast.planning.architectures import base_config
 from psa_fast.sandbox.cache import default_cache
-from psa_fast.training.architectures import base_config
 from psa_fast.training.config import TrainConfig, parse_args
 from psa_fast.training.flops import matrix_rate
 

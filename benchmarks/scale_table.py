@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from psa_fast.planning.memory import GIB, Machine, Sizes, estimate, measure, remedies
 from psa_fast.training.config import TrainConfig, parse_args
-from psa_fast.training.plan import GIB, Machine, Sizes, estimate, measure, remedies
 
 MACHINES = (Machine(1, 24), Machine(1, 80), Machine(8, 80), Machine(8, 80, nodes=2))
 RECIPES = ("llava-1.5-7b", "llava-1.5-13b")

@@ -32,7 +32,7 @@ from psa_fast.data import Encoded, PsaDataset, load_records
 from psa_fast.models import get_family
 from psa_fast.sandbox.language import QUESTIONS, question, safe_answer
 from psa_fast.sandbox.paint import paint
-from psa_fast.sandbox.processor import CHAT_TEMPLATE, build_tokenizer
+from psa_fast.sandbox.word_level import CHAT_TEMPLATE, build_tokenizer
 from psa_fast.sandbox.world import GROUPS_WITH_PICTURES, sample_scene
 from psa_fast.taxonomy import IGNORE_INDEX
 

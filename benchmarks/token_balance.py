@@ -15,7 +15,7 @@ from statistics import mean
 
 from psa_fast.data import GlobalBatchSampler
 from psa_fast.training.config import TrainConfig
-from psa_fast.training.schedule import Schedule
+from psa_fast.training.micro_batches import Schedule
 
 ROWS, STEPS, GLOBAL_BATCH, MICRO_BATCH, MAX_LENGTH, BUDGET = 5120, 40, 128, 2, 2048, 4096
 

@@ -11,7 +11,7 @@ from psa_fast import __version__, cli
 
 def command(monkeypatch, outcome):
     """Make `psa-fast policy check` do `outcome`."""
-    monkeypatch.setattr("psa_fast.safety.commands.check_policy", outcome)
+    monkeypatch.setattr("psa_fast.cli.generate.check_policy", outcome)
     return cli.main(["policy", "check"])
 
 

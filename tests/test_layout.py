@@ -22,8 +22,12 @@ ALLOWED = {
     "evaluation": {"taxonomy", "files", "models", "data", "safety"},
     "sandbox": {"taxonomy", "files", "data", "safety"},
     "attacks": {"taxonomy", "files", "models", "data", "safety", "evaluation"},
+    "planning": {"files", "models", "training"},
     "train": {"files", "models", "safety", "sandbox", "threads", "training"},
-    "cli": {"files", "attacks", "data", "evaluation", "safety", "sandbox", "threads", "train", "training"},
+    "cli": {
+        "taxonomy", "files", "threads", "models", "data", "training", "safety", "evaluation", "attacks", "sandbox",
+        "planning", "train",
+    },  # fmt: skip
 }
 
 

@@ -26,8 +26,8 @@ from psa_fast.files import shorten
 from psa_fast.models import adapter
 from psa_fast.models.base_model import check_base, commit_of, is_folder_name, load_base, weight_files
 from psa_fast.models.bottleneck import ConceptBottleneck
-from psa_fast.models.config import PsaConfig
 from psa_fast.models.lora import has_adapter
+from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.tensors import Shapes, checksum_of, read_shapes, read_tensors, require_shapes, write_tensors
 from psa_fast.models.tokens import SafetyTokens
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from psa_fast.models.attention import ConceptReadout
-from psa_fast.models.config import PsaConfig
+from psa_fast.models.concept_attention import ConceptReadout
 from psa_fast.models.projector import SafetyProjector
+from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.queries import unsafe_log_odds
 from psa_fast.models.tokens import SafetyTokens
 from psa_fast.ops import ConceptLoss, concept_loss

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from psa_fast.models.bottleneck import ConceptBottleneck
-from psa_fast.models.config import PsaConfig
+from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.queries import spaced_windows
 from psa_fast.models.transfer import to_device
 from psa_fast.taxonomy import CLEAN, IGNORE_INDEX

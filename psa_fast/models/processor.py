@@ -9,8 +9,8 @@ from transformers import AutoProcessor
 
 from psa_fast.files import shown
 from psa_fast.models.base_model import read_base_config, reading_base
-from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import get_family
+from psa_fast.models.psa_config import PsaConfig
 
 
 def load_processor(base: str | Path, config: PsaConfig | None = None, revision: str | None = None) -> Any:

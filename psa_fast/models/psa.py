@@ -16,10 +16,10 @@ from transformers.utils import ModelOutput
 from psa_fast.models import addon as addon_files
 from psa_fast.models.bottleneck import ConceptBottleneck
 from psa_fast.models.concept_readings import ConceptLabels, by_row, read_batch
-from psa_fast.models.config import PsaConfig
 from psa_fast.models.families import Family, ImageFeatures, get_family
 from psa_fast.models.lm_head import supervise
 from psa_fast.models.packing import Packing
+from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.tokens import SafetyTokens
 from psa_fast.models.transfer import to_device
 from psa_fast.taxonomy import IGNORE_INDEX

@@ -21,8 +21,8 @@ from psa_fast.sandbox.content import draw_scenes, scene_pictures, to_pixels
 from psa_fast.sandbox.language import HintFor, all_texts, related_words
 from psa_fast.sandbox.lessons import START, Lessons, pack_turns
 from psa_fast.sandbox.optimise import Steps
-from psa_fast.sandbox.processor import MAX_LENGTH, build_processor
-from psa_fast.sandbox.tower import SIDE, TowerRecipe, patch_features, tower_config, train_tower
+from psa_fast.sandbox.vision import SIDE, TowerRecipe, patch_features, tower_config, train_tower
+from psa_fast.sandbox.word_level import MAX_LENGTH, build_processor
 from psa_fast.sandbox.world import Scene
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 WORLD_SOURCES = ("world.py", "paint.py", "language.py", "around.py", "draw.py", "rows.py")
 BASE_SOURCES = (
-    "world.py", "paint.py", "language.py", "around.py", "processor.py", "lessons.py", "optimise.py",
-    "content.py", "tower.py", "base.py",
+    "world.py", "paint.py", "language.py", "around.py", "word_level.py", "lessons.py", "optimise.py",
+    "content.py", "vision.py", "base.py",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from psa_fast.sandbox.language import NUMBERS
 from psa_fast.sandbox.paint import lay, lit, render, texture
-from psa_fast.sandbox.processor import PATCH
+from psa_fast.sandbox.word_level import PATCH
 from psa_fast.sandbox.world import (
     COLOURS,
     GLYPHS,

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from psa_fast.files import shorten
+from psa_fast.sandbox.conversations import KINDS, Picture, draw_rows, joint_scene
 from psa_fast.sandbox.paint import paint
-from psa_fast.sandbox.rows import KINDS, Picture, draw_rows, joint_scene
 from psa_fast.sandbox.world import Scene, Split, sample_scene
 
 # Counted up whenever the same seed no longer gives the same files.

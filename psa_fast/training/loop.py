@@ -17,21 +17,21 @@ from psa_fast.data.records import fingerprint
 from psa_fast.models import PsaVLM, load_base
 from psa_fast.models.addon import ADAPTER, CHANGED, check_files
 from psa_fast.models.packing import SDPA_BY_SAMPLE
+from psa_fast.training.attention_backend import choose_attention
+from psa_fast.training.metrics_log import MetricsLog
+from psa_fast.training.micro_batches import Schedule, micro_batches, needs_lengths
+from psa_fast.training.recompute import check_liger, prepare_language_model
 
 from . import checkpoint
 from .adversarial import ConceptAttack, PixelScale
-from .attention import choose_attention
 from .config import TrainConfig, check_warmup, warmup_is_too_long
 from .engine import build_engine, check_deepspeed_config, compute_dtype, init_distributed, resolve_deepspeed_config
 from .features import cached_features
 from .flops import Meter, StageFlops, shared_matrix_rate
-from .language_model import check_liger, prepare_language_model
-from .metrics import MetricsLog
 from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
 from .preflight import check_positions, commit_for, naming_base, prepare_dataset, read_processor
 from .ranks import alike
-from .schedule import Schedule, micro_batches, needs_lengths
 from .stages import optimizer_groups, prepare, print_table
 from .step import StepReport, train_step
 from .supervision import unlearnt_readings

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from psa_fast.files import lock, named, refuse_pipe_or_folder
 from psa_fast.models.addon import ADAPTER, CHANGED, CONFIG, WEIGHTS
+from psa_fast.training.metrics_log import BOARD, METRICS
 
 from .checkpoint import STATE
 from .config import TrainConfig
-from .metrics import BOARD, METRICS
 from .ranks import alike, from_rank_0
 
 _WRITTEN = {CONFIG, WEIGHTS, ADAPTER, CHANGED.split("/")[0], STATE, METRICS, BOARD}

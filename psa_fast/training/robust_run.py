@@ -17,6 +17,8 @@ from psa_fast.data.records import fingerprint
 from psa_fast.models import PsaVLM, load_base
 from psa_fast.models.tower import put_tower, write_base
 from psa_fast.taxonomy import IGNORE_INDEX
+from psa_fast.training.metrics_log import MetricsLog, Row
+from psa_fast.training.micro_batches import Schedule, micro_batches
 
 from . import checkpoint
 from .adversarial import PixelScale, random_start
@@ -24,13 +26,11 @@ from .config import TrainConfig
 from .engine import build_engine, check_deepspeed_config, compute_dtype, init_distributed, resolve_deepspeed_config
 from .integrity import STATE, describe, read_state_file, sync_one, write_state_file
 from .loop import StopFlag
-from .metrics import MetricsLog, Row
 from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
 from .preflight import naming_base, prepare_dataset, read_processor
 from .ranks import alike, from_rank_0
 from .robust_tower import RobustTower, picture_targets, tower_weights
-from .schedule import Schedule, micro_batches
 
 FIELDS = (
     "step", "phase", "loss", "loss_concept", "distance_clean", "distance_attacked", "grad_norm", "lr", "pictures",

@@ -16,12 +16,12 @@ from torch import Tensor
 from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import PsaOutput
 from psa_fast.models.transfer import to_device
+from psa_fast.training.metrics_log import LOSSES, Row
 
 from .adversarial import ConceptAttack
 from .clipping import clip_each
 from .config import TrainConfig
 from .flops import Load, Meter
-from .metrics import LOSSES, Row
 from .ranks import alike
 from .stages import clip_groups
 

@@ -9,7 +9,7 @@ from tiny_cases import QUESTION, noisy
 
 from psa_fast.attacks.conditions import Case
 from psa_fast.attacks.pixels import Budget
-from psa_fast.attacks.report import page
+from psa_fast.attacks.robustness_report import page
 from psa_fast.attacks.target import Target
 from psa_fast.attacks.white_box import SUITES, Known, conditions, measure, request_of
 from psa_fast.data.records import Record, Turn

@@ -8,8 +8,8 @@ import pytest
 from tiny_llava import build_addon, build_base, picture
 
 from psa_fast.cli import main
+from psa_fast.cli.evaluation import find_data, plan, register, spread
 from psa_fast.data.records import Record, Turn, read_records
-from psa_fast.evaluation.commands import find_data, plan, register, spread
 from psa_fast.evaluation.evaluate import Result, compute_metrics, per_type, run_stage, unread
 from psa_fast.evaluation.refusal import get_list
 from psa_fast.evaluation.report import METRICS

@@ -6,7 +6,7 @@ from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 
 from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import ImageFeatures, PsaVLM
-from psa_fast.training.language_model import recompute
+from psa_fast.training.recompute import recompute
 
 
 def build(vlm=None, tokens=3, **kwargs):

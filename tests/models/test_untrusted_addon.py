@@ -15,7 +15,7 @@ from tiny_vlm import SMALL, make_batch, make_vlm
 from psa_fast.models import PsaConfig, PsaVLM, add_lora, load_base
 from psa_fast.models.addon import base_of, check_files, fingerprint, read_config
 from psa_fast.models.lora import has_adapter, target_pattern
-from psa_fast.training.language_model import recompute
+from psa_fast.training.recompute import recompute
 
 FIELDS = {"vision_hidden_size": 24, "hidden_size": 40, "image_tokens": 16, "num_attention_heads": 5}
 

@@ -9,8 +9,8 @@ import yaml
 from tiny_llava import picture
 
 from psa_fast.cli import main
+from psa_fast.cli.generate import register
 from psa_fast.safety import load
-from psa_fast.safety.commands import register
 from psa_fast.safety.policy import DEFAULT_POLICY, Policy
 
 QUESTION = "what colour is the circle ?"

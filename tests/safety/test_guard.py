@@ -9,9 +9,9 @@ import torch
 import yaml
 from tiny_llava import OLD, build_addon, build_base, picture
 
+from psa_fast.cli.generate import register
 from psa_fast.data.records import Turn
 from psa_fast.models import PsaVLM, load_base, load_processor
-from psa_fast.safety.commands import register
 from psa_fast.safety.guard import Guard, Request
 from psa_fast.safety.load import addon_hash, base_of, load_guard, load_plain
 from psa_fast.safety.policy import DEFAULT_POLICY, Policy

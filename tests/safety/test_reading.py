@@ -11,7 +11,7 @@ from psa_fast.safety.policy import Policy
 from psa_fast.safety.reading import NEUTRAL_QUESTION, Reading, worst
 from psa_fast.safety.request import keep_mark
 from psa_fast.sandbox.language import all_texts
-from psa_fast.sandbox.processor import build_tokenizer
+from psa_fast.sandbox.word_level import build_tokenizer
 from psa_fast.taxonomy import CLEAN
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_llava import build_addon, picture
 
+from psa_fast.cli.generate import describe
 from psa_fast.data.records import Turn
 from psa_fast.safety import Guard, Policy, Request, load_guard
-from psa_fast.safety.commands import describe
 from psa_fast.safety.reading import Question, parts_of, read_head, read_logits
 from psa_fast.taxonomy import CLEAN
 

@@ -13,7 +13,7 @@ from transformers import (
 
 from psa_fast.models import PsaVLM
 from psa_fast.safety.policy import Policy
-from psa_fast.sandbox.processor import CHAT_TEMPLATE, build_tokenizer
+from psa_fast.sandbox.word_level import CHAT_TEMPLATE, build_tokenizer
 from psa_fast.taxonomy import RISK_TYPES
 
 WORDS = "what colour is the circle ? red blue green sorry , i cannot help with that . be careful :"

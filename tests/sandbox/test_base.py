@@ -10,8 +10,8 @@ from psa_fast.sandbox.base import BaseRecipe, build_base, train_base
 from psa_fast.sandbox.content import changed, draw_pictures, draw_scenes, patch_labels, scene_pictures, to_pixels
 from psa_fast.sandbox.language import all_texts
 from psa_fast.sandbox.lessons import Lessons, pack_turns
-from psa_fast.sandbox.processor import build_processor
-from psa_fast.sandbox.tower import TowerRecipe, patch_features
+from psa_fast.sandbox.vision import TowerRecipe, patch_features
+from psa_fast.sandbox.word_level import build_processor
 from psa_fast.sandbox.world import Place, Scene, Sign, Thing, split_of
 
 TINY = BaseRecipe(

@@ -32,7 +32,7 @@ from psa_fast.sandbox.language import (
 )
 from psa_fast.sandbox.lessons import Lessons
 from psa_fast.sandbox.paint import paint
-from psa_fast.sandbox.processor import build_processor
+from psa_fast.sandbox.word_level import build_processor
 from psa_fast.sandbox.world import HARMLESS_GLYPHS, SCENES, sample_scene
 from psa_fast.taxonomy import CLEAN, RISK_TYPES
 

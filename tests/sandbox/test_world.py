@@ -12,7 +12,7 @@ from psa_fast.safety.policy import Policy
 from psa_fast.sandbox.draw import draw_world
 from psa_fast.sandbox.language import all_texts
 from psa_fast.sandbox.paint import paint, render
-from psa_fast.sandbox.processor import build_processor
+from psa_fast.sandbox.word_level import build_processor
 from psa_fast.sandbox.world import GROUPS_WITH_PICTURES, RISK_GLYPHS, SCENES, sample_scene, split_of
 from psa_fast.taxonomy import CLEAN
 

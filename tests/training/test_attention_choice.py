@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from psa_fast.training import attention
+from psa_fast.training import attention_backend as attention
 from psa_fast.training.config import parse_args
 
 

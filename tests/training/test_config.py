@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from psa_fast.training import commands
+from psa_fast.cli import plan
 from psa_fast.training.config import TrainConfig, parse_args, read_recipe
 from psa_fast.training.engine import accumulation_steps, resolve_deepspeed_config
 
@@ -151,13 +151,13 @@ def test_a_recipes_warm_up_may_outlast_a_run_cut_short_but_not_the_recipes_own_r
 @pytest.mark.parametrize("form", ["--packing=False", "--packing False", "--no_packing", "--no-packing"])
 def test_booleans_are_written_the_same_way_in_training_and_planning(form):
     parser = argparse.ArgumentParser()
-    commands.register(parser.add_subparsers())
+    plan.register(parser.add_subparsers())
     machine = ["plan", "--gpus", "1", "--gpu_gb", "1", "--recipe", "llava-1.5-7b"]
     for words, expected in ((form.split(), False), (["--packing"], True), (["--no_packing", "--packing"], True)):
         assert parse_args(words).packing is expected
-        assert commands.read_options(parser.parse_args([*machine, *words])).packing is expected
+        assert plan.read_options(parser.parse_args([*machine, *words])).packing is expected
     hyphens = ["--max-length", "2048"]
-    assert commands.read_options(parser.parse_args([*machine, *hyphens])).max_length == 2048
+    assert plan.read_options(parser.parse_args([*machine, *hyphens])).max_length == 2048
 
 
 def test_help_lists_every_option_once_on_one_line_without_torch():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from psa_fast.training import loop, schedule
+from psa_fast.training import loop
+from psa_fast.training import micro_batches as schedule
 from psa_fast.training.config import parse_args
 
 ROOT = Path(__file__).resolve().parents[2]

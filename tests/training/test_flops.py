@@ -133,7 +133,7 @@ def test_a_hybrid_towers_embedding_counts_its_convolutions():
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModel
 
-    from psa_fast.sandbox.tower import tower_config
+    from psa_fast.sandbox.vision import tower_config
     from psa_fast.training.flops import _hybrid_embedding
 
     tower = AutoModel.from_config(tower_config(32, 1, 2, (8, 32, 64, 32)))

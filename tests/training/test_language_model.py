@@ -9,9 +9,9 @@ from transformers.models.llama import modeling_llama
 
 from psa_fast.models import PsaVLM
 from psa_fast.models.packing import SDPA_BY_SAMPLE
-from psa_fast.training import language_model
+from psa_fast.training import recompute as language_model
 from psa_fast.training.config import parse_args
-from psa_fast.training.language_model import apply_liger, check_liger, prepare_language_model
+from psa_fast.training.recompute import apply_liger, check_liger, prepare_language_model
 from psa_fast.training.stages import prepare
 
 LAYERS = 5

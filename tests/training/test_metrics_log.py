@@ -6,7 +6,7 @@ import threading
 import pytest
 from rich.console import Console
 
-from psa_fast.training.metrics import FIELDS, MetricsLog
+from psa_fast.training.metrics_log import FIELDS, MetricsLog
 
 FULL = "/dev/full"  # every write to it fails as on a full disk
 

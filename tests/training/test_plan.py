@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaModel
 
 from psa_fast import cli
 from psa_fast.models import ConceptBottleneck, PsaConfig
-from psa_fast.training import activations
-from psa_fast.training.activations import Dims, Layout, Tuning
+from psa_fast.planning import activations
+from psa_fast.planning.activations import Dims, Layout, Tuning
+from psa_fast.planning.memory import Machine, estimate, measure, model_states, remedies
 from psa_fast.training.config import parse_args, read_deepspeed_config
-from psa_fast.training.language_model import recompute
-from psa_fast.training.plan import Machine, estimate, measure, model_states, remedies
+from psa_fast.training.recompute import recompute
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAVA_7B = 7_063_427_072

@@ -7,7 +7,7 @@ import pytest
 
 from psa_fast.data import GlobalBatchSampler
 from psa_fast.training.config import TrainConfig
-from psa_fast.training.schedule import Schedule, needs_lengths
+from psa_fast.training.micro_batches import Schedule, needs_lengths
 from psa_fast.training.slots import deal, even_slots, slots_within
 
 

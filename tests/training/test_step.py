@@ -21,7 +21,7 @@ from psa_fast.training import step as step_module
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.flops import Meter, StageFlops
 from psa_fast.training.loop import _log_unread
-from psa_fast.training.metrics import FIELDS, speed
+from psa_fast.training.metrics_log import FIELDS, speed
 from psa_fast.training.step import StepReport, train_step
 
 ROOT = Path(__file__).resolve().parents[2]

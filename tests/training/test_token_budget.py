@@ -12,7 +12,7 @@ from psa_fast.data import GlobalBatchSampler, PsaDataset, load_records
 from psa_fast.models import load_processor
 from psa_fast.safety.policy import Policy
 from psa_fast.training.config import TrainConfig
-from psa_fast.training.schedule import Schedule
+from psa_fast.training.micro_batches import Schedule
 
 LONGEST = 108
 BATCH = ("--global_batch_size", 8, "--max_length", LONGEST, "--hint_rate", 0.5)

@@ -24,8 +24,8 @@ def build_base(folder: Path) -> Path:
     from psa_fast.safety.policy import Policy
     from psa_fast.sandbox import base
     from psa_fast.sandbox.language import all_texts
-    from psa_fast.sandbox.processor import build_processor
-    from psa_fast.sandbox.tower import TowerRecipe
+    from psa_fast.sandbox.vision import TowerRecipe
+    from psa_fast.sandbox.word_level import build_processor
 
     processor = build_processor(all_texts(Policy.load(None).hint))
     torch.manual_seed(0)

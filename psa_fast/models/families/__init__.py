@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_fast.models.families.base import Family, ImageFeatures
+from psa_fast.models.families.family import Family, ImageFeatures
 from psa_fast.models.families.llava import LlavaFamily
 
 FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily}

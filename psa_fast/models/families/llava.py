@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psa_fast.models.families.base import Family
+from psa_fast.models.families.family import Family
 
 #: supported vision towers, and whether they put a class token first
 _CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "dpt": True}

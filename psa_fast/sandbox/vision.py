@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from psa_fast.sandbox.content import CONTENT, OF_PLACES, changed, draw_pictures, patch_labels
 from psa_fast.sandbox.optimise import Steps
-from psa_fast.sandbox.processor import PATCH
+from psa_fast.sandbox.word_level import PATCH
 from psa_fast.sandbox.world import IMAGE_SIZE
 
 if TYPE_CHECKING:

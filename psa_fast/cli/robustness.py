@@ -64,7 +64,7 @@ def robustness(args: argparse.Namespace) -> int:
     from psa_fast.attacks import conditions as plain
     from psa_fast.attacks import white_box
     from psa_fast.attacks.pixels import BUDGETS
-    from psa_fast.evaluation.commands import find_data, plan
+    from psa_fast.cli.evaluation import find_data, plan
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.load import addon_hash
     from psa_fast.safety.policy import Policy
@@ -127,7 +127,7 @@ def _surrogates(given: list[str], chosen: list[str]) -> dict[str, str]:
 
 def _done(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """The rows that an interrupted run of the same settings has left, by stage and condition."""
-    from psa_fast.attacks.report import JSON
+    from psa_fast.attacks.robustness_report import JSON
     from psa_fast.files import named, read_json
 
     kept = json.loads(json.dumps(settings))
@@ -275,7 +275,7 @@ def _known(base: str, args: argparse.Namespace, pending: list[str], cases: list[
 def _write(
     folder: Path, settings: dict[str, Any], file: Path, done: dict[tuple[str, str], list[dict[str, Any]]], todo: Any
 ) -> None:
-    from psa_fast.attacks.report import JSON, PAGE, write_report
+    from psa_fast.attacks.robustness_report import JSON, PAGE, write_report
     from psa_fast.evaluation.report import environment
     from psa_fast.files import named
 

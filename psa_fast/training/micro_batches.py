@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from psa_fast.data import GlobalBatchSampler, PsaDataset, collate, pack
-
-from .config import TrainConfig
-from .slots import deal, even_slots, slots_within
+from psa_fast.training.config import TrainConfig
+from psa_fast.training.slots import deal, even_slots, slots_within
 
 Row = tuple[int, int]
 

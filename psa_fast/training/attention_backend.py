@@ -6,9 +6,8 @@ import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from psa_fast.models.packing import SDPA_BY_SAMPLE
-
-from .config import TrainConfig
-from .engine import compute_dtype
+from psa_fast.training.config import TrainConfig
+from psa_fast.training.engine import compute_dtype
 
 # name -> whether it is there beside a CUDA device, its package, the compute capabilities (major) `auto` takes it on
 _FLASH = {

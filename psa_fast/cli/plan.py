@@ -7,12 +7,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from psa_fast.files import shorten
-
-from .arguments import OneLine, add_group
-from .config import TrainConfig, resolve
+from psa_fast.training.arguments import OneLine, add_group
+from psa_fast.training.config import TrainConfig, resolve
 
 if TYPE_CHECKING:
-    from .plan import Estimate, Machine, Remedy, Sizes
+    from psa_fast.planning.memory import Estimate, Machine, Remedy, Sizes
 
 # what of train.py's options changes memory; the others are not accepted, so that none is silently ignored
 OPTIONS = (
@@ -50,7 +49,7 @@ def plan(args: argparse.Namespace) -> int:
     """Print the estimate; 0 if the run fits, else 1 with what would help. ValueError for options that do not fit."""
     from rich.console import Console
 
-    from .plan import MOST, Machine, estimate, measure, remedies
+    from psa_fast.planning.memory import MOST, Machine, estimate, measure, remedies
 
     machine = Machine(args.gpus, args.gpu_gb, args.nodes, args.host_gb)
     images = args.images_per_row

@@ -1,4 +1,4 @@
-"""The `psa-fast` command: each room registers its own subcommands."""
+"""The `psa-fast` command: each file of this room registers its own subcommands."""
 
 from __future__ import annotations
 
@@ -15,22 +15,17 @@ choose_waiting()
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with every room's subcommands."""
+    """The parser with all subcommands."""
     from psa_fast import train
-    from psa_fast.attacks import commands as attacks
-    from psa_fast.data import commands as data
-    from psa_fast.evaluation import commands as evaluation
-    from psa_fast.safety import commands as safety
-    from psa_fast.sandbox import commands as sandbox
-    from psa_fast.training import commands as training
+    from psa_fast.cli import data, evaluation, generate, plan, robustness, sandbox
 
     parser = argparse.ArgumentParser(
         prog="psa-fast", description="Concept-bottleneck safety for vision-language models."
     )
     parser.add_argument("--version", action="version", version=f"psa-fast {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (data, sandbox, train, training, safety, evaluation, attacks):
-        room.register(subparsers)
+    for command in (data, sandbox, train, plan, generate, evaluation, robustness):
+        command.register(subparsers)
     return parser
 
 
@@ -87,7 +82,3 @@ def _sentence(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{shown(os.fsdecode(error.filename))}: {error.strerror}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,8 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import is_liger_kernel_available
 
 from psa_fast.models import PsaVLM
-
-from .config import TrainConfig
+from psa_fast.training.config import TrainConfig
 
 _SILU = ("silu", "swish")
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from psa_fast.files import shorten
-
-from . import activations
-from .activations import BF16, FP32, Dims, Tuning
-from .config import TrainConfig, read_deepspeed_config
+from psa_fast.planning import activations
+from psa_fast.planning.activations import BF16, FP32, Dims, Tuning
+from psa_fast.training.config import TrainConfig, read_deepspeed_config
 
 GIB = 2**30
 # assumed, not derived: context and loaded kernels, NCCL's channels, what the allocator cannot use of its blocks
@@ -138,9 +137,8 @@ def measure(config: TrainConfig) -> Sizes:
     from transformers import AutoModelForImageTextToText
 
     from psa_fast.models import PsaVLM, get_family
-
-    from .architectures import base_config
-    from .stages import part_parameters, prepare
+    from psa_fast.planning.architectures import base_config
+    from psa_fast.training.stages import part_parameters, prepare
 
     base = base_config(str(config.model_name_or_path))
     with torch.device("meta"):
@@ -232,7 +230,7 @@ def estimate(config: TrainConfig, sizes: Sizes, machine: Machine, images_per_row
 
     Raises ValueError when the batch does not divide over the ranks or the ZeRO stage is not known.
     """
-    from .engine import accumulation_steps
+    from psa_fast.training.engine import accumulation_steps
 
     config = replace(config)
     accumulation_steps(config, machine.world_size)

@@ -1,0 +1,5 @@
+"""The command line: one file for each `psa-fast` command, and the one that joins them."""
+
+from psa_fast.cli.entry import main
+
+__all__ = ["main"]
