@@ -6,7 +6,7 @@
 from psa_fast.ops.attention_pool import attention_pool
 from psa_fast.ops.concept_loss import ConceptLoss, concept_loss
 from psa_fast.ops.concept_pool import ConceptPool, concept_pool
-from psa_fast.ops.supervised_cross_entropy import supervised_linear_cross_entropy
+from psa_fast.ops.supervised_linear_cross_entropy import supervised_linear_cross_entropy
 
 __all__ = [
     "ConceptLoss",

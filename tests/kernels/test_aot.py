@@ -51,7 +51,7 @@ def test_compiles_within_the_limits_of_every_architecture(compiled, module, inde
 
 def test_rows_of_logits_are_read_and_written_as_vectors_whatever_the_vocabulary(compiled):
     """Only the padded width is known to be divisible by 16; V, which stands in comparisons, is not."""
-    name = "psa_kernels.supervised_cross_entropy"
+    name = "psa_kernels.supervised_linear_cross_entropy"
     kernels = importlib.import_module(name)
     for c in compiled:
         spec = kernels.SPECIALIZATIONS[c.index] if c.module == name else None
