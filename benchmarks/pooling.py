@@ -115,33 +115,23 @@ def pool_inputs(batch: int, silu: bool, **make) -> list[Tensor]:
     return [torch.randn(s, **make).mul_(scale).requires_grad_() for s, scale in zip(shapes, scales, strict=False)]
 
 
-def plain_pool(
+def pooled(
     tokens: Tensor,
     features: Tensor,
     token_query: Tensor,
     feature_query: Tensor,
     offset: Tensor,
     bias: Tensor | None = None,
+    form: Callable[..., tuple[Tensor, Tensor, Tensor]] = concept_pool,
 ) -> Tensor:
-    """Both sums and the features' mass [B, R, 2E + 1], in plain torch; with a bias, of SiLU(features + bias)."""
-    x = features if bias is None else F.silu(features + bias)
-    scores = torch.cat([token_query @ tokens.t(), feature_query @ x.transpose(1, 2) + offset.unsqueeze(-1)], dim=-1)
-    p0, p1 = scores.softmax(-1).split([tokens.shape[0], x.shape[1]], dim=-1)
-    return torch.cat([p0 @ tokens, p1 @ x, p1.sum(-1, keepdim=True)], dim=-1)
+    """Both sums and the features' mass side by side [B, R, 2E + 1]; with a bias, of SiLU(features + bias).
 
-
-def our_pool(
-    tokens: Tensor,
-    features: Tensor,
-    token_query: Tensor,
-    feature_query: Tensor,
-    offset: Tensor,
-    bias: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """The same of `concept_pool`."""
+    Args:
+        tokens, features, token_query, feature_query, offset, bias: as `pool_inputs` returns them.
+        form: `concept_pool`, with options or without, or its reference.
+    """
     activation = None if bias is None else "silu"
-    out = concept_pool(
-        tokens, features, token_query, feature_query, offset, feature_bias=bias, activation=activation, backend=backend
+    token_sum, feature_sum, mass = form(
+        tokens, features, token_query, feature_query, offset, feature_bias=bias, activation=activation
     )
-    return torch.cat([out.token_sum, out.feature_sum, out.mass.unsqueeze(-1).to(features.dtype)], dim=-1)
+    return torch.cat([token_sum, feature_sum, mass.unsqueeze(-1).to(features.dtype)], dim=-1)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from baselines.lm_loss import baselines
 from ladder import CUDA, DEVICE, DTYPE, check, climb
-from pooling import FEATURES, HEAD_SIZES, MAKE, Attention, E, our_pool, plain_pool, pool_inputs
+from pooling import FEATURES, HEAD_SIZES, MAKE, Attention, E, pool_inputs, pooled
 
-from psa_fast.ops import concept_loss, supervised_linear_cross_entropy
+from psa_fast.ops import concept_loss, concept_pool, reference, supervised_linear_cross_entropy
 
 BATCHES = [16, 64] if CUDA else [2, 16]
 POOL_TOLERANCE = 3e-2 if CUDA else 1e-4
@@ -36,12 +36,14 @@ def compiled(form):
 @pytest.mark.parametrize("silu", [False, True], ids=["plain", "silu"])
 @pytest.mark.parametrize("batch", [16, 32, 64] if CUDA else BATCHES)
 def test_concept_pool(benchmark, capsys, batch, silu):
-    functions = {"plain, autograd": plain_pool, "ours": our_pool}
+    plain = partial(pooled, form=reference.concept_pool)
+    functions = {"plain, autograd": plain, "ours": pooled}
     if CUDA:
-        functions |= {"plain, compiled": compiled(plain_pool), "ours in torch": partial(our_pool, backend="torch")}
+        in_torch = partial(pooled, form=partial(concept_pool, backend="torch"))
+        functions |= {"plain, compiled": compiled(plain), "ours in torch": in_torch}
     leaves = pool_inputs(2, silu, **MAKE)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    value = plain_pool(*exact)
+    value = plain(*exact)
     expected = (value.detach(), *torch.autograd.grad(value.sum(), exact))
     forms = {name: partial(function, *leaves) for name, function in functions.items()}
     right, wrong = check(forms, leaves, expected, POOL_TOLERANCE)
@@ -125,7 +127,8 @@ def test_concept_loss(benchmark, capsys, rows, smoothing):
         }
     forms = {name: partial(function, *leaves, *rest) for name, function in functions.items()}
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    loss = plain_concept_loss(*exact, *rest)
+    targets, class_weights, label_smoothing = rest
+    loss, *_ = reference.concept_loss(*exact, targets, class_weights=class_weights, label_smoothing=label_smoothing)
     expected = (loss.detach(), *torch.autograd.grad(loss, exact))
     right, wrong = check(forms, leaves, expected, 2e-2 if CUDA else 1e-4)
     title = f"concept loss, {rows} rows, smoothing {smoothing}, {DEVICE}"
@@ -175,14 +178,10 @@ def lm_inputs(size, share, head):
 
 
 def lm_truth(hidden, weight, labels):
-    """Loss and gradients in fp64; rows without a label have none."""
-    kept = labels != -100
-    h, w = hidden.detach()[kept].double().requires_grad_(), weight.detach().double().requires_grad_()
-    loss = F.cross_entropy(h @ w.t(), labels[kept])
-    loss.backward()
-    d_hidden = torch.zeros_like(hidden, dtype=torch.float64)
-    d_hidden[kept] = h.grad
-    return (loss.detach(), d_hidden, *([w.grad] if weight.requires_grad else []))
+    """Loss and gradients of the reference in fp64."""
+    exact = [t.detach().double().requires_grad_(t.requires_grad) for t in (hidden, weight)]
+    loss = reference.supervised_linear_cross_entropy(*exact, labels)
+    return (loss.detach(), *torch.autograd.grad(loss, [t for t in exact if t.requires_grad]))
 
 
 @pytest.mark.parametrize(("size", "share", "head"), CASES, ids=[f"{s.rows}x{s.width}-{p:.0%}-{h}" for s, p, h in CASES])

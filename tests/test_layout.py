@@ -89,6 +89,17 @@ def test_light_imports_stay_light(module, heavy):
     assert done.stdout.strip() == "[]"
 
 
+def test_references_import_torch_only():
+    """They stay independent of the ops that are held against them."""
+    files = sorted((ROOT / "psa_fast" / "ops" / "reference").glob("[!_]*.py"))
+    assert files
+    for file in files:
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {"." * node.level + (node.module or "") for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert names <= {"__future__", "collections.abc", "torch", "torch.nn.functional"}, file.name
+
+
 def test_kernels_folder_does_not_shadow_hugging_faces_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 

@@ -89,17 +89,50 @@ def pool_forward(
         features.new_empty(batch, rows, dtype=acc),
     )
     with torch.cuda.device_of(features):  # Triton launches on the current one
-        _launch_scores(tokens, features, token_query, feature_query, feature_offset, bias, silu, mask, score, config)
+        _launch_scores(
+            tokens=tokens,
+            features=features,
+            token_query=token_query,
+            feature_query=feature_query,
+            offset=feature_offset,
+            bias=bias,
+            silu=silu,
+            mask=mask,
+            out=score,
+            config=config,
+        )
         softmax[(batch * rows,)](
-            score, p, out.mass, out.lse, s0, s1, BLOCK_N=SOFTMAX_KEYS, ACC=triton_dtype(acc), **SOFTMAX_LAUNCH
+            scores_ptr=score,
+            p_ptr=p,
+            mass_ptr=out.mass,
+            lse_ptr=out.lse,
+            s0=s0,
+            s1=s1,
+            BLOCK_N=SOFTMAX_KEYS,
+            ACC=triton_dtype(acc),
+            **SOFTMAX_LAUNCH,
         )
         pool[(triton.cdiv(channels, config.pool_channels), batch)](
-            tokens, features, bias, p, out.token_sum, out.feature_sum,
-            s0, s1, rows, channels, tokens.stride(0), features.stride(0), features.stride(1),
-            SILU=silu, HAS_BIAS=bias is not None,
-            BLOCK_S=config.pool_keys, BLOCK_E=config.pool_channels, num_stages=config.num_stages,
+            tokens_ptr=tokens,
+            features_ptr=features,
+            bias_ptr=bias,
+            p_ptr=p,
+            token_sum_ptr=out.token_sum,
+            feature_sum_ptr=out.feature_sum,
+            s0=s0,
+            s1=s1,
+            rows=rows,
+            channels=channels,
+            token_stride=tokens.stride(0),
+            sample_stride=features.stride(0),
+            feature_stride=features.stride(1),
+            SILU=silu,
+            HAS_BIAS=bias is not None,
+            BLOCK_S=config.pool_keys,
+            BLOCK_E=config.pool_channels,
+            num_stages=config.num_stages,
             **_shared(rows, acc, features.dtype, config),
-        )  # fmt: skip
+        )
     return out
 
 
@@ -133,20 +166,56 @@ def pool_backward(
     offset_grad = features.new_empty(batch, rows, dtype=acc)
     with torch.cuda.device_of(features):
         _launch_scores(
-            tokens, features, token_sum_grad, feature_sum_grad, mass_grad, bias, silu, None, scores_grad, config
+            tokens=tokens,
+            features=features,
+            token_query=token_sum_grad,
+            feature_query=feature_sum_grad,
+            offset=mass_grad,
+            bias=bias,
+            silu=silu,
+            mask=None,
+            out=scores_grad,
+            config=config,
         )
         softmax_grad[(batch * rows,)](
-            pooled.scores, scores_grad, pooled.lse, p, ds, offset_grad, s0, s1,
-            BLOCK_N=SOFTMAX_KEYS, ACC=triton_dtype(acc), **SOFTMAX_LAUNCH,
-        )  # fmt: skip
+            scores_ptr=pooled.scores,
+            scores_grad_ptr=scores_grad,
+            lse_ptr=pooled.lse,
+            p_ptr=p,
+            ds_ptr=ds,
+            offset_grad_ptr=offset_grad,
+            s0=s0,
+            s1=s1,
+            BLOCK_N=SOFTMAX_KEYS,
+            ACC=triton_dtype(acc),
+            **SOFTMAX_LAUNCH,
+        )
         pool_grad[(triton.cdiv(channels, config.grad_channels), batch)](
-            tokens, features, bias, feature_query, feature_sum_grad, p, ds,
-            features_grad, token_query_grad, feature_query_grad, bias_grad,
-            s0, s1, rows, channels, tokens.stride(0), features.stride(0), features.stride(1),
-            SILU=silu, HAS_BIAS=bias is not None,
-            BLOCK_S=config.pool_keys, BLOCK_E=config.grad_channels, num_stages=config.grad_stages,
+            tokens_ptr=tokens,
+            features_ptr=features,
+            bias_ptr=bias,
+            feature_query_ptr=feature_query,
+            feature_sum_grad_ptr=feature_sum_grad,
+            p_ptr=p,
+            ds_ptr=ds,
+            features_grad_ptr=features_grad,
+            token_query_grad_ptr=token_query_grad,
+            feature_query_grad_ptr=feature_query_grad,
+            bias_grad_ptr=bias_grad,
+            s0=s0,
+            s1=s1,
+            rows=rows,
+            channels=channels,
+            token_stride=tokens.stride(0),
+            sample_stride=features.stride(0),
+            feature_stride=features.stride(1),
+            SILU=silu,
+            HAS_BIAS=bias is not None,
+            BLOCK_S=config.pool_keys,
+            BLOCK_E=config.grad_channels,
+            num_stages=config.grad_stages,
             **_shared(rows, acc, features.dtype, config),
-        )  # fmt: skip
+        )
     token_p, token_ds = (x[..., :s0].view(batch * rows, s0).t() for x in (p, ds))
     tokens_grad = torch.mm(token_ds, token_query.view(batch * rows, channels))
     tokens_grad.addmm_(token_p, token_sum_grad.view(batch * rows, channels))
@@ -170,12 +239,31 @@ def _launch_scores(
     s0, rows = tokens.shape[0], token_query.shape[1]
     token_blocks = triton.cdiv(s0, config.score_keys)
     scores[(token_blocks + triton.cdiv(s1, config.score_keys), batch)](
-        tokens, features, bias, token_query, feature_query, offset, mask, out,
-        s0, s1, rows, channels, token_blocks, tokens.stride(0), features.stride(0), features.stride(1),
-        SILU=silu, HAS_BIAS=bias is not None, HAS_OFFSET=offset is not None, HAS_MASK=mask is not None,
-        BLOCK_S=config.score_keys, BLOCK_E=config.score_channels, num_stages=config.num_stages,
+        tokens_ptr=tokens,
+        features_ptr=features,
+        bias_ptr=bias,
+        token_query_ptr=token_query,
+        feature_query_ptr=feature_query,
+        offset_ptr=offset,
+        mask_ptr=mask,
+        out_ptr=out,
+        s0=s0,
+        s1=s1,
+        rows=rows,
+        channels=channels,
+        token_blocks=token_blocks,
+        token_stride=tokens.stride(0),
+        sample_stride=features.stride(0),
+        feature_stride=features.stride(1),
+        SILU=silu,
+        HAS_BIAS=bias is not None,
+        HAS_OFFSET=offset is not None,
+        HAS_MASK=mask is not None,
+        BLOCK_S=config.score_keys,
+        BLOCK_E=config.score_channels,
+        num_stages=config.num_stages,
         **_shared(rows, out.dtype, features.dtype, config),
-    )  # fmt: skip
+    )
 
 
 def _shared(rows: int, acc: torch.dtype, dtype: torch.dtype, config: PoolConfig) -> dict[str, Any]:

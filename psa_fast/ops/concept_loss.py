@@ -156,7 +156,7 @@ def _torch_concept_loss(
     label_smoothing: float,
     ignore_index: int,
 ) -> ConceptLoss:
-    """The specification, and the CPU's implementation."""
+    """What runs on a CPU, and is differentiated where the kernels' gradients are differentiated again."""
     with _without_autocast(pooled.device.type):
         logits = F.linear(pooled, weight.to(pooled.dtype), None if bias is None else bias.to(pooled.dtype))
         scores = logits.to(at_least_fp32(logits.dtype))

@@ -51,7 +51,7 @@ def test_compiles_within_the_limits_of_every_architecture(compiled, module, inde
 
 def test_rows_of_logits_are_read_and_written_as_vectors_whatever_the_vocabulary(compiled):
     """Only the padded width is known to be divisible by 16; V, which stands in comparisons, is not."""
-    name = "psa_kernels.supervised_cross_entropy"
+    name = "psa_kernels.supervised_linear_cross_entropy"
     kernels = importlib.import_module(name)
     for c in compiled:
         spec = kernels.SPECIALIZATIONS[c.index] if c.module == name else None
@@ -92,12 +92,16 @@ def test_the_harness_catches_what_it_is_for(tmp_path):
 FILES = [importlib.import_module(f"psa_kernels.{p.stem}") for p in Path(psa_kernels.__path__[0]).glob("[!_]*.py")]
 
 
-def launched(module) -> set[str]:
-    """Kernels a module launches, as `kernel[grid](...)`."""
+def launches(module) -> list[tuple[str, ast.Call]]:
+    """Each launch in a module, `kernel[grid](...)`, with the kernel's name."""
     nodes = ast.walk(ast.parse(Path(module.__file__).read_text()))
-    subscripted = [n.func.value for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
-    names = {n.id for n in subscripted if isinstance(n, ast.Name)}
-    return {name for name in names if hasattr(getattr(module, name, None), "arg_names")}
+    calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Subscript)]
+    named = [(call.func.value.id, call) for call in calls if isinstance(call.func.value, ast.Name)]
+    return [(name, call) for name, call in named if hasattr(getattr(module, name, None), "arg_names")]
+
+
+def launched(module) -> set[str]:
+    return {name for name, _ in launches(module)}
 
 
 def jitted(module) -> dict[str, set[str]]:
@@ -118,6 +122,15 @@ def test_every_launched_kernel_is_compiled_ahead_of_time(module):
     for spec in specializations:
         assert list(spec.signature) == list(spec.kernel.arg_names), spec.name
         assert {k for k, v in spec.signature.items() if v == "constexpr"} == set(spec.constexprs), spec.name
+
+
+@pytest.mark.parametrize("module", FILES, ids=lambda module: module.__name__)
+def test_a_launch_names_its_arguments(module):
+    """Long lists are misread; the interpreter passes over a name that the kernel does not have."""
+    for name, call in launches(module):
+        assert not call.args, name
+        given = {keyword.arg for keyword in call.keywords if keyword.arg}  # a **dict has no name
+        assert given <= {*getattr(module, name).arg_names, "num_warps", "num_stages"}, name
 
 
 def test_every_kernel_is_launched_or_called_by_one():

@@ -1,4 +1,4 @@
-"""concept_pool and the absorbed readout against plain modules in fp64, and the rules of torch.library."""
+"""concept_pool against its reference and the absorbed readout against torch's modules in fp64; opcheck."""
 
 import os
 
@@ -6,20 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from psa_fast.ops import attention_pool, concept_pool, pool
-
-
-def specification(tokens, features, token_query, feature_query, offset, bias, silu, mask):
-    """The op word by word, under autograd."""
-    x = features if bias is None else features + bias
-    x = nn.functional.silu(x) if silu else x
-    s0 = torch.einsum("bre,se->brs", token_query, tokens)
-    s1 = torch.einsum("bre,bse->brs", feature_query, x)
-    s1 = s1 if offset is None else s1 + offset[..., None]
-    if mask is not None:
-        s1 = s1.masked_fill(~mask[:, None], float("-inf"))
-    p0, p1 = torch.softmax(torch.cat([s0, s1], -1), -1).split([s0.shape[-1], s1.shape[-1]], -1)
-    return torch.einsum("brs,se->bre", p0, tokens), torch.einsum("brs,bse->bre", p1, x), p1.sum(-1)
+from psa_fast.ops import attention_pool, concept_pool, pool, reference
 
 
 def draw(b=3, r=4, s0=5, s1=7, e=12, dtype=torch.float64, full=True):
@@ -30,28 +17,28 @@ def draw(b=3, r=4, s0=5, s1=7, e=12, dtype=torch.float64, full=True):
     return inputs + [None] * (6 - len(inputs)), mask
 
 
-def ours(inputs, silu, mask, **options):
+def ours(inputs, silu, mask, form=concept_pool):
     *five, bias = inputs
-    return concept_pool(*five, feature_bias=bias, activation="silu" if silu else None, features_mask=mask, **options)
+    return form(*five, feature_bias=bias, activation="silu" if silu else None, features_mask=mask)
 
 
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize(
     ("b", "r", "s0", "s1", "e"), [(3, 4, 5, 7, 12), (1, 1, 1, 1, 1), (2, 3, 0, 9, 8), (2, 8, 4, 0, 8), (5, 2, 8, 6, 34)]
 )
-def test_equals_the_specification_in_value_and_every_gradient(b, r, s0, s1, e, full, monkeypatch):
+def test_equals_the_reference_in_value_and_every_gradient(b, r, s0, s1, e, full, monkeypatch):
     monkeypatch.setattr(pool, "_CHUNK_ELEMENTS", 2 * s1 * e)  # several chunks, the last one short
     inputs, mask = draw(b, r, s0, s1, e, full=full)
     if s0 == 0 and mask is not None:
         mask[:, 0] = True
     wanted = [x for x in inputs if x is not None]
-    got, expected = ours(inputs, full, mask), specification(*inputs, full, mask)
+    got, expected = ours(inputs, full, mask), ours(inputs, full, mask, reference.concept_pool)
     probes = [torch.randn_like(x) for x in expected]
     for g, x in zip(got, expected, strict=True):
         torch.testing.assert_close(g, x, rtol=1e-12, atol=1e-12)
     grads = torch.autograd.grad(got, wanted, probes)
-    references = torch.autograd.grad(expected, wanted, probes, allow_unused=True, materialize_grads=True)
-    for g, x in zip(grads, references, strict=True):
+    truth = torch.autograd.grad(expected, wanted, probes, allow_unused=True, materialize_grads=True)
+    for g, x in zip(grads, truth, strict=True):
         torch.testing.assert_close(g, x, rtol=1e-11, atol=1e-11)
 
 

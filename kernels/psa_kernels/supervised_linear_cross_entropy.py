@@ -125,14 +125,14 @@ def cross_entropy_rows_(
         return
     with torch.cuda.device_of(logits):  # Triton launches on the current one
         cross_entropy_rows_kernel[(rows,)](
-            logits,
-            bias,
-            labels,
-            weights,
-            loss,
-            vocabulary,
-            padded,
-            logits.stride(0),
+            logits_ptr=logits,
+            bias_ptr=bias,
+            labels_ptr=labels,
+            weights_ptr=weights,
+            loss_ptr=loss,
+            V=vocabulary,
+            P=padded,
+            stride_r=logits.stride(0),
             WRITE_GRAD=write_grad,
             BLOCK_V=block_v or min(BLOCK_V_FP64 if double else BLOCK_V, next_power_of_2(padded)),
             ACC=tl.float64 if double else tl.float32,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from psa_kernels.supervised_cross_entropy import BLOCK_V, cross_entropy_rows_
+from psa_kernels.supervised_linear_cross_entropy import BLOCK_V, cross_entropy_rows_
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3}
 

@@ -189,7 +189,7 @@ def _unravel(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
 
 
 def _triton_rows_():
-    from psa_kernels.supervised_cross_entropy import cross_entropy_rows_
+    from psa_kernels.supervised_linear_cross_entropy import cross_entropy_rows_
 
     return cross_entropy_rows_
 
