@@ -25,9 +25,19 @@ ALLOWED = {
     "planning": {"files", "models", "training"},
     "train": {"files", "models", "safety", "sandbox", "threads", "training"},
     "cli": {
-        "taxonomy", "files", "threads", "models", "data", "training", "safety", "evaluation", "attacks", "sandbox",
-        "planning", "train",
-    },  # fmt: skip
+        "taxonomy",
+        "files",
+        "threads",
+        "models",
+        "data",
+        "training",
+        "safety",
+        "evaluation",
+        "attacks",
+        "sandbox",
+        "planning",
+        "train",
+    },
 }
 
 
