@@ -1,8 +1,10 @@
 """The rooms and the one way imports may go."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,25 @@ def test_contributing_tells_the_same_rooms():
         if len(cells) == 3 and (name := cells[0].strip("`")) in ALLOWED:
             told[name] = set() if cells[2] == "-" else set(cells[2].split(", "))
     assert told == ALLOWED
+
+
+def test_where_contributing_points_there_is_something():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    pointed = re.findall(r"^\| .* \| `(psa_fast/.*)` \|$", text, re.MULTILINE)
+    assert len(pointed) >= 20
+    assert [file for file in pointed if not (ROOT / file).is_file()] == []
+
+
+def test_a_file_name_occurs_once():
+    # an op has one name in every room
+    ops = {path.name for path in (ROOT / "psa_fast" / "ops" / "reference").glob("*.py")}
+    names = Counter(path.name for path in (ROOT / "psa_fast").rglob("*.py"))
+    assert {name for name, count in names.items() if count > 1} <= ops
+
+
+def test_files_are_short():
+    files = [*(ROOT / "psa_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    assert [str(file) for file in files if len(file.read_text().splitlines()) > 400] == []
 
 
 @pytest.mark.parametrize(
