@@ -58,9 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = args.image or sorted(PICTURES.glob("risk-*.png"))[:1]
     there = (args.model / "psa_config.json").is_file()
     if not there or not images:
-        print(
-            f"{'a picture' if there else args.model} is not there: `make demo` makes {DEMO} and its pictures, or give --model and --image"
-        )
+        missing = "a picture" if there else args.model
+        print(f"{missing} is not there: `make demo` makes {DEMO} and pictures, or give --model and --image")
         return 2
     guard = load_guard(args.model)
     asked = [Request(args.prompt, tuple(images)), Request(args.words)]
