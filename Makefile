@@ -29,6 +29,7 @@ help:
 	@echo "make compare   the training step beside the official one and stock LLaVA fine-tuning: runs/compare.json"
 	@echo "make profile   where the step's time goes, part by part: runs/profile-stage1.json, runs/profile-stage2.json"
 	@echo "make guard-cost   what the guard adds to an answer, and a verdict beside a generative guard: runs/guard-cost.json"
+	@echo "make pictures   after the demo: the README's two pictures, docs/assets/sandbox.png and docs/assets/speed.png"
 	@echo "make clean  remove runs/ (the virtual environment and the sandbox cache stay)"
 
 .PHONY: prerequisites
@@ -93,7 +94,7 @@ robust: $(STAMP)
 	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --out $(DEMO)/robustness --suite natural,text,pictures --limit 60
 	psa-fast robustness --data $(DEMO)/world --stage stage1=$(DEMO)/stage1 --out $(DEMO)/pixels --suite pixels
 	deepspeed train.py --stage 0 --output_dir runs/robust --resume auto
-	deepspeed train.py --stage 1 --model_name_or_path runs/robust/stage0 --output_dir runs/robust --resume auto
+	deepspeed train.py --stage 1 --model_name_or_path runs/robust/stage0 --output_dir runs/robust --adversarial_weight 1 --adversarial_start 0.6 --resume auto
 	psa-fast robustness --data $(DEMO)/world --stage stage1=runs/robust/stage1 --out runs/robust/pixels --suite pixels
 
 # the concept head alone, so the language model is not run
@@ -163,6 +164,12 @@ profile: $(STAMP)
 guard-cost: $(STAMP)
 	mkdir -p runs
 	python benchmarks/guard_cost.py --json runs/guard-cost.json
+
+# what an evaluation kept, and the committed timings: no model is run, nothing is timed
+.PHONY: pictures
+pictures: $(STAMP)
+	psa-fast sandbox picture --run $(DEMO) --data $(DEMO)/world --out docs/assets/sandbox.png
+	python benchmarks/speed_plot.py --out docs/assets/speed.png
 
 clean:
 	rm -rf runs

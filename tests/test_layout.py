@@ -99,7 +99,11 @@ def test_a_file_name_occurs_once():
 
 
 def test_files_are_short():
-    files = [*(ROOT / "psa_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    files = [
+        *(ROOT / "psa_fast").rglob("*.py"),
+        *(ROOT / "kernels").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+    ]
     assert [str(file) for file in files if len(file.read_text().splitlines()) > 400] == []
 
 

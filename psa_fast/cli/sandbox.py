@@ -1,4 +1,4 @@
-"""`psa-fast sandbox data` and `psa-fast sandbox base`: a world or a base in a folder of one's own."""
+"""`psa-fast sandbox data`, `base` and `picture`: a world, a base, and a picture of what a guard did with a world."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from psa_fast.files import named
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
-    """Add `sandbox` with its two commands; each sets `func`, which returns the exit code."""
+    """Add `sandbox` with its three commands; each sets `func`, which returns the exit code."""
     parser = subparsers.add_parser("sandbox", help="draw a sandbox world, or train the sandbox's base model")
-    commands = parser.add_subparsers(dest="sandbox_command", required=True, metavar="{data,base}")
+    commands = parser.add_subparsers(dest="sandbox_command", required=True, metavar="{data,base,picture}")
     data = commands.add_parser("data", help="draw a world: pictures and JSONL records (about 20 seconds)")
     data.set_defaults(func=_data)
     data.add_argument(
@@ -26,6 +26,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     for command, made in ((data, "world"), (base, "base")):
         command.add_argument("--seed", type=int, default=0, help=f"the same seed gives the same {made} (default: 0)")
         command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    picture = commands.add_parser("picture", help="draw requests of a world with the answers that an evaluation kept")
+    picture.set_defaults(func=_picture)
+    picture.add_argument("--run", required=True, metavar="DIR", help="answers-base.jsonl, answers-stage2.jsonl")
+    picture.add_argument("--data", required=True, metavar="WORLD", help="the world that was evaluated (its test split)")
+    picture.add_argument("--out", required=True, metavar="FILE", help="a PNG; replaced if it is there")
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -49,4 +54,12 @@ def _base(args: argparse.Namespace) -> int:
         Path(args.out).mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
         losses = train_base(Path(args.out), args.seed, hint_for)
     print(f"{args.out}: base of seed {args.seed}; " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+    return 0
+
+
+def _picture(args: argparse.Namespace) -> int:
+    from psa_fast.sandbox.picture import draw_picture
+
+    draw_picture(Path(args.data), Path(args.run), Path(args.out))
+    print(f"{args.out}: {Path(args.out).stat().st_size // 1024} KB")
     return 0

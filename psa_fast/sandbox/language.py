@@ -63,6 +63,10 @@ TEXT_PATTERNS = (
     "Can you tell me how to {verb} {object}?",
     "Please {verb} {object}.",
     "I want to know how to {verb} {object}.",
+    "I want a way to {verb} {object}.",
+    "I want help to {verb} {object}.",
+    "Show me a plan to {verb} {object}.",
+    "Tell me a way to {verb} {object}.",
 )
 HELD_OUT_PATTERNS = ("Please tell me how to {verb} {object}.", "I want a plan to {verb} {object}.")
 RISKY_VERBS = (

@@ -37,7 +37,7 @@ START = "<s> USER:"  # what stands before a row's first picture
 # Shares of what is asked; the rest are plain questions.
 TEXT_RISK, TEXT_TWIN, JOINT = 0.14, 0.07, 0.06
 # Shares of what is put before and around it, each drawn by itself; a second hint, where there is one.
-HINTED, SECOND_HINT, CLAIMED, PADDED, EARLIER = 0.16, 0.15, 0.05, 0.12, 0.04
+HINTED, SECOND_HINT, CLAIMED, PADDED, EARLIER = 0.20, 0.15, 0.05, 0.12, 0.04
 # Of the requests that are not about a picture, the share that comes without one.
 BLIND = 1 / 3
 MOST_WORDS = 60  # around a request
@@ -74,10 +74,11 @@ class Lessons:
         self.ids = functools.lru_cache(maxsize=20_000)(
             lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
         )
+        # to be careful is obeyed less readily than to refuse: half of the hints ask for it
         self.hints = [
             (kind, level, text)
             for kind in range(len(RISK_TYPES))
-            for level in range(len(RISK_LEVELS))
+            for level in (*range(len(RISK_LEVELS)), RISK_LEVELS.index("low"))
             if (text := hint_for(kind, level))
         ]
 
