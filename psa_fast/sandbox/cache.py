@@ -16,7 +16,7 @@ from psa_fast.sandbox.language import HintFor, all_texts
 
 logger = logging.getLogger(__name__)
 
-WORLD_SOURCES = ("world.py", "paint.py", "language.py", "around.py", "draw.py", "rows.py")
+WORLD_SOURCES = ("world.py", "paint.py", "language.py", "around.py", "draw.py", "conversations.py")
 BASE_SOURCES = (
     "world.py", "paint.py", "language.py", "around.py", "word_level.py", "lessons.py", "optimise.py",
     "content.py", "vision.py", "base.py",
