@@ -22,7 +22,8 @@ help:
 	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that pyproject.toml allows"
 	@echo "make lock   remake requirements/*.txt from pyproject.toml and requirements/lock.in"
 	@echo "make fuzz   thousands of mutated inputs, kills and damaged files: runs/fuzz (about 15 minutes on 2 CPU cores)"
-	@echo "make robust   after the demo: attacks on its guard, and a tower made robust: runs/demo/robustness, runs/robust"
+	@echo "make robustness   after the demo: changed pictures, words around the question, further pictures: runs/demo/robustness"
+	@echo "make robust   after the demo: attacks on pixels, a tower made robust, the same attacks on it: runs/demo/pixels, runs/robust"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"
 	@echo "make gpu    gpu tests and the same benchmarks on a CUDA device: runs/bench/gpu.md (GPU_PYTHON=python to use)"
@@ -87,11 +88,14 @@ demo: $(STAMP)
 	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO) --batch_size 256 --overwrite
 	@echo; echo "report: $(DEMO)/report.md"
 
-# on top of the demo: what gets past its guard, then the same on a tower made robust
+# on top of the demo: what gets past its guard
+.PHONY: robustness
+robustness: $(STAMP)
+	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --out $(DEMO)/robustness --suite natural,text,pictures --limit 60
+
+# attacks on pixels, then a tower made robust and the same attacks on that
 .PHONY: robust
 robust: $(STAMP)
-	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --split test --out $(DEMO)/world
-	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --out $(DEMO)/robustness --suite natural,text,pictures --limit 60
 	psa-fast robustness --data $(DEMO)/world --stage stage1=$(DEMO)/stage1 --out $(DEMO)/pixels --suite pixels
 	deepspeed train.py --stage 0 --output_dir runs/robust --resume auto
 	deepspeed train.py --stage 1 --model_name_or_path runs/robust/stage0 --output_dir runs/robust --adversarial_weight 1 --adversarial_start 0.6 --resume auto
