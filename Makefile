@@ -98,7 +98,8 @@ robustness: $(STAMP)
 robust: $(STAMP)
 	psa-fast robustness --data $(DEMO)/world --stage stage1=$(DEMO)/stage1 --out $(DEMO)/pixels --suite pixels
 	deepspeed train.py --stage 0 --output_dir runs/robust --resume auto
-	deepspeed train.py --stage 1 --model_name_or_path runs/robust/stage0 --output_dir runs/robust --adversarial_weight 1 --adversarial_start 0.6 --resume auto
+	deepspeed train.py --stage 1 --deepspeed_config ds_configs/zero2.json --model_name_or_path runs/robust/stage0 --output_dir runs/robust \
+		--adversarial_weight 1 --adversarial_start 0.6 --resume auto
 	psa-fast robustness --data $(DEMO)/world --stage stage1=runs/robust/stage1 --out runs/robust/pixels --suite pixels
 
 # the concept head alone, so the language model is not run
