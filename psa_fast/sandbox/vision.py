@@ -46,7 +46,7 @@ class TowerRecipe:
     window_lr: float = 4e-3
     pictures: int = 4000
     mosaics: float = 0.5
-    steps: int = 920
+    steps: int = 1000
     batch: int = 32
     lr: float = 2e-3
     warmup: int = 50
