@@ -47,7 +47,7 @@ class ConceptHeads(nn.Linear):
 
 
 class ConceptBottleneck(nn.Module):
-    """Safety projector, head tokens, concept attention and heads (arXiv 2411.11543, section 3.2); text tokens are ours."""
+    """Safety projector, head tokens, concept attention and heads (arXiv 2411.11543, 3.2); the text tokens are ours."""
 
     def __init__(self, config: PsaConfig):
         super().__init__()
