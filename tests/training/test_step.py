@@ -26,7 +26,7 @@ from psa_fast.training.step import StepReport, train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 META = torch.device("meta")
-METER = Meter(StageFlops(10, 0, 0, 0, 0, 0, 0), rate=100.0)
+METER = Meter(StageFlops(10, 0, 0, 0, 0, 0, 0, 0), rate=100.0)
 
 
 def batch(samples=2, length=6):
