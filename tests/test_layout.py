@@ -94,7 +94,9 @@ def test_where_contributing_points_there_is_something():
 def test_a_file_name_occurs_once():
     # an op has one name in every room
     ops = {path.name for path in (ROOT / "psa_fast" / "ops" / "reference").glob("*.py")}
-    names = Counter(path.name for path in (ROOT / "psa_fast").rglob("*.py"))
+    # an importer is called as the command line calls what it imports
+    files = [path for path in (ROOT / "psa_fast").rglob("*.py") if path.parent.name != "importers"]
+    names = Counter(path.name for path in files)
     assert {name for name, count in names.items() if count > 1} <= ops
 
 

@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
-from psa_fast.data.importers import figstep, import_rows
-from psa_fast.data.importers import official_psa as psa
+from psa_fast.data.importers import figstep, import_rows, psa
 from psa_fast.data.records import Problem, Record, list_problems, read_records, unread_sentence
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 

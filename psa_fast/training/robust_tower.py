@@ -135,6 +135,8 @@ class RobustTower(nn.Module):
         self._original_digest = _digest(original)
         self.requires_grad_(False)
         self.bottleneck.requires_grad_(trains_head)
+        if self.bottleneck.text_tokens is not None:  # no words are read by themselves here
+            self.bottleneck.text_tokens.requires_grad_(False)
         self._train_what_is_used()
 
     def features(self, pixels: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def test_parameters_are_counted_exactly(sizes):
     attention = 4 * e**2 + 4 * e
     readout = e**2 + 2 * e
     heads = 11 * (e + 1)
-    projector = safety - (attention + readout + heads + 2 * tokens * e + e)
+    projector = safety - (attention + readout + heads + 3 * tokens * e + e)
     assert projector == safety_projector_parameters(1024, 1088, e)
     lora = 32 * 256 * (4 * (e + e) + 2 * (e + 11008) + (11008 + e))
     assert stage2.parts["LoRA r=256 on the language model"] == lora
