@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -257,7 +258,11 @@ def _pairs(results: list[Result], head: str) -> tuple[list[int], list[int]]:
 
 
 def _scores(results: list[Result]) -> list[float]:
-    return [r.unsafe_score for r in results if r.unsafe_score is not None]
+    """Unsafe scores as log-odds to 1e-4: requests with the same words have the same worst reading, up to what another
+    batch changes in the last digits, and must stay ties.
+    """
+    found = [min(max(r.unsafe_score, 1e-15), 1 - 1e-15) for r in results if r.unsafe_score is not None]
+    return [round(math.log(score) - math.log1p(-score), 4) for score in found]
 
 
 def per_type(results: Sequence[Result]) -> dict[str, dict[str, Estimate]]:
