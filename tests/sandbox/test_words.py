@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import yaml
 
 from psa_fast.sandbox import language
 from psa_fast.sandbox.around import filler_words, padded
@@ -35,6 +36,7 @@ from psa_fast.sandbox.paint import paint
 from psa_fast.sandbox.word_level import build_processor
 from psa_fast.sandbox.world import HARMLESS_GLYPHS, SCENES, sample_scene
 from psa_fast.taxonomy import CLEAN, RISK_TYPES
+from psa_fast.training.config import RECIPES
 
 FILES = {"stage1": "train", "stage2": "train", "dev": "dev", "test": "test"}
 KINDS = {
@@ -256,7 +258,12 @@ def test_some_requests_come_without_a_picture_and_some_after_another(world):
 
 
 def test_the_sizes_are_those_of_a_training_of_minutes():
-    assert all(7500 < sum(ROWS[name].values()) < 9000 for name in ("stage1", "stage2"))
+    # what takes the minutes is the steps; rows only have to be encoded
+    recipe = yaml.safe_load((RECIPES / "sandbox.yaml").read_text())
+    assert recipe["stage1"]["max_steps"] <= 480
+    assert recipe["stage2"]["max_steps"] <= 200
+    assert 7500 < sum(ROWS["stage1"].values()) <= 8800
+    assert 7500 < sum(ROWS["stage2"].values()) < 8500
     assert min(ROWS["test"][kind] for kind in ("joint_risk", "joint_twin", "text_risk")) >= 240
     assert 0.05 < sum(ROWS["stage1"][f"{kind}_several"] for kind in ("clean", "risk")) / 8000 < 0.07
 
