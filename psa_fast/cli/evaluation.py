@@ -215,6 +215,7 @@ def _run(
                     args.batch_size,
                     keep,
                 )
+            out.complete(stage, (result.to_json() for result in results))
             facts: dict[str, Any] = {
                 "path": addon or todo.base,
                 "sha256": None if addon is None else addon_hash(addon),

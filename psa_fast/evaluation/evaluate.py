@@ -78,18 +78,26 @@ def run_stage(
 ) -> list[Result]:
     """Answer every record with and without the guard and read the concept head; results are in the records' order.
 
-    A base without a concept head has no guard: its guarded answers are its unguarded ones. `keep` is called with the
-    results of each batch. Raises ValueError, with file and line, for a record that cannot be asked.
+    A base without a concept head has no guard: its guarded answers are its unguarded ones. Records of about the same
+    length share a batch, where padding would be two fifths of the sandbox's work; `keep` is called with the results of
+    each. Raises ValueError, with file and line, for a record that cannot be asked.
     """
-    results = []
+    results: dict[int, Result] = {}
+    order = sorted(range(len(records)), key=lambda place: _size(records[place]))
     with ThreadPoolExecutor(max_workers=4) as pool:
         for start in range(0, len(records), batch_size):
-            chunk = records[start : start + batch_size]
+            places = order[start : start + batch_size]
+            chunk = [records[place] for place in places]
             images = pool.map(lambda record: _pictures(record, image_folder), chunk)
             batch = answer_records(guard, chunk, list(images), max_new_tokens, refusal_list, refusal_mode)
             keep(batch)
-            results += batch
-    return results
+            results.update(zip(places, batch, strict=True))
+    return [results[place] for place in range(len(records))]
+
+
+def _size(record: Record) -> tuple[int, int]:
+    """Images and characters of a record: what its tokens grow with."""
+    return len(record.images), sum(len(turn.text) for turn in record.turns)
 
 
 def _pictures(record: Record, image_folder: str | Path) -> tuple[Any, ...]:

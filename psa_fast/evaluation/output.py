@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from psa_fast.files import lock, named, read_json, refuse_pipe_or_folder
+from psa_fast.files import lock, named, read_json, refuse_pipe_or_folder, write_text
 
 LOCK = ".evaluate.lock"
 REPORT = "report.json"
@@ -19,7 +19,8 @@ class OutputFolder:
     """The folder --out, claimed by this run for as long as `claim` lasts.
 
     Answers are appended to `answers-STAGE.jsonl.part` batch by batch, so that a run which ends early leaves what it
-    had; `finish` gives all of them their names at once, when every stage is complete.
+    had; `complete` puts them into the order of the records, and `finish` gives all of them their names at once, when
+    every stage is complete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,10 +78,13 @@ class OutputFolder:
     @staticmethod
     def append(stream: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows to a stage's answers and hand them to the system."""
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         with named(stream.name):
-            stream.writelines(lines)
+            stream.write(_lines(rows))
             stream.flush()
+
+    def complete(self, stage: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put the rows of a stage, all of them, in the place of those that were appended as they came."""
+        write_text(self._part(stage), _lines(rows))
 
     def finish(self) -> None:
         """Give the answers of every stage their names; those of the older report's other stages go."""
@@ -96,3 +100,7 @@ class OutputFolder:
 
     def _part(self, stage: str) -> Path:
         return self.path / f"{self._name(stage)}.part"
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -204,6 +204,18 @@ def test_run_stage_asks_the_question_without_its_answer(tmp_path):
     assert {(r.code, r.query) for r in results} == {("unsafe", "neutral")}
 
 
+def test_rows_of_a_length_share_a_batch_and_results_keep_their_order(tmp_path):
+    lengths = [40, 3, 41, 2, 42, 1]
+    records = [
+        Record((), 1, 2, (Turn("user", "q" * n), Turn("assistant", "Red.")), group="risk", path="f", line=i)
+        for i, n in enumerate(lengths)
+    ]
+    kept = []
+    results = run_stage(FakeGuard(), records, tmp_path, get_list("psa"), batch_size=3, keep=kept.append)
+    assert [sorted(len(r.unguarded) for r in batch) for batch in kept] == [[1, 2, 3], [40, 41, 42]]
+    assert [len(r.unguarded) for r in results] == lengths
+
+
 def test_spread_keeps_every_group_of_a_sorted_file():
     assert spread(list("aaabbbccc"), 3) == ["a", "b", "c"]
     assert spread([1, 2], 5) == spread([1, 2], None) == [1, 2]

@@ -39,7 +39,8 @@ def test_answers_are_kept_as_they_come_and_named_when_all_are_there(tmp_path):
             out.append(stream, [{"a": "é"}])
             # a run that is killed here leaves this
             assert (tmp_path / "answers-base.jsonl.part").read_text(encoding="utf-8") == '{"a": "é"}\n'
-            out.append(stream, [{"a": 2}, {"a": 3}])
+            out.append(stream, [{"a": 3}, {"a": 2}])
+        out.complete("base", [{"a": "é"}, {"a": 2}, {"a": 3}])
         with out.answers("stage1"):
             pass
         assert (tmp_path / "answers-base.jsonl").read_text() == "old"
