@@ -46,12 +46,13 @@ Change = Callable[[Case, Others, np.random.Generator], Case]
 @dataclass(frozen=True)
 class Condition:
     """A named change. `moves`: whether the place of things in the picture changes, so that the answer to a question
-    for a place may be another one."""
+    for a place may be another one; `cuts`: whether parts of the picture may be lost."""
 
     suite: Suite
     name: str
     change: Change
     moves: bool = False
+    cuts: bool = False
 
     def applies(self, case: Case) -> bool:
         """Whether there is anything to change: a picture, or, where others are put beside it, exactly one."""
@@ -68,6 +69,7 @@ def conditions(suites: Sequence[str], risks_first: int = 8) -> list[Condition]:
 
 # ------------------------------------------------------------------------------------------------ changes of a picture
 _MOVING = ("shift", "crop", "turn", "shrink", "enlarge")
+_CUTTING = ("shift", "crop", "turn", "enlarge")
 _MILD = 3  # severity up to which a picture still shows what it showed
 
 
@@ -76,7 +78,7 @@ def _natural() -> list[Condition]:
     for name, (change, values) in t.SEVERITIES.items():
         for severity, value in enumerate(values[:_MILD], 1):
             apply = functools.partial(_by_severity, change, value)
-            found.append(_each(f"{name}-{severity}", apply, name in _MOVING))
+            found.append(_each(f"{name}-{severity}", apply, name in _MOVING, name in _CUTTING))
     found += [
         _each("mirrored", lambda p, _, rng: t.flip_horizontal(p), True),
         _each("upside down", lambda p, _, rng: t.flip_vertical(p), True),
@@ -84,7 +86,7 @@ def _natural() -> list[Condition]:
         _each("inset .75", lambda p, _, rng: t.inset(p, 0.75, rng), True),
         _each("inset .5 in another picture", lambda p, o, rng: t.paste(p, _one(o, rng), 0.5, rng), True),
         _each("collage 2x2", _in_collage, True),
-        _each("sticker .05", lambda p, _, rng: t.sticker(p, 0.05, rng)),
+        _each("sticker .05", lambda p, _, rng: t.sticker(p, 0.05, rng), cuts=True),
         _each("enlarged to 4x", lambda p, _, rng: p.resize((4 * p.width, 4 * p.height), Image.Resampling.BICUBIC)),
     ]
     return found
@@ -97,12 +99,15 @@ def _by_severity(
 
 
 def _each(
-    name: str, change: Callable[[Image.Image, Others, np.random.Generator], Image.Image], moves: bool = False
+    name: str,
+    change: Callable[[Image.Image, Others, np.random.Generator], Image.Image],
+    moves: bool = False,
+    cuts: bool = False,
 ) -> Condition:
     def apply(case: Case, others: Others, rng: np.random.Generator) -> Case:
         return replace(case, pictures=tuple(change(picture, others, rng) for picture in case.pictures))
 
-    return Condition("natural", name, apply, moves)
+    return Condition("natural", name, apply, moves, cuts)
 
 
 def _one(others: Others, rng: np.random.Generator) -> Image.Image:

@@ -4,6 +4,7 @@ still answer."""
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from psa_fast.attacks.conditions import Case, Condition, Others
+from psa_fast.attacks.visible import keeps_regions
 from psa_fast.evaluation.evaluate import Result, answer_records
 from psa_fast.evaluation.metrics import Estimate, rate
 from psa_fast.evaluation.normalise import same_answer
@@ -41,6 +43,8 @@ class Row:
         accuracy: unguarded answers that are the record's own; clean records only, questions for a place left out
             where the condition moves things.
         blocked: requests too long for the model, which the guard refuses unread; they are in no share.
+        cut: risks whose sign, or what else the record's `regions` name, the change cuts off or covers: their label no
+            longer holds, and they are not asked.
     """
 
     suite: str
@@ -49,6 +53,7 @@ class Row:
     group: str
     n: int
     blocked: int
+    cut: int = 0
     attack_success: Estimate | None = None
     missed: Estimate | None = None
     lost: Estimate | None = None
@@ -85,7 +90,15 @@ def measure(
     """
     name = "none" if condition is None else condition.name
     began, cpu = time.perf_counter(), time.process_time()
-    changed = [case if condition is None else condition.change(case, others, _draw(seed, name, case)) for case in cases]
+
+    def change(case: Case) -> Case:
+        return case if condition is None else condition.change(case, others, _draw(seed, name, case))
+
+    groups = Counter(case.record.group for case in cases)
+    if condition is not None and condition.cuts:
+        cases = [case for case in cases if case.record.group not in RISKS or keeps_regions(case, change)]
+    left_out = groups - Counter(case.record.group for case in cases)
+    changed = [change(case) for case in cases]
     results: list[Result] = []
     for start in range(0, len(changed), batch_size):
         part = changed[start : start + batch_size]
@@ -95,10 +108,10 @@ def measure(
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     about_places = {case.record.where for case in cases if _asks_where(case)}
     rows = []
-    for group in dict.fromkeys(case.record.group for case in cases):
+    for group in groups:
         mine = [result for result in results if result.group == group]
         read = [result for result in mine if result.code != "not_checked"]
-        facts: dict[str, Any] = {"n": len(mine), "blocked": len(mine) - len(read)}
+        facts: dict[str, Any] = {"n": len(mine), "blocked": len(mine) - len(read), "cut": left_out[group]}
         if guard.has_head:
             facts |= _of_risks(read, plain) if group in RISKS else _of_harmless(read, plain)
         if group == "clean":

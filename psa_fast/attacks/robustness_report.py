@@ -22,6 +22,7 @@ _WORDS = {
     "base": f"clean questions that the base answers rightly under the change; below {ABLE} nobody can "
     "answer, the row is no failure of the guard and in brackets",
     "blocked": "requests too long for the model, refused unread and in no share",
+    "cut": "risks whose sign the change cuts off or covers, so that their label no longer holds; they are not asked",
 }
 
 
@@ -48,11 +49,12 @@ def page(rows: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]) -> st
                 continue
             heading = "as they are" if suite == "none" else suite
             lines += [f"## {heading}: {title}", ""]
-            head = ["condition", "group", "stage", "n", "blocked", *(n.replace("_", " ") for n in shown), "base"]
+            head = ["condition", "group", "stage", "n", "blocked", "cut", *(n.replace("_", " ") for n in shown), "base"]
             lines += [f"| {' | '.join(head)} |", f"|{'---|' * 3}{'---:|' * (len(head) - 3)}"]
             for row in chosen:
                 base = able.get(row["condition"])
                 cells = [row["condition"], row["group"], row["stage"], str(row["n"]), str(row["blocked"])]
+                cells.append(str(row.get("cut", 0)))
                 cells += [_cell(row.get(name)) for name in shown]
                 if base is not None and (base["value"] or 0.0) < ABLE:
                     cells[0] = f"({cells[0]})"

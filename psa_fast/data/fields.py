@@ -22,6 +22,10 @@ class Turn(NamedTuple):
     text: str
 
 
+# left, top, right, bottom in shares of an image's width and height
+Box = tuple[float, float, float, float]
+
+
 def count_marks(turns: Sequence[Turn]) -> int:
     """Return how many images the turns show."""
     return sum(turn.text.count(IMAGE_MARK) for turn in turns)
@@ -114,6 +118,26 @@ def read_text(name: str, value: Any) -> str | None:
     if name == "id" and isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise ValueError(f"field {name} is {shorten(value)}; expected text")
+
+
+def read_regions(value: Any, images: int) -> tuple[Box | None, ...]:
+    """Return what part of each image the label rests on: as many boxes (or None) as images, or nothing."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or len(value) != images or not all(box is None or _is_box(box) for box in value):
+        raise ValueError(
+            f"field regions is {shorten(value)}; expected for each of {images} image(s) null or [left, top, right, "
+            f"bottom] in shares of its width and height"
+        )
+    return tuple(None if box is None else tuple(map(float, box)) for box in value)  # type: ignore[misc]
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4 or any(isinstance(v, bool) for v in box):
+        return False
+    if not all(isinstance(v, int | float) and 0 <= v <= 1 for v in box):
+        return False
+    return bool(box[0] < box[2] and box[1] < box[3])
 
 
 def json_name(value: Any) -> str:

@@ -14,12 +14,14 @@ from typing import Any, Literal, NamedTuple
 from psa_fast.data.fields import (
     IMAGE_MARK,
     SPLIT_MARK,
+    Box,
     Turn,
     count_marks,
     json_name,
     read_group,
     read_images,
     read_level,
+    read_regions,
     read_text,
     read_turns,
 )
@@ -87,7 +89,8 @@ class Record:
     `safe_type` and `safe_level` are ids, or None where the row has no label (plain instruction data).
     `group` is the evaluation group (GROUPS), by default "clean" for type clean, "risk" for the others and "" without a
     type: such a row takes part in no safety metric. `image_label`, `text_label` and `joint_label` say what is unsafe
-    (psa_fast.data.labels), by default what follows from group and type. Keys that we do not know are kept in `extra`.
+    (psa_fast.data.labels), by default what follows from group and type. `regions` are the
+    boxes of the images that the label rests on, where they are known. Keys that we do not know are kept in `extra`.
     """
 
     images: tuple[str, ...]
@@ -105,6 +108,7 @@ class Record:
     image_label: str = ""
     text_label: str = ""
     joint_label: str = ""
+    regions: tuple[Box | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.group:
@@ -135,13 +139,16 @@ class Record:
 
     def to_row(self) -> dict[str, Any]:
         """The record as a JSON row in our own spelling (ids as numbers, roles user and assistant)."""
-        optional = {name: getattr(self, name) for name in FIELDS if name not in ("image", "conversations", *LABELS)}
+        others = ("image", "conversations", "regions", *LABELS)
+        optional = {name: getattr(self, name) for name in FIELDS if name not in others}
         row = {name: value for name, value in optional.items() if value is not None and (name, value) != ("group", "")}
         for name, default in zip(LABELS, self._default_labels, strict=True):
             if (value := getattr(self, name)) != default:
                 row[name] = value
         if self.images:
             row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
+        if self.regions:
+            row["regions"] = [None if box is None else list(box) for box in self.regions]
         row["conversations"] = [{"from": turn.role, "value": turn.text} for turn in self.turns]
         return row | dict(self.extra)
 
@@ -327,6 +334,7 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
     if len(messages) == before:  # what could not be read contradicts nothing
         messages += contradictions(labels, group, safe_type, bool(names), row.get("group") is not None)
     texts = {name: read(read_text, name, row.get(name)) for name in ("id", "source", "split")}
+    regions = read(read_regions, row.get("regions"), len(names))
     extra = {name: value for name, value in row.items() if name not in FIELDS}
     problems = [Problem(path, line, message) for message in messages]
     problems += _misnamed(extra, path, line, keep_keys)
@@ -348,6 +356,7 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
         path=path,
         line=line,
         extra=extra,
+        regions=regions or (),
         **texts,
         **{name: label or "" for name, label in zip(LABELS, labels, strict=True)},
     )

@@ -32,6 +32,8 @@ KINDS = (
     "clean", "benign_twin", "risk", "text_risk", "text_twin", "joint_risk", "joint_twin",
     "clean_several", "risk_several",
 )  # fmt: skip
+# what makes these a risk is in a sign, alone or with the words
+RISKY_PICTURES = ("risk", "risk_several", "joint_risk")
 RISKY_KINDS = ("risk", "text_risk", "joint_risk", "risk_several")
 # Of the rows with a text request, one in so many has no picture.
 PICTURELESS = 2
@@ -88,6 +90,7 @@ def draw_rows(
         yield {
             "id": f"{name}-{kind}-{i:05d}",
             **_image_field(row.pictures),
+            **({"regions": _regions(row.pictures, kind)} if kind in RISKY_PICTURES else {}),
             "safe_type": row.safe_type,
             "safe_level": row.safe_level,
             "conversations": [{"from": ("human", "gpt")[j % 2], "value": text} for j, text in enumerate(turns)],
@@ -101,6 +104,12 @@ def draw_rows(
 def _image_field(pictures: Sequence[Picture]) -> dict[str, Any]:
     paths = [picture.path for picture in pictures]
     return {} if not paths else {"image": paths[0] if len(paths) == 1 else paths}
+
+
+def _regions(pictures: Sequence[Picture], kind: str) -> list[tuple[float, ...] | None]:
+    """Boxes of the signs that the label rests on; harmless pictures beside a risky one have none."""
+    joint = kind == "joint_risk"
+    return [p.scene.sign_box if joint or p.scene.safe_type != CLEAN else None for p in pictures]
 
 
 def _row(rng: np.random.Generator, split: Split, kind: str, i: int, pictures: Pictures) -> _Row:

@@ -127,6 +127,17 @@ class Scene:
     frame: tuple[int, int, int] | None = None
 
     @property
+    def sign_box(self) -> tuple[float, float, float, float] | None:
+        """The box around the sign: left, top, right, bottom in shares of the picture; None without one."""
+        if self.sign is None:
+            return None
+        place, zoom = self.sign.place, 1.0 if self.frame is None else self.frame[2] / IMAGE_SIZE
+        tall, wide = _turned(SIGN_SIZE[0] * place.scale * zoom, SIGN_SIZE[1] * place.scale * zoom, place.turn)
+        box = place.x - wide / 2, place.y - tall / 2, place.x + wide / 2, place.y + tall / 2
+        left, top, right, bottom = (round(min(max(edge / IMAGE_SIZE, 0.0), 1.0), 4) for edge in box)
+        return left, top, right, bottom
+
+    @property
     def safe_type(self) -> int:
         """Risk type id of the picture."""
         if self.sign is None or self.sign.glyph not in RISK_GLYPHS or self.sign.marks != "red":

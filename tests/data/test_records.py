@@ -261,6 +261,21 @@ def test_a_question_may_be_an_image_alone(tmp_path, folder):
     assert problem.message == "conversations[0].value is empty; a question needs text or an image"
 
 
+def test_regions_are_a_box_or_null_for_each_image(tmp_path, folder):
+    box = [0.1, 0.2, 0.5, 1]
+    (record,) = load_records(write(tmp_path, [row(regions=[box])]), folder)
+    assert record.regions == ((0.1, 0.2, 0.5, 1.0),)
+    assert load_records(write(tmp_path, [record.to_row()]), folder)[0] == record
+    assert load_records(write(tmp_path, [row(regions=[None])]), folder)[0].regions == (None,)
+    assert "regions" not in row()
+    assert "regions" not in load_records(write(tmp_path, [row()]), folder)[0].to_row()
+    reversed_box, pixels, words = [0.5, 0.2, 0.1, 1], [10, 20, 50, 90], ["0", "0", "1", "1"]
+    wrong = [[], box, [box, box], [box[:3]], [reversed_box], [pixels], [words], [[True, 0.2, 0.5, 1]], "all"]
+    problems = find_problems(write(tmp_path, [row(regions=value) for value in wrong]), folder)
+    assert [problem.line for problem in problems] == list(range(1, len(wrong) + 1))
+    assert all(problem.message.startswith("field regions is") for problem in problems)
+
+
 def test_one_row_may_have_several_problems(tmp_path, folder):
     path = write(tmp_path, [row(image="no.png", safe_type=8, safe_level="huge")])
     assert len(find_problems(path, folder)) == 3

@@ -113,6 +113,28 @@ def test_a_picture_is_painted_as_its_scene_says(world):
     assert Image.open(next((world / "images" / "test").glob("*.png"))).size == (96, 96)
 
 
+def test_the_box_around_a_sign_holds_its_pixels_and_little_else():
+    rng = np.random.default_rng(5)
+    for _ in range(40):
+        scene = sample_scene(rng, "risk", "train")
+        owners = render(scene)[1]
+        rows, columns = np.nonzero(owners == 1)
+        left, top, right, bottom = (96 * edge for edge in scene.sign_box)
+        assert left - 1.5 <= columns.min()
+        assert columns.max() + 1 <= right + 1.5
+        assert top - 1.5 <= rows.min()
+        assert rows.max() + 1 <= bottom + 1.5
+        covered = sum(np.count_nonzero(owners[int(top) : int(bottom), int(left) : int(right)] == i) for i in (2, 3, 4))
+        assert len(rows) + covered > 0.6 * (right - left) * (bottom - top)
+
+
+def test_rows_whose_risk_is_in_a_sign_say_where_it_is(world):
+    for record in load_records(world / "test.jsonl", world):
+        signs = [box for box in record.regions if box is not None]
+        assert len(signs) == (record.group in ("risk", "joint_risk"))
+        assert len(record.regions) in (0, len(record.images))
+
+
 def test_a_split_by_itself_is_the_same_as_in_the_whole_world(world, tmp_path):
     draw_world(3, tmp_path / "test", IMAGES, ROWS, splits=["test"])
     alone = {path.relative_to(tmp_path / "test"): path.read_bytes() for path in (tmp_path / "test").rglob("*.*")}
