@@ -14,13 +14,14 @@ import time
 import warnings
 from typing import Any
 
+from psa_fast.compat.argparse import Subcommands
 from psa_fast.threads import choose_waiting
 
 choose_waiting()
 _SPEAKER_FIRST = 30.0  # seconds that a silent rank waits for the launcher to end it
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add the command `train`."""
     from psa_fast.training.arguments import USAGE, OneLine, add_options
 

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psa_fast.compat.argparse import Subcommands
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 STAGE_DIRS = ("stage1", "stage2")
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add the command `evaluate`."""
     parser = subparsers.add_parser(
         "evaluate",

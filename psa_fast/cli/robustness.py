@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 PART = "robustness.jsonl.part"
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add the command `robustness`."""
     parser = subparsers.add_parser(
         "robustness",

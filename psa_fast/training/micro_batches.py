@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from psa_fast.compat.torch import end_workers
 from psa_fast.data import GlobalBatchSampler, PsaDataset, collate, pack
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.slots import deal, even_slots, slots_within
@@ -95,11 +96,7 @@ def micro_batches(
     finally:
         # an exception's traceback keeps the loader alive, and python's exit would wait for workers that ignore SIGTERM
         if config.dataloader_num_workers:
-            try:
-                loader._shutdown_workers()  # DataLoader has no public way
-            finally:
-                for worker in loader._workers:
-                    worker.kill()  # one that was busy is alive still: it was terminated only
+            end_workers(loader)
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

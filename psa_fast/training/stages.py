@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from psa_fast.compat.deepspeed import full_shape
 from psa_fast.models import PsaVLM, add_lora
 from psa_fast.models.lora import has_adapter
 from psa_fast.models.tokens import SafetyTokens
@@ -79,7 +80,7 @@ def part_parameters(model: PsaVLM, part: Part) -> list[tuple[str, torch.nn.Param
 def clip_groups(model: PsaVLM) -> list[list[torch.nn.Parameter]]:
     """Trained parameters of stage 1's two parts, which no loss has in common. A part that is frozen is left out."""
     parts = (model.bottleneck, model.safety_tokens)
-    groups = [[p for p in part.parameters() if p.requires_grad and _shape_of(p).numel()] for part in parts]
+    groups = [[p for p in part.parameters() if p.requires_grad and full_shape(p).numel()] for part in parts]
     return [group for group in groups if group]
 
 
@@ -103,7 +104,7 @@ def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float, form
         decayed = [
             p
             for name, p in trained
-            if len(_shape_of(p)) > 1 and ("tokens" not in name if format_1 else id(p) not in kept_whole)
+            if len(full_shape(p)) > 1 and ("tokens" not in name if format_1 else id(p) not in kept_whole)
         ]
         known = {id(p) for p in decayed}
         others = [p for _, p in trained if id(p) not in known]
@@ -111,11 +112,6 @@ def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float, form
             if params:
                 groups.append({"params": params, "lr": part.learning_rate, "weight_decay": decay, "name": part.name})
     return groups
-
-
-def _shape_of(parameter: torch.nn.Parameter) -> torch.Size:
-    # under ZeRO-3 the local tensor is an empty shard and ds_shape holds the true shape
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def print_table(model: PsaVLM, parts: list[Part], weight_decay: float, console: Console) -> None:
@@ -130,9 +126,9 @@ def print_table(model: PsaVLM, parts: list[Part], weight_decay: float, console: 
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     trained = 0
     for part in parts:
-        count = sum(_shape_of(p).numel() for _, p in part_parameters(model, part) if p.requires_grad)
+        count = sum(full_shape(p).numel() for _, p in part_parameters(model, part) if p.requires_grad)
         trained += count
         table.add_row(part.name, f"{count:,}", f"{part.learning_rate:g}", f"{weight_decay:g}")
-    total = sum(_shape_of(p).numel() for p in model.parameters())
+    total = sum(full_shape(p).numel() for p in model.parameters())
     table.add_row("frozen", f"{total - trained:,}", "-", "-")
     console.print(table)
