@@ -145,9 +145,7 @@ def _fail(error: Exception, prog: str, everywhere: bool) -> int:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{str(error.filename)[:300]}: {error.strerror}"
-    # a data-loading worker hands its error over with its traceback; the sentence is the last line
-    text = str(error)
-    return text.strip().splitlines()[-1] if "Original Traceback" in text else text
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,15 @@ from .config import TrainConfig
 
 @dataclass
 class Part:
-    """A named part of the model with one learning rate. `modules` are dotted names below PsaVLM."""
+    """A named part of the model with one learning rate. `modules` are dotted names below PsaVLM.
+
+    `adapter`: of these modules the LoRA adapter alone is trained.
+    """
 
     name: str
     modules: tuple[str, ...]
     learning_rate: float
+    adapter: bool = False
 
 
 def trained_parts(model: PsaVLM, config: TrainConfig) -> list[Part]:
@@ -34,10 +38,8 @@ def trained_parts(model: PsaVLM, config: TrainConfig) -> list[Part]:
         return {"joint": [bottleneck, tokens], "concept": [bottleneck], "tokens": [tokens]}[config.stage1_objective]
     names = model.family.module_names
     if config.tune_type_llm == "lora":
-        parts = [
-            Part(f"LoRA r={config.lora_r} on the language model", (f"vlm.{names['language']}",), config.learning_rate),
-            tokens,
-        ]
+        title, modules = f"LoRA r={config.lora_r} on the language model", (f"vlm.{names['language']}",)
+        parts = [Part(title, modules, config.learning_rate, adapter=True), tokens]
     else:
         parts = [
             Part("language model", (f"vlm.{names['language']}", f"vlm.{names['lm_head']}"), config.learning_rate),
@@ -65,9 +67,8 @@ def prepare(model: PsaVLM, config: TrainConfig, resuming: bool = False) -> list[
     parts = [part for part in trained_parts(model, config) if part.learning_rate > 0]
     for part in parts:
         for name, parameter in part_parameters(model, part):
-            if lora and part.name.startswith("LoRA") and ".lora_" not in name:
-                continue
-            parameter.requires_grad_(True)
+            if not part.adapter or ".lora_" in name:
+                parameter.requires_grad_(True)
     return parts
 
 

@@ -7,11 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import profile_step
+import pytest
 from communication import _covered
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.tiny_vlm import make_batch
 from safetensors.torch import load_file
-from tiny_vlm import make_batch
 
 pytest.importorskip("deepspeed")
 HERE = Path(__file__).parent
@@ -42,7 +42,7 @@ def test_zero3_follows_plain_torch(tmp_path, mode, world):
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world),
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(HERE / "zero3_worker.py"), mode, str(tmp_path)]

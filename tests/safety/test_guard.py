@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from tiny_llava import OLD, build_addon, build_base, picture
+from builders.tiny_llava import OLD, build_addon, build_base, picture
 
 from psa_fast.cli.generate import register
 from psa_fast.data.records import Turn
