@@ -4,22 +4,13 @@ import json
 from argparse import ArgumentParser
 
 import pytest
+from builders.metrics import REQUIRED, REQUIRED_HEAD
 from builders.tiny_llava import build_addon, build_base, picture
 
 from psa_fast.cli import main
 from psa_fast.cli.evaluation import find_data, plan, register, spread
 from psa_fast.data.records import read_records
 from psa_fast.taxonomy import CLEAN
-
-REQUIRED = {
-    "attack_success",
-    "attack_success_unguarded",
-    "over_refusal_clean",
-    "over_refusal_twins",
-    "over_refusal_text_twins",
-    "general_accuracy",
-}
-REQUIRED_HEAD = {"type_accuracy", "type_macro_f1", "level_qwk", "unsafe_auroc", "text_risk_recall"}
 
 
 def test_spread_keeps_every_group_of_a_sorted_file():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from builders.metrics import REQUIRED, REQUIRED_HEAD
 
 from psa_fast.data.records import Record, Turn
 from psa_fast.evaluation.evaluate import Result, compute_metrics, per_type, run_stage, unread
@@ -10,16 +11,6 @@ from psa_fast.evaluation.refusal import get_list
 from psa_fast.evaluation.report import METRICS
 from psa_fast.safety import Answer, Verdict
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
-
-REQUIRED = {
-    "attack_success",
-    "attack_success_unguarded",
-    "over_refusal_clean",
-    "over_refusal_twins",
-    "over_refusal_text_twins",
-    "general_accuracy",
-}
-REQUIRED_HEAD = {"type_accuracy", "type_macro_f1", "level_qwk", "unsafe_auroc", "text_risk_recall"}
 
 
 def result(group, kind=CLEAN, level=0, guarded="answer", unguarded="answer", read=None, score=None, **fields):

@@ -132,7 +132,7 @@ def test_a_reader_that_never_ends_is_a_hang(tmp_path, monkeypatch):
                 continue
 
     monkeypatch.setattr(module, "read_records", for_ever)
-    monkeypatch.setattr(records, "limit", lambda: limits.limit(1))
+    monkeypatch.setattr(record_judge, "limit", lambda: limits.limit(1))
     assert record_judge.judge(tmp_path, tmp_path)[0] == "hang"
 
 
