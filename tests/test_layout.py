@@ -76,6 +76,11 @@ def test_every_room_has_a_rule():
     assert rooms - {"__init__"} == set(ALLOWED)
 
 
+def test_tests_lie_beside_their_rooms():
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/*.py")}
+    assert folders <= {*ALLOWED, "builders", "kernels", "benchmarks", "examples", "fuzz"}
+
+
 def test_contributing_tells_the_same_rooms():
     told = {}
     for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines():
