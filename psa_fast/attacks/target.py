@@ -108,7 +108,7 @@ class Target:
                 for number, part in enumerate(question.parts, 1):
                     masks[0, number, list(part.positions)] = True
                 embeds = self.model.family.embed(self.model.vlm, ids)
-                text = self.model.query_text(ids, None, None, masks.to(self.device))
+                text = self.model.query_text(ids, query_mask=masks.to(self.device))
                 found.setdefault(tuple(question.images), []).append(self.model.bottleneck.queries(embeds, text)[0])
         queries = tuple(torch.cat(each) for each in found.values())
         return Asked(request, pictures, asked.prompt, tuple(found), queries)

@@ -360,14 +360,15 @@ class PsaVLM(nn.Module):
     def query_text(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        query_mask: Tensor | None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        query_mask: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """Text that the concept attention may ask with, bool [B, T] or as query_mask; never an answer's tokens.
+        """Text that the concept attention may ask with, bool [B, T] or as query_mask; of B samples of a packed row.
 
-        Those would leak the label.
+        Never an answer's tokens, which would leak the label: with a query_mask [B, T] or [B, Q, T] what that says but
+        placeholders, else all that is neither padding nor labelled. Arguments as for `forward`.
         """
         text = input_ids != self.family.image_token_id
         if query_mask is not None:
