@@ -122,14 +122,19 @@ class Guard:
 
     @torch.inference_mode()
     def verdicts(self, requests: Sequence[Request], batch_size: int = 16) -> list[Verdict]:
-        """The verdicts that `answer` would give, without an answer.
+        """The verdicts that guarded answers would have, without generating any.
 
-        Raises ValueError for the first request that cannot be read.
+        Raises ValueError, naming its place in the list, for the first request that cannot be read.
         """
         found: list[Verdict] = []
         for start in range(0, len(requests), batch_size):
-            batch = [self.prepare(one, number=i) for i, one in enumerate(requests[start : start + batch_size], start)]
-            found += [verdict for verdict, _ in self._read(batch, self._encode_images(batch))]
+            batch = []
+            for number, request in enumerate(requests[start : start + batch_size], start):
+                try:
+                    batch.append(self.prepare(request, number=number))
+                except ValueError as error:
+                    raise ValueError(f"request {number}: {error}") from error
+            found += [_applied(*read) for read in self._read(batch, self._encode_images(batch))]
         return found
 
     def _batches(
@@ -210,7 +215,7 @@ class Guard:
                 answers[one.number] = tuple(
                     Answer(
                         (decision.response if guarded else None) or texts[row, decision.hint if guarded else None],
-                        replace(verdict, applied=guarded and (verdict.checked or decision.response is not None)),
+                        _applied(verdict, decision) if guarded else replace(verdict, applied=False),
                     )
                     for guarded in modes
                 )
@@ -335,6 +340,11 @@ class Guard:
             for row in rows
         ]
         return torch.tensor(filled, dtype=torch.int64, device=next(self.model.parameters()).device)
+
+
+def _applied(verdict: Verdict, decision: Decision) -> Verdict:
+    """The verdict of a guarded answer: nothing was applied to a request that was let through unread."""
+    return replace(verdict, applied=verdict.checked or decision.response is not None)
 
 
 def _max_length(wanted: int | None, positions: int | None) -> int | None:
