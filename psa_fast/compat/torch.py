@@ -13,7 +13,7 @@ def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and a device but no data, while torch traces a program.
 
     An op whose output depends on data has to know. Public are `is_meta` and `torch.compiler.is_compiling()` only, and
-    neither is true of a fake tensor outside torch.compile (`make_fx`, `opcheck`, `torch.export`).
+    neither is true of a fake tensor outside torch.compile and torch.export (`make_fx`, `opcheck`).
     """
     return isinstance(tensor, FakeTensor)
 
