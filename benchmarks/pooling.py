@@ -71,6 +71,30 @@ class Attention:
         o = torch.einsum("bhe,hde->bhd", z, wv.view(HEADS, d, E)).reshape(-1, 1, E) + bv
         return self.mha.out_proj(o)
 
+    def composed(self) -> Tensor:
+        """`attention_pool` as a composition of `concept_pool` under autograd, without a backward of its own."""
+        d = E // HEADS
+        wq, wk, wv = self.mha.in_proj_weight.view(3, HEADS, d, E).unbind(0)
+        bq, _, bv = self.mha.in_proj_bias.view(3, HEADS, 1, d).unbind(0)
+        rows = self.query[:, 0].expand(HEADS, -1, -1)
+        q = torch.baddbmm(bq, rows, wq.transpose(1, 2)) * d**-0.5
+        token_query = torch.bmm(q, wk).transpose(0, 1)
+        feature_query, offset = token_query, None
+        if self.readout is not None:
+            feature_query = token_query @ self.readout.weight
+            offset = token_query @ self.readout.bias
+        activation = None if self.readout is None else "silu"
+        z, feature_sum, mass = concept_pool(
+            self.tokens, self.features, token_query, feature_query, offset,
+            feature_bias=self.feature_bias, activation=activation,
+        )  # fmt: skip
+        if self.readout is None:
+            z = z + feature_sum
+        else:
+            z = z + feature_sum @ self.readout.weight.t() + mass.to(z.dtype).unsqueeze(-1) * self.readout.bias
+        o = torch.baddbmm(bv, z.transpose(0, 1), wv.transpose(1, 2))
+        return self.mha.out_proj(o.transpose(0, 1).reshape(-1, 1, E))
+
     def ours(self) -> Tensor:
         before = {}
         if self.readout is not None:

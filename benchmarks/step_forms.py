@@ -208,7 +208,7 @@ class Ours(Form):
         """[s_llm ; h_i] in place of the placeholders, then the language model."""
         psa, ids = self.psa, batch["input_ids"]
         embeds = psa.family.embed(psa.vlm, ids)
-        embeds = psa._insert_images(embeds, ids, features.projected, batch["image_counts"].tolist(), True)
+        embeds = psa.insert_images(embeds, ids, features.projected)
         packing = Packing(batch["lengths"], ids.device)
         return psa.family.hidden_states(psa.vlm, embeds, None, packing.position_ids, **packing.attention_kwargs())
 

@@ -60,6 +60,7 @@ def test_concept_attention(benchmark, capsys, batch):
         "all queries, no weights": partial(Attention.all_queries, need_weights=False),
         "one query": Attention.one_query,
         "absorbed, autograd": Attention.absorbed,
+        "composed of concept_pool": Attention.composed,
         "ours": Attention.ours,
     }
     if CUDA:
@@ -81,6 +82,7 @@ def test_bottleneck_from_preactivations_to_loss(benchmark, capsys, batch):
     functions = {
         "official modules": lambda case: case.loss(case.all_queries()),
         "absorbed, autograd": lambda case: case.loss(case.absorbed()),
+        "composed of concept_pool": lambda case: case.loss(case.composed()),
         "ours": Attention.our_loss,
     }
     case = Attention(2, readout=True)

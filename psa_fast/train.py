@@ -14,13 +14,14 @@ import time
 import warnings
 from typing import Any
 
+from psa_fast.compat.argparse import Subcommands
 from psa_fast.threads import choose_waiting
 
 choose_waiting()
 _SPEAKER_FIRST = 30.0  # seconds that a silent rank waits for the launcher to end it
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add the command `train`."""
     from psa_fast.training.arguments import USAGE, OneLine, add_options
 
@@ -144,9 +145,7 @@ def _fail(error: Exception, prog: str, everywhere: bool) -> int:
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
         return f"{str(error.filename)[:300]}: {error.strerror}"
-    # a data-loading worker hands its error over with its traceback; the sentence is the last line
-    text = str(error)
-    return text.strip().splitlines()[-1] if "Original Traceback" in text else text
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from builders import tiny
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -14,3 +15,44 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny untrained base, made once per test run."""
+    return tiny.build_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small world with text-only rows."""
+    return tiny.build_world(tmp_path_factory.mktemp("world") / "w")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A tiny base and an add-on for it: (base folder, add-on folder). Tests copy what they change."""
+    from builders.tiny_llava import OLD, build_addon, build_base
+
+    root = tmp_path_factory.mktemp("tiny")
+    base = build_base(root / "base")
+    return base, build_addon(base, root / "addon", **OLD)
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """A process group of this process alone."""
+    import torch
+    import torch.distributed as dist
+
+    from psa_fast.training.engine import init_distributed
+
+    # ZeRO-3 replaces it for good with one that keeps more for backward
+    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+
+    before = dict(os.environ)
+    assert init_distributed() == (0, 1)
+    yield
+    dist.destroy_process_group()
+    for name in set(os.environ) - set(before):
+        del os.environ[name]

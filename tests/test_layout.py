@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# room -> rooms it may import
+# room -> rooms it may import, besides itself and compat
 ALLOWED = {
+    "compat": set(),
     "taxonomy": set(),
     "files": set(),
     "threads": set(),
@@ -66,13 +67,18 @@ def test_imports_go_one_way(room):
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
     assert files
     for file in files:
-        wrong = rooms_imported(file) - ALLOWED[room] - {room}
+        wrong = rooms_imported(file) - ALLOWED[room] - {room, "compat"}
         assert not wrong, f"{file.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
 
 
 def test_every_room_has_a_rule():
     rooms = {p.stem for p in (ROOT / "psa_fast").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
     assert rooms - {"__init__"} == set(ALLOWED)
+
+
+def test_tests_lie_beside_their_rooms():
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/*.py")}
+    assert folders <= {*ALLOWED, "builders", "kernels", "benchmarks", "examples", "fuzz"}
 
 
 def test_contributing_tells_the_same_rooms():
@@ -100,13 +106,29 @@ def test_a_file_name_occurs_once():
     assert {name for name, count in names.items() if count > 1} <= ops
 
 
+def sources() -> list[Path]:
+    folders = ("psa_fast", "kernels", "benchmarks", "tests", "examples")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def long_functions(code: str, most: int) -> list[str]:
+    """Functions of more than `most` lines, from `def` to the end, what stands within them included."""
+    nodes = ast.walk(ast.parse(code))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [f.name for f in functions if f.end_lineno is not None and f.end_lineno - f.lineno + 1 > most]
+
+
 def test_files_are_short():
-    files = [
-        *(ROOT / "psa_fast").rglob("*.py"),
-        *(ROOT / "kernels").rglob("*.py"),
-        *(ROOT / "benchmarks").rglob("*.py"),
-    ]
-    assert [str(file) for file in files if len(file.read_text().splitlines()) > 400] == []
+    assert len(sources()) > 250
+    assert [str(path.relative_to(ROOT)) for path in sources() if len(path.read_text().splitlines()) > 400] == []
+
+
+def test_functions_are_short():
+    code = "def a():\n    x = 1\n    return x\n\nclass B:\n    async def c(self):\n        pass\n        pass\n"
+    assert long_functions(code, 2) == ["a", "c"]
+    assert long_functions(code, 3) == []
+    found = {str(path.relative_to(ROOT)): long_functions(path.read_text(), 80) for path in sources()}
+    assert {path: names for path, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(

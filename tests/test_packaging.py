@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import sys
 import sysconfig
 from importlib.metadata import distributions, requires
@@ -11,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from psa_fast import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 # where the module's name is not the distribution's
@@ -36,6 +39,13 @@ def versions(file):
     pinned = [Requirement(line) for line in lines if line]
     here = [r for r in pinned if r.marker is None or r.marker.evaluate()]
     return {canonicalize_name(r.name): Version(str(r.specifier).removeprefix("==")) for r in here}
+
+
+def test_this_version_has_a_dated_entry_in_the_changelog():
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    dated = [heading for heading in headings if heading != "Unreleased"]
+    assert re.fullmatch(rf"{re.escape(__version__)} \(\d{{4}}-\d\d-\d\d\)", dated[0])
+    assert Version(__version__).public == __version__
 
 
 def modules_imported(folder):

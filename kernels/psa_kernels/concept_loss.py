@@ -9,6 +9,7 @@ sums are the losses. More rows are more programs and a second, tiny launch that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -64,10 +65,9 @@ def concept_loss_forward(
     dlogits = pooled.new_empty(b if need_grad else 0, c, dtype=wide)
     loss, losses, norms = (pooled.new_empty(s, dtype=wide) for s in ((), heads, heads))
     partials = losses if programs == 1 else pooled.new_empty(programs, heads, 2, dtype=wide)
-    norm_from = TENSOR if num_items is not None else NUMBER if items is not None else FROM_TARGETS
-    per_head = num_items is not None and num_items.dim() == 1
-    stride_items = num_items.stride(0) if num_items is not None and per_head else 0
-    items = 0.0 if items is None else float(items)
+    # what both kernels are told of the divisors and the sums
+    sums = {"loss": loss, "losses": losses, "norms": norms, "partials": partials, "ACC": triton_dtype(wide)}
+    sums |= _divisors(num_items, items)
     with torch.cuda.device_of(pooled):  # Triton launches on the current one
         forward_kernel[(programs,)](
             pooled=pooled,
@@ -75,49 +75,27 @@ def concept_loss_forward(
             bias=bias,
             targets=targets,
             class_weights=class_weights,
-            num_items=num_items,
             logits=logits,
             dlogits=dlogits,
-            loss=loss,
-            losses=losses,
-            norms=norms,
-            partials=partials,
-            items=items,
             B=b,
             E=e,
             stride_pooled=pooled.stride(0),
             stride_weight=weight.stride(0),
             stride_targets_b=targets.stride(0),
             stride_targets_h=targets.stride(1),
-            stride_items=stride_items,
             STARTS=_starts(head_sizes),
             SMOOTHING=label_smoothing,
             IGNORE=ignore_index,
-            NORM=norm_from.value,
             HAS_BIAS=bias is not None,
             HAS_WEIGHTS=class_weights is not None,
             NEED_GRAD=need_grad,
             SINGLE=programs == 1,
-            ACC=triton_dtype(wide),
             PRECISION=float32_precision(pooled.dtype),
+            **sums,
             **_forward_config(block_b, c, pooled.element_size(), weight.element_size()),
         )
         if programs > 1:
-            finish_kernel[(1,)](
-                partials=partials,
-                num_items=num_items,
-                loss=loss,
-                losses=losses,
-                norms=norms,
-                items=items,
-                programs=programs,
-                stride_items=stride_items,
-                HEADS=heads,
-                NORM=norm_from.value,
-                ACC=triton_dtype(wide),
-                BLOCK=_FINISH_BLOCK,
-                num_warps=1,
-            )
+            finish_kernel[(1,)](programs=programs, HEADS=heads, BLOCK=_FINISH_BLOCK, num_warps=1, **sums)
     return loss, losses, norms, logits, dlogits
 
 
@@ -200,6 +178,17 @@ def _backward_config(rows: int, classes: int, element_size: int) -> dict[str, in
     block_c = max(16, next_power_of_2(classes))
     block_b = min(max(next_power_of_2(rows), 16), 32 if element_size == 2 else 16)
     return {"BLOCK_B": block_b, "BLOCK_C": block_c, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
+
+
+def _divisors(num_items: Tensor | None, items: float | None) -> dict[str, Any]:
+    """The kernels' arguments that say what each head's sum is divided by."""
+    norm_from = TENSOR if num_items is not None else NUMBER if items is not None else FROM_TARGETS
+    return {
+        "num_items": num_items,
+        "items": 0.0 if items is None else float(items),
+        "stride_items": num_items.stride(0) if num_items is not None and num_items.dim() == 1 else 0,
+        "NORM": norm_from.value,
+    }
 
 
 def _starts(head_sizes: Sequence[int]) -> tuple[int, ...]:

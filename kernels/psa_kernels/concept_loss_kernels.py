@@ -26,6 +26,71 @@ def _store_loss(total, share, losses, norms, num_items, items, stride_items, h, 
     return total / norm
 
 
+@triton.jit
+def _product(
+    pooled,
+    weight,
+    o_b,
+    o_c,
+    m_b,
+    m_c,
+    E,
+    stride_pooled,
+    stride_weight,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Rows times the heads' weights: [BLOCK_B, BLOCK_C]."""
+    o_e = tl.arange(0, BLOCK_E)
+    p_x = pooled + o_b[:, None] * stride_pooled + o_e[None, :]
+    p_w = weight + o_c[:, None].to(tl.int64) * stride_weight + o_e[None, :]
+    b_s = tl.zeros([BLOCK_B, BLOCK_C], ACC)
+    for i_e in range(0, E, BLOCK_E):
+        m_e = i_e + o_e < E
+        b_x = tl.load(p_x + i_e, mask=m_b[:, None] & m_e[None, :], other=0.0)
+        b_w = tl.load(p_w + i_e, mask=m_c[:, None] & m_e[None, :], other=0.0)
+        b_s = tl.dot(b_x, tl.trans(b_w.to(b_x.dtype)), b_s, input_precision=PRECISION, out_dtype=ACC)
+    return b_s
+
+
+@triton.jit
+def _head(
+    b_s,  # [BLOCK_B, BLOCK_C], logits of all heads
+    b_t,  # [BLOCK_B]
+    b_cw,  # [1, BLOCK_C]
+    o_c,
+    m_h,  # [BLOCK_C], the head's columns
+    h: tl.constexpr,
+    STARTS: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    IGNORE: tl.constexpr,
+):
+    """One head's rows: their losses, their shares of the divisor, and the logits' gradient in the head's columns."""
+    valid = b_t != IGNORE
+    wrong = valid & ((b_t < 0) | (b_t >= STARTS[h + 1] - STARTS[h]))
+    is_target = (o_c[None, :] == (b_t + STARTS[h])[:, None]) & m_h[None, :]
+
+    b_h = tl.where(m_h[None, :], b_s, float("-inf"))
+    b_max = tl.max(b_h, 1)
+    b_p = tl.exp2((b_h - b_max[:, None]) * _LOG2E)
+    b_z = tl.sum(b_p, 1)
+    b_logp = b_s - (b_max + tl.log(b_z))[:, None]
+
+    # the loss of a row is -sum_c q_c log p_c
+    b_q = tl.where(is_target, (1 - SMOOTHING) * b_cw, 0.0)
+    if SMOOTHING > 0:
+        b_q += tl.where(m_h[None, :], SMOOTHING / (STARTS[h + 1] - STARTS[h]) * b_cw, 0.0)
+    b_row = tl.where(valid, -tl.sum(tl.where(b_q != 0, b_q * b_logp, 0.0), 1), 0.0)
+    b_row = tl.where(wrong, float("nan"), b_row)
+    b_share = tl.where(valid, tl.sum(tl.where(is_target, b_cw, 0.0), 1), 0.0)
+    b_g = b_p / b_z[:, None] * tl.sum(b_q, 1)[:, None] - b_q
+    b_g = tl.where(wrong[:, None], float("nan"), b_g)
+    return b_row, b_share, b_g
+
+
 @triton.jit(do_not_specialize=["B"])
 def forward_kernel(
     pooled,  # [B, E]
@@ -68,17 +133,11 @@ def forward_kernel(
     i_b = tl.program_id(0)
     o_b = (i_b * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C)
-    o_e = tl.arange(0, BLOCK_E)
     m_b, m_c = o_b < B, o_c < C
-
-    p_x = pooled + o_b[:, None] * stride_pooled + o_e[None, :]
-    p_w = weight + o_c[:, None].to(tl.int64) * stride_weight + o_e[None, :]
-    b_s = tl.zeros([BLOCK_B, BLOCK_C], ACC)
-    for i_e in range(0, E, BLOCK_E):
-        m_e = i_e + o_e < E
-        b_x = tl.load(p_x + i_e, mask=m_b[:, None] & m_e[None, :], other=0.0)
-        b_w = tl.load(p_w + i_e, mask=m_c[:, None] & m_e[None, :], other=0.0)
-        b_s = tl.dot(b_x, tl.trans(b_w.to(b_x.dtype)), b_s, input_precision=PRECISION, out_dtype=ACC)
+    b_s = _product(
+        pooled, weight, o_b, o_c, m_b, m_c, E, stride_pooled, stride_weight,
+        ACC, PRECISION, BLOCK_B, BLOCK_C, BLOCK_E,
+    )  # fmt: skip
     if HAS_BIAS:
         b_bias = tl.load(bias + o_c, mask=m_c, other=0.0).to(pooled.dtype.element_ty)
         b_s += b_bias[None, :].to(ACC)
@@ -98,27 +157,9 @@ def forward_kernel(
     for h in tl.static_range(HEADS):
         m_h = (o_c >= STARTS[h]) & (o_c < STARTS[h + 1])
         b_t = tl.load(targets + o_b * stride_targets_b + h * stride_targets_h, mask=m_b, other=IGNORE).to(tl.int64)
-        valid = b_t != IGNORE
-        wrong = valid & ((b_t < 0) | (b_t >= STARTS[h + 1] - STARTS[h]))
-        is_target = (o_c[None, :] == (b_t + STARTS[h])[:, None]) & m_h[None, :]
-
-        b_h = tl.where(m_h[None, :], b_s, float("-inf"))
-        b_max = tl.max(b_h, 1)
-        b_p = tl.exp2((b_h - b_max[:, None]) * _LOG2E)
-        b_z = tl.sum(b_p, 1)
-        b_logp = b_s - (b_max + tl.log(b_z))[:, None]
-
-        # the loss of a row is -sum_c q_c log p_c
-        b_q = tl.where(is_target, (1 - SMOOTHING) * b_cw, 0.0)
-        if SMOOTHING > 0:
-            b_q += tl.where(m_h[None, :], SMOOTHING / (STARTS[h + 1] - STARTS[h]) * b_cw, 0.0)
-        b_row = tl.where(valid, -tl.sum(tl.where(b_q != 0, b_q * b_logp, 0.0), 1), 0.0)
-        b_row = tl.where(wrong, float("nan"), b_row)
-        b_share = tl.where(valid, tl.sum(tl.where(is_target, b_cw, 0.0), 1), 0.0)
+        b_row, b_share, b_g = _head(b_s, b_t, b_cw, o_c, m_h, h, STARTS, SMOOTHING, IGNORE)
         if NEED_GRAD:
-            b_g = b_p / b_z[:, None] * tl.sum(b_q, 1)[:, None] - b_q
-            b_g = tl.where(wrong[:, None], float("nan"), b_g)
-            b_d = tl.where(m_h[None, :] & valid[:, None], b_g, b_d)
+            b_d = tl.where(m_h[None, :] & (b_t != IGNORE)[:, None], b_g, b_d)
 
         total, share = tl.sum(b_row, 0), tl.sum(b_share, 0)
         if SINGLE:

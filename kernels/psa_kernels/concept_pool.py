@@ -113,25 +113,13 @@ def pool_forward(
             **SOFTMAX_LAUNCH,
         )
         pool[(triton.cdiv(channels, config.pool_channels), batch)](
-            tokens_ptr=tokens,
-            features_ptr=features,
-            bias_ptr=bias,
             p_ptr=p,
             token_sum_ptr=out.token_sum,
             feature_sum_ptr=out.feature_sum,
-            s0=s0,
-            s1=s1,
-            rows=rows,
-            channels=channels,
-            token_stride=tokens.stride(0),
-            sample_stride=features.stride(0),
-            feature_stride=features.stride(1),
-            SILU=silu,
-            HAS_BIAS=bias is not None,
             BLOCK_S=config.pool_keys,
             BLOCK_E=config.pool_channels,
             num_stages=config.num_stages,
-            **_shared(rows, acc, features.dtype, config),
+            **_shared(tokens, features, bias, silu, rows, acc, config),
         )
     return out
 
@@ -191,9 +179,6 @@ def pool_backward(
             **SOFTMAX_LAUNCH,
         )
         pool_grad[(triton.cdiv(channels, config.grad_channels), batch)](
-            tokens_ptr=tokens,
-            features_ptr=features,
-            bias_ptr=bias,
             feature_query_ptr=feature_query,
             feature_sum_grad_ptr=feature_sum_grad,
             p_ptr=p,
@@ -202,19 +187,10 @@ def pool_backward(
             token_query_grad_ptr=token_query_grad,
             feature_query_grad_ptr=feature_query_grad,
             bias_grad_ptr=bias_grad,
-            s0=s0,
-            s1=s1,
-            rows=rows,
-            channels=channels,
-            token_stride=tokens.stride(0),
-            sample_stride=features.stride(0),
-            feature_stride=features.stride(1),
-            SILU=silu,
-            HAS_BIAS=bias is not None,
             BLOCK_S=config.pool_keys,
             BLOCK_E=config.grad_channels,
             num_stages=config.grad_stages,
-            **_shared(rows, acc, features.dtype, config),
+            **_shared(tokens, features, bias, silu, rows, acc, config),
         )
     token_p, token_ds = (x[..., :s0].view(batch * rows, s0).t() for x in (p, ds))
     tokens_grad = torch.mm(token_ds, token_query.view(batch * rows, channels))
@@ -235,43 +211,44 @@ def _launch_scores(
     out: Tensor,
     config: PoolConfig,
 ) -> None:
-    batch, s1, channels = features.shape
-    s0, rows = tokens.shape[0], token_query.shape[1]
-    token_blocks = triton.cdiv(s0, config.score_keys)
-    scores[(token_blocks + triton.cdiv(s1, config.score_keys), batch)](
-        tokens_ptr=tokens,
-        features_ptr=features,
-        bias_ptr=bias,
+    token_blocks = triton.cdiv(tokens.shape[0], config.score_keys)
+    feature_blocks = triton.cdiv(features.shape[1], config.score_keys)
+    scores[(token_blocks + feature_blocks, features.shape[0])](
         token_query_ptr=token_query,
         feature_query_ptr=feature_query,
         offset_ptr=offset,
         mask_ptr=mask,
         out_ptr=out,
-        s0=s0,
-        s1=s1,
-        rows=rows,
-        channels=channels,
         token_blocks=token_blocks,
-        token_stride=tokens.stride(0),
-        sample_stride=features.stride(0),
-        feature_stride=features.stride(1),
-        SILU=silu,
-        HAS_BIAS=bias is not None,
         HAS_OFFSET=offset is not None,
         HAS_MASK=mask is not None,
         BLOCK_S=config.score_keys,
         BLOCK_E=config.score_channels,
         num_stages=config.num_stages,
-        **_shared(rows, out.dtype, features.dtype, config),
+        **_shared(tokens, features, bias, silu, token_query.shape[1], out.dtype, config),
     )
 
 
-def _shared(rows: int, acc: torch.dtype, dtype: torch.dtype, config: PoolConfig) -> dict[str, Any]:
-    """What every launch over the features gives besides."""
+def _shared(
+    tokens: Tensor, features: Tensor, bias: Tensor | None, silu: bool, rows: int, acc: torch.dtype, config: PoolConfig
+) -> dict[str, Any]:
+    """What every launch over the features gives: the segments, their layout and how they are read."""
     return {
+        "tokens_ptr": tokens,
+        "features_ptr": features,
+        "bias_ptr": bias,
+        "s0": tokens.shape[0],
+        "s1": features.shape[1],
+        "rows": rows,
+        "channels": features.shape[2],
+        "token_stride": tokens.stride(0),
+        "sample_stride": features.stride(0),
+        "feature_stride": features.stride(1),
+        "SILU": silu,
+        "HAS_BIAS": bias is not None,
         "BLOCK_R": _row_block(rows),
         "ACC": triton_dtype(acc),
-        "PRECISION": float32_precision(dtype),
+        "PRECISION": float32_precision(features.dtype),
         "num_warps": config.num_warps,
     }
 

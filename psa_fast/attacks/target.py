@@ -98,7 +98,7 @@ class Target:
         if pictures is None:
             raise ValueError("the request has no picture, so there are no pixels to attack")
         request = replace(request, images=tuple(self.frame.pil(picture) for picture in pictures))
-        asked = self.guard._prepare(0, request, 1)
+        asked = self.guard.prepare(request)
         found: dict[tuple[int, ...], list[Tensor]] = {}
         if self.has_head:
             for question in asked.questions(0):
@@ -108,7 +108,7 @@ class Target:
                 for number, part in enumerate(question.parts, 1):
                     masks[0, number, list(part.positions)] = True
                 embeds = self.model.family.embed(self.model.vlm, ids)
-                text = self.model._query_text(ids, None, None, masks.to(self.device))
+                text = self.model.query_text(ids, query_mask=masks.to(self.device))
                 found.setdefault(tuple(question.images), []).append(self.model.bottleneck.queries(embeds, text)[0])
         queries = tuple(torch.cat(each) for each in found.values())
         return Asked(request, pictures, asked.prompt, tuple(found), queries)
@@ -220,7 +220,7 @@ class Target:
                 model, family, vlm = self.model, self.model.family, self.model.vlm
                 projected = family.project(vlm, features.flatten(0, 1))
                 embeds = family.embed(vlm, ids)
-                embeds = model._insert_images(embeds, ids, projected, [one.count for one in asked], True)
+                embeds = model.insert_images(embeds, ids, projected)
                 positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
                 hidden = family.hidden_states(vlm, embeds, mask, positions)
                 logits = family.module(vlm, "lm_head")(hidden[owner, place])
@@ -259,15 +259,9 @@ class Target:
             return []
         return self.guard.answer(self.requests(asked, pictures), guarded, max_new_tokens, on_error="raise")
 
-    @torch.inference_mode()
     def verdicts(self, asked: Sequence[Asked], pictures: Tensor, batch_size: int = 16) -> list[Verdict]:
         """The real guard's verdicts alone, which cost no generation."""
-        found: list[Verdict] = []
-        requests = self.requests(asked, pictures)
-        for start in range(0, len(requests), batch_size):
-            batch = [self.guard._prepare(i, one, 1) for i, one in enumerate(requests[start : start + batch_size])]
-            found += [verdict for verdict, _ in self.guard._read(batch, self.guard._encode_images(batch))]
-        return found
+        return self.guard.verdicts(self.requests(asked, pictures), batch_size)
 
     def _values(self, pixels: Tensor) -> Tensor:
         weight = next(self.model.parameters())

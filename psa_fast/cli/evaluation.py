@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psa_fast.compat.argparse import Subcommands
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 STAGE_DIRS = ("stage1", "stage2")
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add the command `evaluate`."""
     parser = subparsers.add_parser(
         "evaluate",
@@ -35,26 +36,31 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Answer the records of a split with the base and with each add-on, guarded and unguarded, and "
         "write report.json, report.md and the answers (answers-STAGE.jsonl) to --out.",
     )
-    parser.add_argument("--data", required=True, metavar="PATH", help="folder with SPLIT.jsonl, or a JSONL file")
-    parser.add_argument("--split", default="test", help="SPLIT.jsonl of the data folder (default: test)")
-    parser.add_argument("--image_folder", metavar="DIR", help="where image paths start (default: the data folder)")
-    parser.add_argument("--run", metavar="DIR", help="training output: evaluates its stage1 and stage2 folders")
-    parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-ons' configs name)")
+    add_sources(parser)
     parser.add_argument("--stage1", metavar="DIR", help="add-on folder, short for --stage stage1=DIR")
     parser.add_argument("--stage2", metavar="DIR", help="add-on folder, short for --stage stage2=DIR")
-    parser.add_argument(
-        "--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on; may be given several times"
-    )
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
-    parser.add_argument("--policy", metavar="FILE", help="policy YAML of the guarded runs (default: the shipped one)")
     parser.add_argument("--batch_size", type=int, default=128, metavar="N", help="requests at once (default: 128)")
-    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_argument("--limit", type=int, metavar="N", help="use N rows, spread evenly over the file")
     parser.add_argument("--refusal_list", choices=sorted(LISTS), default=DEFAULT_LIST, help=f"default: {DEFAULT_LIST}")
     parser.add_argument("--refusal_mode", choices=MODES, default="contains", help="default: contains")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report of other data or settings in --out")
     parser.set_defaults(func=evaluate)
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Add what every measurement is given: records, base and add-ons, the guard's policy, and where the report goes."""
+    parser.add_argument("--data", required=True, metavar="PATH", help="folder with SPLIT.jsonl, or a JSONL file")
+    parser.add_argument("--split", default="test", help="SPLIT.jsonl of the data folder (default: test)")
+    parser.add_argument("--image_folder", metavar="DIR", help="where image paths start (default: the data folder)")
+    parser.add_argument("--run", metavar="DIR", help="training output: its stage1 and stage2 folders are measured")
+    parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-ons' configs name)")
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on; may be given several times"
+    )
+    parser.add_argument("--policy", metavar="FILE", help="policy YAML of the guarded runs (default: the shipped one)")
+    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
+    parser.add_argument("--overwrite", action="store_true", help="replace a report of other data or settings in --out")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psa_fast.compat.argparse import Subcommands
+
 if TYPE_CHECKING:
     from psa_fast.safety.policy import Policy
     from psa_fast.safety.verdict import Verdict
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add the commands `generate` and `policy`."""
     parser = subparsers.add_parser(
         "generate",

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
 from psa_fast.training.arguments import OneLine, add_group
 from psa_fast.training.config import TrainConfig, resolve
@@ -22,7 +23,7 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add the command `plan`."""
     parser = subparsers.add_parser(
         "plan",

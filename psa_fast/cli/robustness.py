@@ -11,6 +11,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psa_fast.cli.evaluation import add_sources, find_data, plan
+from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 PART = "robustness.jsonl.part"
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add the command `robustness`."""
     parser = subparsers.add_parser(
         "robustness",
@@ -28,12 +30,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Put the records of a split to base and add-ons under each condition of a suite, and write "
         "robustness.json and robustness.md to --out. An interrupted run goes on where it was.",
     )
-    parser.add_argument("--data", required=True, metavar="PATH", help="folder with SPLIT.jsonl, or a JSONL file")
-    parser.add_argument("--split", default="test", help="SPLIT.jsonl of the data folder (default: test)")
-    parser.add_argument("--image_folder", metavar="DIR", help="where image paths start (default: the data folder)")
-    parser.add_argument("--run", metavar="DIR", help="training output: measures its stage1 and stage2 folders")
-    parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-ons' configs name)")
-    parser.add_argument("--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on")
+    add_sources(parser)
     parser.add_argument(
         "--suite",
         default="all",
@@ -51,11 +48,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--limit", type=int, metavar="N",
         help="records of each group (default: 100; as many as the budget, where all suites are attacks on pixels)",
     )  # fmt: skip
-    parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
     parser.add_argument("--seed", type=int, default=0, help="of the changes (default: 0)")
-    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report of other data or settings in --out")
     parser.set_defaults(func=robustness)
 
 
@@ -64,7 +57,6 @@ def robustness(args: argparse.Namespace) -> int:
     from psa_fast.attacks import conditions as plain
     from psa_fast.attacks import white_box
     from psa_fast.attacks.pixels import BUDGETS
-    from psa_fast.cli.evaluation import find_data, plan
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.load import addon_hash
     from psa_fast.safety.policy import Policy

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import named
 
 
-def register(subparsers: argparse._SubParsersAction) -> None:
+def register(subparsers: Subcommands) -> None:
     """Add `sandbox` with its three commands; each sets `func`, which returns the exit code."""
     parser = subparsers.add_parser("sandbox", help="draw a sandbox world, or train the sandbox's base model")
     commands = parser.add_subparsers(dest="sandbox_command", required=True, metavar="{data,base,picture}")

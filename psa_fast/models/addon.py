@@ -12,7 +12,6 @@ taken, and every number is checked. What does not fit is a ValueError that names
 from __future__ import annotations
 
 import hashlib
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from psa_fast.compat.deepspeed import full_shape, gathered
 from psa_fast.files import shorten
 from psa_fast.models import adapter
 from psa_fast.models.base_model import check_base, commit_of, is_folder_name, load_base, weight_files
@@ -43,7 +43,7 @@ def base_identity(vlm: PreTrainedModel) -> dict[str, str | None]:
 
     A base from the hub is known if `load_base` loaded it: transformers does not say which commit it took.
     """
-    name = getattr(vlm.config, "_name_or_path", "") or None
+    name = vlm.config.name_or_path or None
     commit = commit_of(vlm)
     folder: Path | None = Path(name).absolute() if name and Path(name).is_dir() else None
     # the words typed mean another folder, or a name on the hub, to whoever stands elsewhere
@@ -282,7 +282,7 @@ def _load_changed(psa: PsaVLM, file: Path, checksum: str | None) -> set[str]:
     parameters = _base_parameters(psa.vlm)
     found = read_shapes(file)
     # any of the base's may be there, nothing else
-    require_shapes(file, {n: _shape(p) for n, p in parameters.items() if n in found})
+    require_shapes(file, {n: tuple(full_shape(p)) for n, p in parameters.items() if n in found})
     for name, tensor in read_tensors(file, checksum):
         _copy_into(parameters[name], tensor, name, file)
     return set(found)
@@ -311,27 +311,13 @@ def _changed_base_weights(psa: PsaVLM) -> dict[str, str]:
     return {stock: "vlm." + n for stock, (n, p) in own.items() if p.requires_grad or stock in psa.changed_base_weights}
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    # under ZeRO-3 the local tensor is an empty shard and ds_shape holds the true shape
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def _copy_into(parameter: nn.Parameter, tensor: Tensor, name: str, file: Path) -> None:
     cast = tensor.to(parameter.dtype)
     if cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
         raise ValueError(f"{file}: {name} holds numbers beyond the range of {parameter.dtype}")
-    with torch.no_grad(), _gathered(parameter):
+    with torch.no_grad(), gathered([parameter], modifier_rank=0):
         if parameter.numel() or not tensor.numel():
             parameter.copy_(cast)
-
-
-def _gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """Write access to a parameter that ZeRO-3 may have partitioned."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 def _require(state: dict[str, Tensor], names: list[str], what: str) -> None:

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging, resolve_revision
 from transformers.utils.hub import extract_commit_hash
 
+from psa_fast.compat.deepspeed import bit_under_zero_init
+from psa_fast.compat.transformers import commit_at, raised_by_loading, set_commit
 from psa_fast.files import read_json, shorten, shown
 from psa_fast.models.families import get_family
 from psa_fast.models.tensors import check_header
@@ -34,19 +36,11 @@ def reading_base(name: str | Path) -> Iterator[None]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # readers that take what a file holds for granted raise nearly anything
-        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and not _of_loading(error):
+        if isinstance(error, RuntimeError) and not isinstance(error, RecursionError) and not raised_by_loading(error):
             raise
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {lines[0][:160]}"
         raise ValueError(f"base model {shown(name)} cannot be loaded, its files are damaged ({reason})") from error
-
-
-def _of_loading(error: RuntimeError) -> bool:
-    """Whether transformers itself raised it, which it does for weights of other shapes than the configuration's."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__") == "transformers.utils.loading_report"
 
 
 def check_base(name: str | Path) -> None:
@@ -77,32 +71,6 @@ def read_base_config(name: str | Path, revision: str | None = None) -> Any:
     except ValueError as error:
         raise ValueError(f"base model {shown(name)}: {error}") from None
     return config
-
-
-@contextmanager
-def _bit_under_zero3() -> Iterator[None]:
-    """Context in which BiT, the first part of a hybrid tower, can be built under DeepSpeed's `zero.Init`.
-
-    It makes a tensor of numbers with torch.Tensor(array) (transformers 5.20 to 5.24); `zero.Init` puts a constructor in
-    that one's place which takes any argument for a size.
-    """
-    from transformers.models.bit.modeling_bit import BitEncoder
-
-    build = BitEncoder.__init__
-
-    def built(self: Any, *args: Any, **kwargs: Any) -> None:
-        replaced = torch.Tensor.__new__
-        torch.Tensor.__new__ = getattr(torch.Tensor, "__old_new__", replaced)  # type: ignore[method-assign]
-        try:
-            build(self, *args, **kwargs)
-        finally:
-            torch.Tensor.__new__ = replaced  # type: ignore[method-assign]
-
-    BitEncoder.__init__ = built  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        BitEncoder.__init__ = build  # type: ignore[method-assign]
 
 
 def load_base(
@@ -136,7 +104,7 @@ def load_base(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # tables of what is missing, which is said below, or left out on purpose
     try:
-        with reading_base(name), _bit_under_zero3():
+        with reading_base(name), bit_under_zero_init():
             loaded: Any = AutoModelForImageTextToText.from_pretrained(
                 str(name),
                 dtype="auto" if dtype is None else dtype,
@@ -149,7 +117,7 @@ def load_base(
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"{name}: the base lacks weights: {', '.join(missing[:3])}{more}")
-    vlm.config._commit_hash = commit  # not saved with it
+    set_commit(vlm.config, commit)
     if attention is not None:
         # of the language model alone: asked of the whole, transformers refuses a tower that has another choice
         get_family(vlm).module(vlm, "language").set_attn_implementation(attention)  # type: ignore[operator]
@@ -158,7 +126,7 @@ def load_base(
 
 def commit_of(vlm: PreTrainedModel) -> str | None:
     """The hub's commit that `load_base` loaded; None for a folder, and for a model that something else loaded."""
-    return getattr(vlm.config, "_commit_hash", None)
+    return commit_at(vlm.config)
 
 
 def resolve_commit(name: str, revision: str | None) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from psa_fast.compat.transformers import mark_adapter
 from psa_fast.files import shorten
 
 if TYPE_CHECKING:
@@ -92,6 +93,4 @@ def inject(vlm: Any, config: Any, name: str = "default") -> None:
         raise ValueError("the model has a LoRA adapter already")
     config.base_model_name_or_path = getattr(vlm, "name_or_path", None)
     inject_adapter_in_model(config, vlm, adapter_name=name)
-    # transformers (private name, 5.23 and 5.24) goes by this flag: without it `vlm.save_pretrained` would write weights
-    # under names with `base_layer`, which no stock model reads; with it, the adapter, or a refusal of an old PEFT
-    vlm._hf_peft_config_loaded = True
+    mark_adapter(vlm)

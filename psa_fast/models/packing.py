@@ -43,6 +43,15 @@ class Packing:
         positions = torch.arange(sum(self.lengths), device=device) - self.starts[self.sample]
         self.position_ids = positions.unsqueeze(0)
 
+    @classmethod
+    def of_row(cls, lengths: Sequence[int], input_ids: Tensor, attention_mask: Tensor | None) -> Packing:
+        """The layout of a batch that is one packed row. Raises ValueError for another shape, or a mask of padding."""
+        if attention_mask is not None:
+            raise ValueError("a packed row (lengths) has no padding, so it takes no attention_mask")
+        if tuple(input_ids.shape) != (1, sum(lengths)):
+            raise ValueError(f"lengths {list(lengths)} make one row [1, {sum(lengths)}], got {list(input_ids.shape)}")
+        return cls(lengths, input_ids.device)
+
     def by_sample(self, mask: Tensor) -> Tensor:
         """bool [1, T] -> bool [B, T], each sample's own positions."""
         return mask & (self.sample == self.numbers.unsqueeze(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from psa_fast.models.concept_readings import ConceptLabels, by_row, read_batch
 from psa_fast.models.families import Family, ImageFeatures, get_family
 from psa_fast.models.lm_head import supervise
 from psa_fast.models.packing import Packing
+from psa_fast.models.placeholders import as_list, count_images
 from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.tokens import SafetyTokens
-from psa_fast.models.transfer import to_device
 from psa_fast.taxonomy import IGNORE_INDEX
 
 
@@ -44,6 +44,17 @@ class PsaOutput(ModelOutput):
     loss_level: Tensor | None = None
     concept_logits: Tensor | None = None
     concept_rows: Tensor | None = None
+
+
+class _Batch(NamedTuple):
+    """What both parts of a forward pass read: images once, and what they stand for."""
+
+    input_ids: Tensor  # int64 [B, T]
+    attention_mask: Tensor | None
+    packing: Packing | None
+    embeds: Tensor  # [B, T, E]
+    features: Tensor  # [N, S, Dv], a blank image's if there is none
+    counts: list[int]  # images of each row or sample
 
 
 class PsaVLM(nn.Module):
@@ -178,53 +189,77 @@ class PsaVLM(nn.Module):
         Raises:
             ValueError: images, image_counts and placeholders do not agree, or input_ids and lengths.
         """
-        packing = None if lengths is None else _pack(lengths, input_ids, attention_mask)
+        batch = self._batch(input_ids, attention_mask, lengths, pixel_values, vision_features, image_counts)
+        targets = ConceptLabels((safe_type, safe_level), (picture_type, picture_level), (words_type, words_level))
+        out, concepts = PsaOutput(), None
+        if labels is None or targets.given:
+            text = self.query_text(input_ids, attention_mask, labels, query_mask, batch.packing)
+            concepts = self._concepts(out, batch, text, targets, class_weights, label_smoothing, num_concept_rows)
+        if labels is not None:
+            out.loss_lm = self._language_loss(batch, labels, num_items)
+        weighted = ((concept_loss_weight, concepts), (lm_loss_weight, out.loss_lm))
+        if losses := [weight * loss for weight, loss in weighted if loss is not None]:
+            out.loss = torch.stack([loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in losses]).sum()
+        return out
+
+    def _batch(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        lengths: Sequence[int] | None,
+        pixel_values: Tensor | None,
+        vision_features: Tensor | None,
+        image_counts: Tensor | None,
+    ) -> _Batch:
+        packing = None if lengths is None else Packing.of_row(lengths, input_ids, attention_mask)
         embeds = self.family.embed(self.vlm, input_ids)
         given = pixel_values if vision_features is None else vision_features
-        counts = self._image_counts(input_ids, given, image_counts, packing)
-        has_images = any(counts)
+        counts = count_images(self.config, input_ids == self.family.image_token_id, given, image_counts, packing)
         if vision_features is not None:
             if pixel_values is not None:
                 raise ValueError("give either pixel_values or vision_features")
             shape = (self.config.image_tokens, self.config.vision_hidden_size)
-            features = (vision_features if has_images else vision_features.new_zeros(1, *shape)).to(embeds.dtype)
+            features = (vision_features if any(counts) else vision_features.new_zeros(1, *shape)).to(embeds.dtype)
         else:
-            if pixel_values is None or not has_images:
+            if pixel_values is None or not any(counts):
                 pixel_values = self.family.blank_image(input_ids.device)
             features = self.family.vision_features(self.vlm, pixel_values)
-        out = PsaOutput()
-        losses = []
+        return _Batch(input_ids, attention_mask, packing, embeds, features, counts)
 
-        targets = ConceptLabels((safe_type, safe_level), (picture_type, picture_level), (words_type, words_level))
-        if labels is None or targets.given:
-            text = self._query_text(input_ids, attention_mask, labels, query_mask, packing)
-            read = read_batch(self.bottleneck, self.config, features, counts, embeds, text, targets)
-            concept = self.bottleneck.loss(read.pooled, read.targets, class_weights, label_smoothing, num_concept_rows)
-            out.concept_rows, out.concept_logits = read.rows, concept.logits[read.places]
-            if targets.given:
-                out.loss_type, out.loss_level = concept.losses.unbind()
-                # the zero keeps every parameter in the graph of a rank whose rows have no target
-                losses.append(concept_loss_weight * concept.loss + 0.0 * concept.logits.sum().to(concept.loss.dtype))
+    def _concepts(
+        self,
+        out: PsaOutput,
+        batch: _Batch,
+        text: Tensor,
+        targets: ConceptLabels,
+        class_weights: Tensor | Sequence[Tensor | None] | None,
+        label_smoothing: float,
+        num_rows: float | Tensor | None,
+    ) -> Tensor | None:
+        """Read the batch into `out`; the concept losses' sum, None without targets."""
+        read = read_batch(self.bottleneck, self.config, batch.features, batch.counts, batch.embeds, text, targets)
+        concept = self.bottleneck.loss(read.pooled, read.targets, class_weights, label_smoothing, num_rows)
+        out.concept_rows, out.concept_logits = read.rows, concept.logits[read.places]
+        if not targets.given:
+            return None
+        out.loss_type, out.loss_level = concept.losses.unbind()
+        # the zero keeps every parameter in the graph of a rank whose rows have no target
+        return concept.loss + 0.0 * concept.logits.sum().to(concept.loss.dtype)
 
-        if labels is not None:
-            projected = self.family.project(self.vlm, features)
-            inputs_embeds = self._insert_images(embeds, input_ids, projected, counts, has_images)
-            aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            if packing is not None:
-                hidden = self.family.hidden_states(
-                    self.vlm, inputs_embeds, None, packing.position_ids, **packing.attention_kwargs()
-                )
-                aligned = aligned.index_fill(1, packing.last(), IGNORE_INDEX)  # the next sample is no continuation
-            else:
-                positions = None if attention_mask is None else _position_ids(attention_mask)
-                hidden = self.family.hidden_states(self.vlm, inputs_embeds, attention_mask, positions)
-            head: Any = self.family.module(self.vlm, "lm_head")
-            out.loss_lm = head(hidden, labels=aligned, num_items=num_items)
-            losses.append(lm_loss_weight * out.loss_lm)
-
-        if losses:
-            out.loss = torch.stack([loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in losses]).sum()
-        return out
+    def _language_loss(self, batch: _Batch, labels: Tensor, num_items: float | Tensor | None) -> Tensor:
+        projected = self.family.project(self.vlm, batch.features)
+        embeds = self.insert_images(batch.embeds, batch.input_ids, projected, any(batch.counts))
+        aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        packing, mask = batch.packing, batch.attention_mask
+        if packing is not None:
+            hidden = self.family.hidden_states(
+                self.vlm, embeds, None, packing.position_ids, **packing.attention_kwargs()
+            )
+            aligned = aligned.index_fill(1, packing.last(), IGNORE_INDEX)  # the next sample is no continuation
+        else:
+            hidden = self.family.hidden_states(self.vlm, embeds, mask, None if mask is None else _position_ids(mask))
+        head: Any = self.family.module(self.vlm, "lm_head")
+        return head(hidden, labels=aligned, num_items=num_items)
 
     def concept_logits(
         self,
@@ -251,14 +286,14 @@ class PsaVLM(nn.Module):
 
         Raises ValueError for another number of images, and for a row with neither images nor head tokens.
         """
-        counts = _as_list(image_counts)
+        counts = as_list(image_counts)
         given = projected if features is None else features.vision
         if (0 if given is None else given.shape[0]) != sum(counts):
             raise ValueError(f"image_counts names {sum(counts)} images, features hold another number")
         if 0 in counts and self.config.num_head_tokens == 0:
             raise ValueError("a row has no image, and the add-on no head tokens: there is nothing to read")
         embeds = self.family.embed(self.vlm, input_ids)
-        query = self.bottleneck.queries(embeds, self._query_text(input_ids, attention_mask, None, query_mask))
+        query = self.bottleneck.queries(embeds, self.query_text(input_ids, attention_mask, None, query_mask))
         shown = [row for row, count in enumerate(counts) if count or self.bottleneck.text_tokens is None]
         bare = sorted(set(range(len(counts))) - set(shown))
         pooled = []
@@ -298,45 +333,23 @@ class PsaVLM(nn.Module):
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("generate needs left padding: the last position of every row must be a token")
         images = None if features is None else features.projected
-        counts = self._image_counts(input_ids, images, image_counts)
+        counts = count_images(self.config, input_ids == self.family.image_token_id, images, image_counts)
         embeds = self.family.embed(self.vlm, input_ids)
         if images is not None and any(counts):
-            embeds = self._insert_images(embeds, input_ids, images, counts, True)
+            embeds = self.insert_images(embeds, input_ids, images)
         if not kwargs.setdefault("do_sample", False):
             kwargs = {"temperature": None, "top_p": None, "top_k": None, **kwargs}  # a base may have sampling defaults
         return self.family.generate(self.vlm, embeds, attention_mask, **kwargs)
 
-    def _image_counts(
-        self,
-        input_ids: Tensor,
-        images: Tensor | None,
-        image_counts: Tensor | Sequence[int] | None,
-        packing: Packing | None = None,
-    ) -> list[int]:
-        """Images of each row or sample, checked against the number of images and, on the CPU, the placeholders."""
-        span = self.config.num_safety_tokens + self.config.image_tokens
-        n = 0 if images is None else images.shape[0]
-        placeholders = input_ids == self.family.image_token_id
-        found = placeholders.sum(1) if packing is None else packing.count(placeholders)
-        counts = [p // span for p in found.tolist()] if image_counts is None else _as_list(image_counts)
-        if len(counts) != len(found):
-            raise ValueError(f"image_counts has {len(counts)} entries for {len(found)} rows")
-        if sum(counts) != n:
-            raise ValueError(f"the batch has {n} images, its rows ask for {sum(counts)} ({counts})")
-        if input_ids.is_cuda:  # a wrong count stops the device without costing every step a synchronisation
-            wanted = to_device([c * span for c in counts], found.device)
-            torch._assert_async((found == wanted).all(), "image placeholders and image_counts disagree")
-        elif found.tolist() != [c * span for c in counts]:
-            raise ValueError(
-                f"each image needs {span} placeholders ({self.config.num_safety_tokens} safety tokens + "
-                f"{self.config.image_tokens}): rows have {found.tolist()} placeholders for {counts} images"
-            )
-        return counts
+    def insert_images(self, embeds: Tensor, input_ids: Tensor, projected: Tensor, has_images: bool = True) -> Tensor:
+        """Put [s_llm ; h_i] in place of the placeholders.
 
-    def _insert_images(
-        self, embeds: Tensor, input_ids: Tensor, projected: Tensor, counts: list[int], has_images: bool
-    ) -> Tensor:
-        """Put [s_llm ; h_i] in place of the placeholders."""
+        Args:
+            embeds: word embeddings [B, T, E].
+            input_ids: int64 [B, T].
+            projected: h_i of the images in order, [N, S, E].
+            has_images: False: there are none, and `projected` is a blank image's, which stays in the graph only.
+        """
         tokens = self.safety_tokens(projected.shape[0]).to(embeds.dtype)
         visual = torch.cat([tokens, projected.to(embeds.dtype)], dim=1)
         if not has_images:  # same modules, same graph as on a rank that has images
@@ -344,17 +357,18 @@ class PsaVLM(nn.Module):
         mask = (input_ids == self.family.image_token_id).unsqueeze(-1)
         return embeds.masked_scatter(mask, visual)
 
-    def _query_text(
+    def query_text(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        query_mask: Tensor | None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        query_mask: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:
-        """Text that the concept attention may ask with, bool [B, T] or as query_mask; never an answer's tokens.
+        """Text that the concept attention may ask with, bool [B, T] or as query_mask; of B samples of a packed row.
 
-        Those would leak the label.
+        Never an answer's tokens, which would leak the label: with a query_mask [B, T] or [B, Q, T] what that says but
+        placeholders, else all that is neither padding nor labelled. Arguments as for `forward`.
         """
         text = input_ids != self.family.image_token_id
         if query_mask is not None:
@@ -365,18 +379,6 @@ class PsaVLM(nn.Module):
             if labels is not None:
                 text = text & (labels == IGNORE_INDEX)
         return text if packing is None else packing.by_sample(text)
-
-
-def _as_list(counts: Tensor | Sequence[int]) -> list[int]:
-    return [int(c) for c in (counts.tolist() if isinstance(counts, Tensor) else counts)]
-
-
-def _pack(lengths: Sequence[int], input_ids: Tensor, attention_mask: Tensor | None) -> Packing:
-    if attention_mask is not None:
-        raise ValueError("a packed row (lengths) has no padding, so it takes no attention_mask")
-    if tuple(input_ids.shape) != (1, sum(lengths)):
-        raise ValueError(f"lengths {list(lengths)} make one row [1, {sum(lengths)}], got {list(input_ids.shape)}")
-    return Packing(lengths, input_ids.device)
 
 
 def _position_ids(attention_mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from psa_fast.ops.backend import Backend
 from psa_fast.ops.limits import no_forward_mode, refuse_second_order, same_device
-from psa_fast.ops.pool import Activation, Pooled, check_features, pool_backward, pool_forward, resolve_rows
+from psa_fast.ops.pool import Activation, Pooled, PoolGrads, check_features, pool_backward, pool_forward, resolve_rows
 from psa_fast.ops.precision import at_least_fp32
 
 
@@ -62,41 +62,12 @@ def attention_pool(
         ValueError: shapes that do not fit together, two devices, or a backend that cannot run here.
         NotImplementedError: under forward-mode differentiation; in a second backward through the gradients.
     """
-    if query.dim() != 3 or features.dim() != 3:
-        raise ValueError(
-            f"expected query [B, Q, E] and features [B, S1, E], got {tuple(query.shape)} and {tuple(features.shape)}"
-        )
-    embed = query.shape[-1]
-    for name, tensor, shape in (
-        ("features", features, (query.shape[0], features.shape[1], embed)),
-        ("tokens", tokens, (0 if tokens is None else tokens.shape[0], embed)),
-        ("in_proj_weight", in_proj_weight, (3 * embed, embed)),
-        ("in_proj_bias", in_proj_bias, (3 * embed,)),
-        ("feature_bias", feature_bias, (embed,)),
-        ("readout_weight", readout_weight, (embed, embed)),
-        ("readout_bias", readout_bias, (embed,)),
-    ):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} as query is {list(query.shape)}, got {list(tensor.shape)}")
-    if num_heads < 1 or embed % num_heads:
-        raise ValueError(f"embed_dim {embed} is not divisible by num_heads {num_heads}")
-    if readout_bias is not None and readout_weight is None:
-        raise ValueError("readout_bias needs readout_weight")
+    shared = {"in_proj_weight": in_proj_weight, "in_proj_bias": in_proj_bias, "feature_bias": feature_bias}
+    shared |= {"readout_weight": readout_weight, "readout_bias": readout_bias}
+    _check_shapes(query, features, num_heads, tokens=tokens, **shared)
     check_features(features, activation, features_mask)
-    same_device(
-        "attention_pool",
-        query=query,
-        features=features,
-        in_proj_weight=in_proj_weight,
-        in_proj_bias=in_proj_bias,
-        tokens=tokens,
-        features_mask=features_mask,
-        feature_bias=feature_bias,
-        readout_weight=readout_weight,
-        readout_bias=readout_bias,
-    )
-    differentiable = (query, features, in_proj_weight, in_proj_bias, tokens, feature_bias, readout_weight, readout_bias)
-    no_forward_mode("attention_pool", *differentiable)
+    same_device("attention_pool", query=query, features=features, tokens=tokens, features_mask=features_mask, **shared)
+    no_forward_mode("attention_pool", query, features, tokens, *shared.values())
     return _attention_pool(
         query,
         tokens,
@@ -111,6 +82,33 @@ def attention_pool(
         activation == "silu",
         resolve_rows(backend, features, query.shape[1] * num_heads),
     )[0]
+
+
+def _check_shapes(query: Tensor, features: Tensor, num_heads: int, **others: Tensor | None) -> None:
+    """Raise ValueError, naming the argument, for a shape that is not that of `attention_pool`."""
+    if query.dim() != 3 or features.dim() != 3:
+        raise ValueError(
+            f"expected query [B, Q, E] and features [B, S1, E], got {tuple(query.shape)} and {tuple(features.shape)}"
+        )
+    embed, tokens = query.shape[-1], others["tokens"]
+    wanted = {
+        "features": (query.shape[0], features.shape[1], embed),
+        "tokens": (0 if tokens is None else tokens.shape[0], embed),
+        "in_proj_weight": (3 * embed, embed),
+        "in_proj_bias": (3 * embed,),
+        "feature_bias": (embed,),
+        "readout_weight": (embed, embed),
+        "readout_bias": (embed,),
+    }
+    given = {"features": features, **others}
+    for name, shape in wanted.items():
+        tensor = given[name]
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)} as query is {list(query.shape)}, got {list(tensor.shape)}")
+    if num_heads < 1 or embed % num_heads:
+        raise ValueError(f"embed_dim {embed} is not divisible by num_heads {num_heads}")
+    if given["readout_bias"] is not None and given["readout_weight"] is None:
+        raise ValueError("readout_bias needs readout_weight")
 
 
 def _heads(weight: Tensor, num_heads: int) -> Tensor:
@@ -255,14 +253,8 @@ def _attention_pool_backward(
             pooled,
             backend,
         )
-        du = grads.token_query
         offset_grad = grads.feature_offset.to(dtype)
-        if readout is None:
-            du = du + grads.feature_query
-        else:
-            du = torch.addmm(du.view(rows, e), grads.feature_query.view(rows, e), readout.t()).view(b, r, e)
-        if readout_bias is not None:
-            du.addcmul_(offset_grad.unsqueeze(-1), readout_bias.to(dtype))
+        du = _absorbed_grad(grads, offset_grad, readout, readout_bias)
         du = du.view(b * q, h, e).transpose(0, 1)  # [H, BQ, E]
         head_dq = torch.bmm(du, _heads(wk, h).transpose(1, 2)).mul_((e // h) ** -0.5)  # [H, BQ, d]
         dq = head_dq.transpose(0, 1).reshape(b * q, e)
@@ -271,12 +263,8 @@ def _attention_pool_backward(
         if needs[0]:
             query_grad = torch.bmm(head_dq, _heads(wq, h)).sum(0).view(b, q, e)
         if needs[1]:
-            weight_grad = w.new_empty(3 * e, e)
-            torch.mm(dq.t(), query.to(dtype).reshape(b * q, e), out=weight_grad[:e])
-            torch.bmm(projected.transpose(1, 2), du, out=_heads(weight_grad[e : 2 * e], h))
-            torch.bmm(
-                head_grad.transpose(1, 2), z.view(b * q, h, e).transpose(0, 1), out=_heads(weight_grad[2 * e :], h)
-            )
+            by_head = z.view(b * q, h, e).transpose(0, 1)
+            weight_grad = _stacked_grad(dq, query.to(dtype).reshape(b * q, e), projected, du, head_grad, by_head)
         if needs[2]:
             bias_grad = torch.cat([dq.sum(0), dq.new_zeros(e), grad_out.sum(0)])
         if readout is not None and needs[3]:
@@ -286,16 +274,30 @@ def _attention_pool_backward(
         if readout_bias is not None and needs[4]:
             readout_bias_grad = torch.mv(dz.view(rows, e).t(), mass.to(dtype).view(rows))
             readout_bias_grad.addmv_(token_query.view(rows, e).t(), offset_grad.view(rows))
-        return (
-            query_grad,
-            grads.tokens,
-            grads.features,
-            weight_grad,
-            bias_grad,
-            w.new_empty(0) if grads.feature_bias is None else grads.feature_bias,
-            readout_grad,
-            readout_bias_grad,
-        )
+        feature_bias_grad = w.new_empty(0) if grads.feature_bias is None else grads.feature_bias
+        found = query_grad, grads.tokens, grads.features, weight_grad, bias_grad, feature_bias_grad
+        return *found, readout_grad, readout_bias_grad
+
+
+def _stacked_grad(dq: Tensor, query: Tensor, projected: Tensor, du: Tensor, head_grad: Tensor, z: Tensor) -> Tensor:
+    """The gradient of in_proj_weight [3E, E], each part written once where it belongs."""
+    h, e = projected.shape[0], query.shape[1]
+    out = query.new_empty(3 * e, e)
+    torch.mm(dq.t(), query, out=out[:e])
+    torch.bmm(projected.transpose(1, 2), du, out=_heads(out[e : 2 * e], h))
+    torch.bmm(head_grad.transpose(1, 2), z, out=_heads(out[2 * e :], h))
+    return out
+
+
+def _absorbed_grad(
+    grads: PoolGrads, offset_grad: Tensor, readout: Tensor | None, readout_bias: Tensor | None
+) -> Tensor:
+    """The gradient of the rows that `_absorb` has seen from before the readout: [B, R, E]."""
+    du, e = grads.token_query, grads.token_query.shape[-1]
+    if readout is None:
+        return du + grads.feature_query
+    du = torch.addmm(du.view(-1, e), grads.feature_query.view(-1, e), readout.t()).view_as(du)
+    return du if readout_bias is None else du.addcmul_(offset_grad.unsqueeze(-1), readout_bias.to(du.dtype))
 
 
 @_attention_pool_backward.register_fake

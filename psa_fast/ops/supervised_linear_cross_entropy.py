@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
+from psa_fast.compat.torch import graph_is_kept, is_fake
 from psa_fast.ops.backend import Backend, resolve
 from psa_fast.ops.limits import no_forward_mode, once, same_device
 from psa_fast.ops.precision import at_least_fp32
@@ -82,7 +82,7 @@ def supervised_linear_cross_entropy(
     if token_weights is not None:
         token_weights = token_weights.detach()
     divisor: float | Tensor
-    if torch.compiler.is_compiling() or hidden.is_meta or isinstance(hidden, FakeTensor):  # no data to look at
+    if torch.compiler.is_compiling() or hidden.is_meta or is_fake(hidden):  # no data to look at
         total, divisor, *_ = _compiled(hidden, weight, bias, labels, token_weights, ignore_index, backend, *needs)
     else:
         total, divisor = _Eager.apply(hidden, weight, bias, labels, token_weights, ignore_index, backend, *needs)
@@ -317,7 +317,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         rows, d_hidden, d_weight, d_bias, loss = ctx.saved_tensors
         # what nobody will read again is scaled in place: a [V, E] gradient exists once
-        last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        last = not graph_is_kept()
         _, weight_dtype, bias_dtype = ctx.dtypes
         with torch.no_grad():
             if _batched(grad_out):  # is_grads_batched: nothing in place, no out=

@@ -2,7 +2,7 @@
 
 Llama blocks as transformers writes them (norms widen their input to fp32), the concept bottleneck, the vision tower
 under no_grad, the language-model loss. A frozen weight has no gradient, so a frozen linear keeps no input.
-`tests/training/test_plan.py` holds the formulas against the tensors that autograd really saves.
+`tests/planning/test_activations.py` holds the formulas against the tensors that autograd really saves.
 """
 
 from __future__ import annotations

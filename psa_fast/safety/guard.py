@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +14,8 @@ from psa_fast.data.template import stop_token_ids
 from psa_fast.files import shorten
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Part, Query, Question, Reading, parts_of, read_head, take, worst
+from psa_fast.safety.prepared import Prepared
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take, worst
 from psa_fast.safety.request import Prompter, Request, keep_mark, text_positions
 from psa_fast.safety.verdict import Answer, Verdict, read_verdict, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
@@ -26,55 +27,6 @@ __all__ = ["Answer", "Guard", "Request", "Verdict"]
 
 UNCHECKED = "I am sorry, but this request cannot be answered, because it could not be read."
 OnError = Literal["block", "raise"]
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request that can be asked: its place in the caller's list, its turns, images and prompt.
-
-    `neutral` is the neutral question about its images, None where none is asked. `alone` holds both for each image,
-    as if it had come alone, where there are several and the add-on has none of the readings of `parts`: those are the
-    further queries of the prompt, of all its images and of each. `words` tells whether its words are read by themselves
-    besides, `readable` whether the head reads it at all.
-    """
-
-    number: int
-    turns: tuple[Turn, ...]
-    images: ImageInputs | None
-    prompt: Encoded
-    neutral: Encoded | None
-    alone: tuple[tuple[Encoded, Encoded | None], ...] = ()
-    parts: tuple[Part, ...] | None = None
-    words: bool = False
-    readable: bool = True
-
-    @property
-    def count(self) -> int:
-        return self.prompt.image_count
-
-    def questions(self, first: int) -> list[Question]:
-        """What the concept head is asked, `first` being the place of the request's first image in the features."""
-        images = range(first, first + self.count)
-        asked: list[tuple[Query, Encoded | None, Sequence[int], int | None]] = []
-        if self.parts is not None:
-            if not self.readable:
-                return []
-            shown: list[tuple[Sequence[int], int | None]] = [(images, None)]
-            if self.count > 1:
-                shown += [(images[place : place + 1], place) for place in range(self.count)]
-            found = [Question("prompt", self.prompt, chosen, place, self.parts) for chosen, place in shown]
-            if self.words and self.count:
-                by_words = [part for part in self.parts if part.query != "neutral"]
-                found.append(Question("prompt", self.prompt, (), None, by_words))
-            if self.neutral is not None:  # an add-on that reads text, but whose learned query never asked alone
-                found += [Question("neutral", self.neutral, chosen, place) for chosen, place in shown]
-            return found
-        if self.count:
-            asked += [("prompt", self.prompt, images, None), ("neutral", self.neutral, images, None)]
-        for place, (own, neutral) in enumerate(self.alone):
-            asked += [("prompt", own, images[place : place + 1], place)]
-            asked += [("neutral", neutral, images[place : place + 1], place)]
-        return [Question(query, prompt, chosen, place) for query, prompt, chosen, place in asked if prompt is not None]
 
 
 class Guard:
@@ -168,6 +120,23 @@ class Guard:
         rows = self._batches(requests, (True, False), max_new_tokens, batch_size, on_error)
         return [(guarded, plain) for guarded, plain in rows]
 
+    @torch.inference_mode()
+    def verdicts(self, requests: Sequence[Request], batch_size: int = 16) -> list[Verdict]:
+        """The verdicts that guarded answers would have, without generating any.
+
+        Raises ValueError, naming its place in the list, for the first request that cannot be read.
+        """
+        found: list[Verdict] = []
+        for start in range(0, len(requests), batch_size):
+            batch = []
+            for number, request in enumerate(requests[start : start + batch_size], start):
+                try:
+                    batch.append(self.prepare(request, number=number))
+                except ValueError as error:
+                    raise ValueError(f"request {number}: {error}") from error
+            found += [_applied(*read) for read in self._read(batch, self._encode_images(batch))]
+        return found
+
     def _batches(
         self,
         requests: Sequence[Request],
@@ -218,7 +187,7 @@ class Guard:
         asked = []
         for number, request in requests.items():
             try:
-                asked.append(self._prepare(number, request, max_new_tokens))
+                asked.append(self.prepare(request, max_new_tokens, number))
             except ValueError as error:
                 refuse(number, error)
         features = self._encode_images(asked)
@@ -246,14 +215,14 @@ class Guard:
                 answers[one.number] = tuple(
                     Answer(
                         (decision.response if guarded else None) or texts[row, decision.hint if guarded else None],
-                        replace(verdict, applied=guarded and (verdict.checked or decision.response is not None)),
+                        _applied(verdict, decision) if guarded else replace(verdict, applied=False),
                     )
                     for guarded in modes
                 )
         return [answers[number] for number in requests]
 
-    def _prepare(self, number: int, request: Request, max_new_tokens: int) -> _Asked:
-        """Check and encode a request. Raises ValueError if it cannot be asked."""
+    def prepare(self, request: Request, max_new_tokens: int = 1, number: int = 0) -> Prepared:
+        """Check and encode a request, which takes `number` for its place. Raises ValueError if it cannot be asked."""
         if not isinstance(request, Request):
             raise ValueError(f"it is a {type(request).__name__}; expected a Request")
         turns = request.turns
@@ -261,29 +230,29 @@ class Guard:
         prompt = self._prompter.prompt(turns, images, max_new_tokens)
         neutral = self._neutral_prompt(images)
         if isinstance(self.model, PlainVLM):
-            return _Asked(number, turns, images, prompt, neutral, readable=False)
+            return Prepared(number, turns, images, prompt, neutral, readable=False)
         config = self.model.config
         readable = bool(prompt.image_count or config.reads_text)
         if config.neutral_query or config.query_window or config.reads_text:
             learned = bool(config.neutral_query and prompt.image_count)
             parts = parts_of(prompt, self.model.family.image_token_id, config.query_window or 0, learned)
             words = bool(config.num_text_tokens) and any(prompt.query_mask)
-            return _Asked(number, turns, images, prompt, neutral, parts=tuple(parts), words=words, readable=readable)
+            return Prepared(number, turns, images, prompt, neutral, parts=tuple(parts), words=words, readable=readable)
         if images is None or prompt.image_count < 2:
-            return _Asked(number, turns, images, prompt, neutral, readable=readable)
+            return Prepared(number, turns, images, prompt, neutral, readable=readable)
         alone = []
         for place in range(prompt.image_count):
             image = ImageInputs(images.pixel_values[place : place + 1], images.placeholders[place : place + 1])
             own = self._prompter.prompt(keep_mark(turns, place, NEUTRAL_QUESTION), image, max_new_tokens)
             alone.append((replace(own, pixel_values=None), self._neutral_prompt(image)))
-        return _Asked(number, turns, images, prompt, neutral, tuple(alone))
+        return Prepared(number, turns, images, prompt, neutral, tuple(alone))
 
-    def _with_hint(self, request: _Asked, hint: str | None, max_new_tokens: int) -> Encoded:
+    def _with_hint(self, request: Prepared, hint: str | None, max_new_tokens: int) -> Encoded:
         if hint is None:
             return request.prompt
         return self._prompter.prompt(request.turns, request.images, max_new_tokens, hint)
 
-    def _encode_images(self, asked: Sequence[_Asked]) -> Any:
+    def _encode_images(self, asked: Sequence[Prepared]) -> Any:
         """Features of all images, in order, from the one vision pass; None without images."""
         pixels = [request.images.pixel_values for request in asked if request.images is not None]
         if not pixels:
@@ -307,7 +276,7 @@ class Guard:
     def _signed(self, verdict: Verdict) -> Verdict:
         return replace(verdict, policy_hash=self._policy_hash, model_hash=self.model_hash)
 
-    def _read(self, asked: Sequence[_Asked], features: Any) -> list[tuple[Verdict, Decision]]:
+    def _read(self, asked: Sequence[Prepared], features: Any) -> list[tuple[Verdict, Decision]]:
         """Per request its verdict and the policy's decision, by the worst of the readings."""
         readings: dict[int, list[Reading]] = {}
         if not isinstance(self.model, PlainVLM):
@@ -371,6 +340,11 @@ class Guard:
             for row in rows
         ]
         return torch.tensor(filled, dtype=torch.int64, device=next(self.model.parameters()).device)
+
+
+def _applied(verdict: Verdict, decision: Decision) -> Verdict:
+    """The verdict of a guarded answer: nothing was applied to a request that was let through unread."""
+    return replace(verdict, applied=verdict.checked or decision.response is not None)
 
 
 def _max_length(wanted: int | None, positions: int | None) -> int | None:

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from psa_fast.compat.deepspeed import gathered
+from psa_fast.compat.torch import set_lambda_steps
 from psa_fast.files import named, shorten
 from psa_fast.models import PsaVLM
 
@@ -48,8 +50,6 @@ def gather_addon_state(model: PsaVLM) -> dict[str, torch.Tensor]:
 
     A collective: every rank must call it. Only rank 0 gets the tensors, the others an empty dict.
     """
-    import deepspeed
-
     state = {}
     keep = dist.get_rank() == 0
     # one at a time: a 7B language model gathered whole would not fit beside its shards
@@ -57,7 +57,7 @@ def gather_addon_state(model: PsaVLM) -> dict[str, torch.Tensor]:
         changed = parameter.requires_grad or name.removeprefix("vlm.") in model.changed_base_weights
         if name.startswith("vlm.") and ".lora_" not in name and not changed:
             continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        with gathered([parameter]):
             if keep:
                 state[name] = parameter.detach().to("cpu", copy=True)
     return state
@@ -323,7 +323,7 @@ def restore(engine: Any, folder: Path, state: dict[str, Any]) -> None:
             raise RuntimeError(f"{folder}: DeepSpeed could not load its state")
     else:
         optimizer_state.restore(engine, sorted(folder.glob("optimizer-*.safetensors")))
-        _set_schedule(engine.lr_scheduler, state["scheduler_step"])
+        set_lambda_steps(engine.lr_scheduler, state["scheduler_step"])
         engine.global_steps, engine.skipped_steps = state["step"], state["skipped_steps"]
         engine.global_samples = state["step"] * engine.train_batch_size()
     rank = dist.get_rank()
@@ -331,14 +331,6 @@ def restore(engine: Any, folder: Path, state: dict[str, Any]) -> None:
         _set_rng_state(load_file(str(folder / f"rng-rank{rank}.safetensors")))
     else:
         torch.manual_seed((state["step"] << 32) + state["config"]["seed"] + rank)
-
-
-def _set_schedule(schedule: Any, step: int) -> None:
-    """Put a LambdaLR where `step` of its steps lead."""
-    rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-    schedule.last_epoch, schedule._step_count, schedule._last_lr = step, step + 1, rates
-    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def finish(config: TrainConfig, checkpoint: Path) -> None:

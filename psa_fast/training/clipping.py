@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from psa_fast.compat.deepspeed import is_partitioned
+
 
 def clip_each(groups: Sequence[Sequence[torch.nn.Parameter]], max_norm: float) -> torch.Tensor:
     """Scale the gradients of each group to a norm of at most `max_norm`. A collective, without synchronising the host.
@@ -27,7 +29,7 @@ def clip_each(groups: Sequence[Sequence[torch.nn.Parameter]], max_norm: float) -
     """
     from deepspeed.utils import safe_get_full_grad, safe_get_local_grad, safe_set_full_grad, safe_set_local_grad
 
-    sharded = hasattr(groups[0][0], "ds_id")
+    sharded = is_partitioned(groups[0][0])
     read, write = (safe_get_local_grad, safe_set_local_grad) if sharded else (safe_get_full_grad, safe_set_full_grad)
     gradients = [[read(p) for p in group] for group in groups]
     squares = torch.stack([torch.stack([g.float().square().sum() for g in group]).sum() for group in gradients])

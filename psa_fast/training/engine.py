@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from psa_fast.compat.deepspeed import compile_no_shared_memory_reduce
 from psa_fast.files import shorten
 
 from .config import TrainConfig, read_deepspeed_config
@@ -148,7 +151,6 @@ def init_distributed() -> tuple[int, int]:
     Raises ValueError if the port where the ranks meet is taken.
     """
     import deepspeed
-    import deepspeed.ops
     import torch.distributed as dist
 
     if "RANK" not in os.environ:
@@ -161,19 +163,18 @@ def init_distributed() -> tuple[int, int]:
         }
         os.environ.update(defaults)
     if deepspeed.get_accelerator().device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce here: 40 s at first start, and a run killed meanwhile
-        # leaves a lock that every later run waits for without end. Gloo does the same work.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        compile_no_shared_memory_reduce()
         if "OMP_NUM_THREADS" not in os.environ:
             # ranks that share a machine share its cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_SIZE", "1"))))
     try:
         deepspeed.init_distributed(verbose=False)
     except dist.DistNetworkError as error:  # tried, not asked beforehand: the port may be taken in between
-        if "EADDRINUSE" not in str(error):
+        port = int(os.environ["MASTER_PORT"])
+        if not _is_taken(port):
             raise
         raise ValueError(
-            f"port {os.environ.get('MASTER_PORT')} is taken, by another run perhaps; "
+            f"port {port} is taken, by another run perhaps; "
             f"give the launcher another one: deepspeed --master_port N train.py ..."
         ) from error
     # before any collective: objects travel by way of the current device, which is the first one on every rank
@@ -181,9 +182,17 @@ def init_distributed() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def _free_port() -> str:
-    import socket
+def _is_taken(port: int) -> bool:
+    """Whether nothing can listen at a port of this machine; the error of torch says so in words only."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
+
+def _free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

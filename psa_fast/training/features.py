@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
+from psa_fast.compat.deepspeed import gathered
 from psa_fast.data import Record, load_image, prepare_images
 from psa_fast.data.images import resolve
 from psa_fast.models import PsaVLM
@@ -46,7 +47,6 @@ def cached_features(
 
     Raises ValueError if the ranks do not share the folder.
     """
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     assert config.feature_cache is not None
@@ -54,9 +54,7 @@ def cached_features(
     hashes = _hash_images(config, records, rank, world_size)
     tower = model.family.module(model.vlm, "vision")
     device = torch.device(get_accelerator().current_device_name())
-    parameters = list(tower.parameters())
-    partitioned = any(hasattr(p, "ds_id") for p in parameters)
-    with deepspeed.zero.GatheredParameters(parameters, enabled=partitioned):
+    with gathered(tower.parameters()):
         tower.to(device)
         fingerprint = {
             "tower": hash_tensors(sorted(tower.state_dict().items())),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from psa_fast.compat.torch import end_workers
 from psa_fast.data import GlobalBatchSampler, PsaDataset, collate, pack
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.slots import deal, even_slots, slots_within
@@ -77,11 +78,13 @@ def micro_batches(
     """For each step of the schedule the list of its collated micro-batches. `close` it to end the loader's workers."""
     tokenizer = processor.tokenizer
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows_together = pack if config.packing else partial(collate, pad_token_id=pad)
+    workers = config.dataloader_num_workers > 0
     loader: Any = iter(
         torch.utils.data.DataLoader(
-            dataset,
+            _Refusals(dataset) if workers else dataset,
             batch_sampler=schedule,
-            collate_fn=pack if config.packing else partial(collate, pad_token_id=pad),
+            collate_fn=partial(_collate_or_refuse, rows_together) if workers else rows_together,
             num_workers=config.dataloader_num_workers,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_leave_signals_to_the_loop,
@@ -91,15 +94,34 @@ def micro_batches(
     )
     try:
         for step in range(schedule.start, schedule.stop):
-            yield [next(loader) for _ in schedule.micro_batches(step)]
+            found = [next(loader) for _ in schedule.micro_batches(step)]
+            for batch in found:
+                if isinstance(batch, Exception):
+                    raise batch
+            yield found
     finally:
         # an exception's traceback keeps the loader alive, and python's exit would wait for workers that ignore SIGTERM
-        if config.dataloader_num_workers:
-            try:
-                loader._shutdown_workers()  # DataLoader has no public way
-            finally:
-                for worker in loader._workers:
-                    worker.kill()  # one that was busy is alive still: it was terminated only
+        if workers:
+            end_workers(loader)
+
+
+class _Refusals(torch.utils.data.Dataset):
+    """A dataset that returns what it refuses, as an error: raised in a worker, its message would hold a traceback."""
+
+    def __init__(self, dataset: PsaDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, row: Row) -> Any:
+        try:
+            return self.dataset[row]
+        except ValueError as error:
+            return ValueError(str(error))  # of a class whose pickle can be read, whatever the error's own needs
+        except OSError as error:
+            return OSError(*(error.args if error.filename is None else (error.errno, error.strerror, error.filename)))
+
+
+def _collate_or_refuse(rows_together: Callable[[list], dict], rows: list) -> Any:
+    return next((row for row in rows if isinstance(row, Exception)), None) or rows_together(rows)
 
 
 def _leave_signals_to_the_loop(worker: int) -> None:

@@ -8,8 +8,8 @@ at a time, and the ranks take turns in keeping and writing a file's worth, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from psa_fast.compat.deepspeed import Group, base_optimizer, fragment, full_shape, layout, shard, swapped_in
 from psa_fast.files import named
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,7 +76,7 @@ def save(engine: Any, folder: Path) -> OSError | None:
         kept.clear()
 
     for index, group in enumerate(groups):
-        with _swapped_in(engine.optimizer, index):
+        with swapped_in(engine.optimizer, index):
             for piece in group:
                 number = numbers[piece.name]
                 if number // world_size != at // world_size:
@@ -114,7 +115,7 @@ def restore(engine: Any, files: Sequence[Path]) -> None:
                 f"its optimizer do not fit, {differing[0]} for one"
             )
         for index, group in enumerate(groups):
-            with _swapped_in(engine.optimizer, index, changed=True):
+            with swapped_in(engine.optimizer, index, changed=True):
                 for piece in group:
                     _restore(piece, base, where)
 
@@ -184,76 +185,43 @@ def _gathered(piece: Piece, flat: Tensor | None, device: torch.device, keeper: i
 
 
 def _adam(engine: Any) -> Any:
-    """The optimizer that `build_optimizer` made, below DeepSpeed's wrapper."""
-    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+    """The optimizer that `build_optimizer` made."""
+    return base_optimizer(engine.optimizer)
 
 
 def _is_sharded(engine: Any) -> bool:
-    return type(engine.optimizer).__name__ not in ("AdamW", "FP16_UnfusedOptimizer")
+    return layout(engine.optimizer)[0] != "whole"
 
 
 def _groups(engine: Any) -> list[list[Piece]]:
     """The pieces of every trained parameter, in an order that all ranks share, by DeepSpeed's flat groups."""
-    optimizer = engine.optimizer
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    kind = type(optimizer).__name__
-    if kind == "DeepSpeedZeroOptimizer_Stage3":
-        found = [_of_shards(group, optimizer.fp32_partitioned_groups_flat[i], names)
-                 for i, group in enumerate(optimizer.fp16_groups)]  # fmt: skip
-    elif kind in ("DeepSpeedZeroOptimizer", "BF16_Optimizer"):
-        masters = getattr(optimizer, "single_partition_of_fp32_groups", None)
-        masters = optimizer.fp32_groups_flat_partition if masters is None else masters
-        groups = optimizer.bit16_groups if kind == "DeepSpeedZeroOptimizer" else optimizer.bf16_groups
-        found = [_of_fragments(group, masters[i], names) for i, group in enumerate(groups)]
-    elif kind in ("AdamW", "FP16_UnfusedOptimizer"):
-        trained = [group["params"] for group in optimizer.param_groups]
-        masters = trained if kind == "AdamW" else optimizer.fp32_groups
-        trained = trained if kind == "AdamW" else optimizer.fp16_groups
-        found = [
-            [Piece(names[id(p)], p.shape, master, 0, 0, p.numel()) for p, master in zip(*pair, strict=True)]
-            for pair in zip(trained, masters, strict=True)
-        ]
-    else:
-        raise ValueError(f"--deepspeed_config: the state of DeepSpeed's {kind} cannot be saved")
+    kind, groups = layout(engine.optimizer)
+    of = {"shards": _of_shards, "fragments": _of_fragments, "whole": _of_whole}[kind]
     # a parameter without values (no safety tokens) has no state
-    return [[piece for piece in group if piece.shape.numel()] for group in found]
+    return [[piece for piece in of(group, names) if piece.shape.numel()] for group in groups]
 
 
-def _of_shards(group: list[Any], flat: Tensor, names: dict[int, str]) -> list[Piece]:
-    """ZeRO-3: equal shards of each parameter, the last ones padded, one after another."""
+def _of_shards(group: Group, names: dict[int, str]) -> list[Piece]:
+    """ZeRO-3: equal shards of each parameter, one after another."""
     pieces, offset = [], 0
-    for parameter in group:
-        share = parameter.partition_numel()
-        start = dist.get_rank() * share
-        numel = max(0, min(share, parameter.ds_numel - start))
-        pieces.append(Piece(names[id(parameter)], parameter.ds_shape, flat, start if numel else 0, offset, numel))
-        offset += share
+    for parameter in group.parameters:
+        start, numel, room = shard(parameter, dist.get_rank())
+        pieces.append(Piece(names[id(parameter)], full_shape(parameter), group.masters, start, offset, numel))
+        offset += room
     return pieces
 
 
-def _of_fragments(group: list[Any], flat: Tensor, names: dict[int, str]) -> list[Piece]:
+def _of_fragments(group: Group, names: dict[int, str]) -> list[Piece]:
     """ZeRO-1 and 2: equal cuts of the group's parameters laid end to end; a rank may have none of a parameter."""
     pieces = []
-    for parameter in group:
-        mapping = parameter._hp_mapping
-        own, there = (
-            (mapping.lp_fragment_address, mapping.hp_fragment_address.start) if mapping is not None else (None, 0)
-        )
-        start, numel = (own.start, own.numel) if own is not None else (0, 0)
-        pieces.append(Piece(names[id(parameter)], parameter.shape, flat, start, there, numel))
+    for parameter in group.parameters:
+        start, numel, place = fragment(parameter)
+        pieces.append(Piece(names[id(parameter)], parameter.shape, group.masters, start, place, numel))
     return pieces
 
 
-@contextmanager
-def _swapped_in(optimizer: Any, index: int, changed: bool = False) -> Iterator[None]:
-    """Bring a group's state into memory where it lies on NVMe, and back if it was changed."""
-    swappable = getattr(optimizer, "_swappable_optimizer_subgroup", None)
-    if swappable is None or not swappable(index):
-        yield
-        return
-    optimizer._optimizer_states_and_gradient_swap_in(index)
-    yield
-    if changed:
-        optimizer._optimizer_states_and_gradient_swap_out(index)
-    else:
-        optimizer._release_swap_buffers(index)
+def _of_whole(group: Group, names: dict[int, str]) -> list[Piece]:
+    """ZeRO-0: every rank has everything."""
+    pairs = zip(group.parameters, group.masters, strict=True)
+    return [Piece(names[id(p)], p.shape, master, 0, 0, p.numel()) for p, master in pairs]

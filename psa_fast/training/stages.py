@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from psa_fast.compat.deepspeed import full_shape
 from psa_fast.models import PsaVLM, add_lora
 from psa_fast.models.lora import has_adapter
 from psa_fast.models.tokens import SafetyTokens
@@ -17,11 +18,15 @@ from .config import TrainConfig
 
 @dataclass
 class Part:
-    """A named part of the model with one learning rate. `modules` are dotted names below PsaVLM."""
+    """A named part of the model with one learning rate. `modules` are dotted names below PsaVLM.
+
+    `adapter`: of these modules the LoRA adapter alone is trained.
+    """
 
     name: str
     modules: tuple[str, ...]
     learning_rate: float
+    adapter: bool = False
 
 
 def trained_parts(model: PsaVLM, config: TrainConfig) -> list[Part]:
@@ -33,10 +38,8 @@ def trained_parts(model: PsaVLM, config: TrainConfig) -> list[Part]:
         return {"joint": [bottleneck, tokens], "concept": [bottleneck], "tokens": [tokens]}[config.stage1_objective]
     names = model.family.module_names
     if config.tune_type_llm == "lora":
-        parts = [
-            Part(f"LoRA r={config.lora_r} on the language model", (f"vlm.{names['language']}",), config.learning_rate),
-            tokens,
-        ]
+        title, modules = f"LoRA r={config.lora_r} on the language model", (f"vlm.{names['language']}",)
+        parts = [Part(title, modules, config.learning_rate, adapter=True), tokens]
     else:
         parts = [
             Part("language model", (f"vlm.{names['language']}", f"vlm.{names['lm_head']}"), config.learning_rate),
@@ -64,9 +67,8 @@ def prepare(model: PsaVLM, config: TrainConfig, resuming: bool = False) -> list[
     parts = [part for part in trained_parts(model, config) if part.learning_rate > 0]
     for part in parts:
         for name, parameter in part_parameters(model, part):
-            if lora and part.name.startswith("LoRA") and ".lora_" not in name:
-                continue
-            parameter.requires_grad_(True)
+            if not part.adapter or ".lora_" in name:
+                parameter.requires_grad_(True)
     return parts
 
 
@@ -79,7 +81,7 @@ def part_parameters(model: PsaVLM, part: Part) -> list[tuple[str, torch.nn.Param
 def clip_groups(model: PsaVLM) -> list[list[torch.nn.Parameter]]:
     """Trained parameters of stage 1's two parts, which no loss has in common. A part that is frozen is left out."""
     parts = (model.bottleneck, model.safety_tokens)
-    groups = [[p for p in part.parameters() if p.requires_grad and _shape_of(p).numel()] for part in parts]
+    groups = [[p for p in part.parameters() if p.requires_grad and full_shape(p).numel()] for part in parts]
     return [group for group in groups if group]
 
 
@@ -103,7 +105,7 @@ def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float, form
         decayed = [
             p
             for name, p in trained
-            if len(_shape_of(p)) > 1 and ("tokens" not in name if format_1 else id(p) not in kept_whole)
+            if len(full_shape(p)) > 1 and ("tokens" not in name if format_1 else id(p) not in kept_whole)
         ]
         known = {id(p) for p in decayed}
         others = [p for _, p in trained if id(p) not in known]
@@ -111,11 +113,6 @@ def optimizer_groups(model: PsaVLM, parts: list[Part], weight_decay: float, form
             if params:
                 groups.append({"params": params, "lr": part.learning_rate, "weight_decay": decay, "name": part.name})
     return groups
-
-
-def _shape_of(parameter: torch.nn.Parameter) -> torch.Size:
-    # under ZeRO-3 the local tensor is an empty shard and ds_shape holds the true shape
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def print_table(model: PsaVLM, parts: list[Part], weight_decay: float, console: Console) -> None:
@@ -130,9 +127,9 @@ def print_table(model: PsaVLM, parts: list[Part], weight_decay: float, console: 
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     trained = 0
     for part in parts:
-        count = sum(_shape_of(p).numel() for _, p in part_parameters(model, part) if p.requires_grad)
+        count = sum(full_shape(p).numel() for _, p in part_parameters(model, part) if p.requires_grad)
         trained += count
         table.add_row(part.name, f"{count:,}", f"{part.learning_rate:g}", f"{weight_decay:g}")
-    total = sum(_shape_of(p).numel() for p in model.parameters())
+    total = sum(full_shape(p).numel() for p in model.parameters())
     table.add_row("frozen", f"{total - trained:,}", "-", "-")
     console.print(table)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import deepspeed
 from torch import nn
 
+from psa_fast.compat.deepspeed import gathered, is_partitioned
 from psa_fast.models import PsaVLM
 
 
@@ -17,9 +17,9 @@ def keep_whole(model: PsaVLM) -> None:
     """
     tower = model.family.module(model.vlm, "vision")
     parameters = list(tower.parameters())
-    if not any(hasattr(p, "ds_id") for p in parameters) or any(p.requires_grad for p in parameters):
+    if not any(is_partitioned(p) for p in parameters) or any(p.requires_grad for p in parameters):
         return
-    with deepspeed.zero.GatheredParameters(parameters):
+    with gathered(parameters):
         for module in tower.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))

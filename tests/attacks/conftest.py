@@ -1,16 +1,12 @@
 import copy
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "safety"))
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """A tiny base and an add-on for it: (base folder, add-on folder)."""
-    from tiny_llava import build_addon, build_base
+    from builders.tiny_llava import build_addon, build_base
 
     root = tmp_path_factory.mktemp("tiny")
     base = build_base(root / "base")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_cases import QUESTION, noisy
+from builders.tiny_cases import QUESTION, noisy
 
 from psa_fast.attacks.joint import affirmative, attack_joint, own_answers, unlock
 from psa_fast.attacks.pixels import Case

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_cases import CASES, QUESTION, noisy, worst_margin
+from builders.tiny_cases import CASES, QUESTION, noisy, worst_margin
 
 from psa_fast.attacks.pixels import BUDGETS, Case, attack, head_loss, objective, reached
 from psa_fast.attacks.search import search

@@ -4,9 +4,9 @@ import io
 
 import pytest
 import torch
+from builders.tiny_cases import QUESTION, noisy
+from builders.tiny_llava import build_addon, picture
 from PIL import Image
-from tiny_cases import QUESTION, noisy
-from tiny_llava import build_addon, picture
 
 from psa_fast.attacks.frame import Frame
 from psa_fast.attacks.target import Target

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders.tiny_cases import QUESTION, noisy
 from PIL import Image
-from tiny_cases import QUESTION, noisy
 
 from psa_fast.attacks.conditions import Case
 from psa_fast.attacks.pixels import Budget

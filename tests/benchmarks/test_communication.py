@@ -2,16 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import profile_step
+import pytest
+from builders.tiny import free_port
 from communication import _covered
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,11 +20,8 @@ def test_overlapping_spans_count_once():
 
 
 def test_two_ranks_show_their_collectives(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     path = tmp_path / "profile.json"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     options = ["--stage", "1", "--size", "tiny", "--rounds", "1", "--json", str(path)]
     done = subprocess.run(
         [*launcher, str(ROOT / "benchmarks" / "profile_step.py"), *options],

@@ -2,16 +2,11 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import compare_step
 import profile_step
+import pytest
+import torch
 from baselines.official import Official
 from baselines.stock import Stock
 from ladder import CUDA

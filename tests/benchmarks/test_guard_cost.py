@@ -1,14 +1,9 @@
 """What the guard adds to an answer, on a tiny model: the result's schema, and that unlike work is refused."""
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import guard_cost
+import pytest
 
 SHORT = ["--size", "tiny", "--requests", "1", "--rounds", "2", "--answer_tokens", "6", "--verdict_tokens", "3"]
 

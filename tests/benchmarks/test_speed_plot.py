@@ -1,15 +1,10 @@
 """The plot of the step's speed: its numbers are the result's, and what the ratios do not say stands below."""
 
 import json
-import sys
-from pathlib import Path
-
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import compare_step
 import speed_plot
+from PIL import Image
 
 COMMITTED = speed_plot.RESULTS / "compare_step_cpu.json"
 

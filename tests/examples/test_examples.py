@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
-import tiny_llava
+from builders import tiny, tiny_llava
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

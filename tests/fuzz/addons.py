@@ -50,7 +50,7 @@ def tamper(addon: Path, folder: Path, seed: int, count: int) -> Iterator[tuple[s
 
 def make_addon(folder: Path) -> Path:
     """Save a tiny base and an add-on with all of its parts: LoRA, and base weights that were trained beside it."""
-    from tiny_vlm import SMALL, make_vlm
+    from builders.tiny_vlm import SMALL, make_vlm
 
     from psa_fast.models import PsaVLM, add_lora
 
@@ -70,7 +70,7 @@ def make_addon(folder: Path) -> Path:
 
 def outputs(addon: Path) -> Outputs:
     """What a loaded add-on computes for a fixed batch, and LoRA's dropout, which acts in training only."""
-    from tiny_vlm import make_batch, make_vlm
+    from builders.tiny_vlm import make_batch, make_vlm
 
     from psa_fast.models import PsaVLM
 

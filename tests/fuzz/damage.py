@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-import tiny
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from builders import tiny
 
 from psa_fast.training import checkpoint
 from psa_fast.training.config import parse_args

@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-import tiny
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from builders import tiny
 
 STEPS = 8
 # a checkpoint at every step

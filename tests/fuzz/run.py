@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(HERE.parent / "models"), str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT), str(ROOT / "kernels")]
 RIGHT = ("ok", "named")
 DEFAULTS = {"records": 4000, "pictures": 3000, "policies": 1500, "addons": 120}
 SECONDS_PER_CASE = {"records": 0.2, "pictures": 0.3, "policies": 0.2, "addons": 5}
@@ -36,12 +36,13 @@ def cases(part: str, count: int, seed: int, folder: Path) -> Iterator[Case]:
 
 
 def _records(count: int, seed: int, folder: Path) -> Iterator[Case]:
+    import record_judge
     import records
 
     images, path = records.make_images(folder / "images"), folder / "data.jsonl"
     for what, data in records.mutate(records.rows(), seed, count):
         path.write_bytes(data)
-        yield what, *records.judge(path, images)
+        yield what, *record_judge.judge(path, images)
 
 
 def _pictures(count: int, seed: int, folder: Path) -> Iterator[Case]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pictures
 import policies
 import pytest
+import record_judge
 import records
 import run
 
@@ -64,11 +65,11 @@ def test_the_judge_of_records_sees_what_was_read_otherwise(tmp_path, monkeypatch
 
     images, path = records.make_images(tmp_path / "images"), tmp_path / "data.jsonl"
     path.write_text(json.dumps(ROW))
-    assert records.judge(path, images)[0] == "ok"
+    assert record_judge.judge(path, images)[0] == "ok"
     (record,) = module.read_records(path, images)[0]
     path.write_text(text)
     monkeypatch.setattr(module, "read_records", lambda *_: ([replace(record, **change(record))], []))
-    assert records.judge(path, images)[0] == "silent"
+    assert record_judge.judge(path, images)[0] == "silent"
 
 
 def test_the_judges_tell_faults_apart(tmp_path, monkeypatch):
@@ -96,7 +97,7 @@ def test_the_judges_tell_faults_apart(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(module, "read_records", fail(error))
         monkeypatch.setattr(Policy, "load", fail(error))
-        assert records.judge(path, tmp_path)[0] == policies.judge(policy)[0] == verdict
+        assert record_judge.judge(path, tmp_path)[0] == policies.judge(policy)[0] == verdict
     monkeypatch.setattr(images, "load_image", fail(OSError("broken")))
     assert pictures.judge(picture)[0] == "foreign exception"
     monkeypatch.setattr(images, "load_image", fail(images.ImageError("broken")))
@@ -131,8 +132,8 @@ def test_a_reader_that_never_ends_is_a_hang(tmp_path, monkeypatch):
                 continue
 
     monkeypatch.setattr(module, "read_records", for_ever)
-    monkeypatch.setattr(records, "limit", lambda: limits.limit(1))
-    assert records.judge(tmp_path, tmp_path)[0] == "hang"
+    monkeypatch.setattr(record_judge, "limit", lambda: limits.limit(1))
+    assert record_judge.judge(tmp_path, tmp_path)[0] == "hang"
 
 
 def test_the_runner_prints_a_table_and_writes_what_it_found(tmp_path):

@@ -1,7 +1,7 @@
 """Fixtures of the model tests; their builders are in tiny_vlm.py."""
 
 import pytest
-from tiny_vlm import make_batch
+from builders.tiny_vlm import make_batch
 
 
 @pytest.fixture

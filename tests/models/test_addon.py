@@ -6,8 +6,8 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+from builders.tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 from safetensors.torch import load_file, save_file
-from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from psa_fast.models import PsaVLM, add_lora, base_model, commit_of, get_family, load_base, load_processor

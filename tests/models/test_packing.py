@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_vlm import SMALL, make_batch, make_vlm
+from builders.tiny_vlm import SMALL, make_batch, make_vlm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
+from builders.tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 
 from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import ImageFeatures, PsaVLM

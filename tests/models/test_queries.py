@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
+from builders.tiny_vlm import IMAGE_ID, SMALL, make_batch, make_vlm
 
 from psa_fast.models import PsaConfig, PsaVLM
 from psa_fast.models.queries import spaced_windows, unsafe_log_odds, window_starts

@@ -3,17 +3,13 @@
 import json
 import os
 import shutil
-import sys
 import time
-from pathlib import Path
 
 import pytest
-from tiny_vlm import make_vlm
+from builders.tiny_vlm import make_vlm
+from fuzz.addons import DAMAGES, judge, make_addon, outputs, tamper
 
 from psa_fast.models import PsaVLM
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
-from addons import DAMAGES, judge, make_addon, outputs, tamper
 
 COUNT = int(os.environ.get("PSA_FUZZ_ADDONS", 3 * len(DAMAGES)))
 SEED = int(os.environ.get("PSA_FUZZ_SEED", 0))

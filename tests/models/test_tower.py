@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from builders.tiny_vlm import make_vlm
 from safetensors.torch import load_file
-from tiny_vlm import make_vlm
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 from psa_fast.models.tower import put_tower, read_tower, write_base

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.tiny_vlm import SMALL, make_batch, make_vlm
 from safetensors.torch import load_file, save_file
-from tiny_vlm import SMALL, make_batch, make_vlm
 
 from psa_fast.models import PsaConfig, PsaVLM, add_lora, load_base
 from psa_fast.models.addon import base_of, check_files, fingerprint, read_config

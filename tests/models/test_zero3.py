@@ -1,15 +1,15 @@
 """ZeRO-3 on CPU, nothing persistent: the trajectory of plain torch, also with a text-only rank beside an image rank."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from builders import tiny
+from builders.tiny_vlm import make_batch
 from safetensors.torch import load_file
-from tiny_vlm import make_batch
 
 pytest.importorskip("deepspeed")
 HERE = Path(__file__).parent
@@ -33,16 +33,13 @@ def plain(mode):
 
 @pytest.mark.parametrize(("mode", "world"), [("stage1", 2), ("lora", 2), ("full", 1)])
 def test_zero3_follows_plain_torch(tmp_path, mode, world):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     env = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": tiny.free_port(),
         "WORLD_SIZE": str(world),
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)]),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(HERE / "zero3_worker.py"), mode, str(tmp_path)]

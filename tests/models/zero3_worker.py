@@ -7,8 +7,8 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from builders.tiny_vlm import SMALL, make_batch, make_vlm
 from safetensors.torch import save_file
-from tiny_vlm import SMALL, make_batch, make_vlm
 
 from psa_fast.models import PsaVLM, add_lora
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tiny_llava import build_base
+from builders.tiny_llava import build_base
 
 from psa_fast import cli
 from psa_fast.safety import load_guard

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from tiny_llava import OLD, build_addon, build_base, picture
+from builders.tiny_llava import OLD, build_addon, build_base, picture
 
 from psa_fast.cli.generate import register
 from psa_fast.data.records import Turn
@@ -209,3 +209,15 @@ def test_hash_covers_the_addon_and_nothing_beside_it(folders, tmp_path):
     (copy / "adapter").mkdir()
     (copy / "adapter" / "adapter_config.json").write_text("{}")
     assert addon_hash(copy) != before
+
+
+def test_verdicts_alone_are_those_of_answers_and_generate_nothing(folders, monkeypatch):
+    guard = load_guard(folders[1])
+    asked = [*requests(4), Request("sorry , what is that ?", (picture(7), picture(8)))]
+    wanted = [answer.verdict for answer in guard.answer(asked, max_new_tokens=1, batch_size=2)]
+    monkeypatch.setattr(guard.model, "generate", None)
+    assert guard.verdicts(asked, batch_size=2) == wanted
+    assert guard.verdicts([]) == []
+    asked.append(Request("<image> what ?", (picture(0), picture(1))))
+    with pytest.raises(ValueError, match=r"^request 5: the prompt has 1 <image> mark"):
+        guard.verdicts(asked, batch_size=2)

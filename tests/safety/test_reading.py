@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llava import picture
+from builders.tiny_llava import picture
 
 from psa_fast.data.records import Turn
 from psa_fast.models import PsaVLM

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from builders.tiny_llava import picture
 from PIL import Image
-from tiny_llava import picture
 
 from psa_fast.data.images import load_image
 from psa_fast.data.records import Turn

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_llava import build_addon, picture
+from builders.tiny_llava import build_addon, picture
 
 from psa_fast.cli.generate import describe
 from psa_fast.data.records import Turn

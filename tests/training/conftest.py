@@ -1,4 +1,4 @@
-"""A tiny untrained base and a small world with text-only rows, made once per test run."""
+"""Runs of train.py on the tiny base, with the launcher and without."""
 
 import json
 import os
@@ -7,19 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+from builders import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return tiny.build_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    return tiny.build_world(tmp_path_factory.mktemp("world") / "w")
 
 
 @pytest.fixture(scope="session")
@@ -30,25 +20,6 @@ def partitioned(tmp_path_factory):
     path = tmp_path_factory.mktemp("ds") / "zero3_partitioned.json"
     path.write_text(json.dumps(config))
     return path
-
-
-@pytest.fixture
-def group_of_one(monkeypatch):
-    """A process group of this process alone."""
-    import torch
-    import torch.distributed as dist
-
-    from psa_fast.training.engine import init_distributed
-
-    # ZeRO-3 replaces it for good with one that keeps more for backward
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
-
-    before = dict(os.environ)
-    assert init_distributed() == (0, 1)
-    yield
-    dist.destroy_process_group()
-    for name in set(os.environ) - set(before):
-        del os.environ[name]
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from builders import tiny
 from safetensors.torch import load_file
 
 from psa_fast.training import checkpoint

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from psa_fast.data.images import ImageError
 from psa_fast.training import loop
 from psa_fast.training import micro_batches as schedule
 from psa_fast.training.config import parse_args
@@ -125,3 +126,35 @@ def test_workers_in_the_middle_of_a_row_are_killed(monkeypatch):
     for worker in workers:
         worker.join(5)
         assert not worker.is_alive()
+
+
+class RefusedRows:
+    """The second row is refused."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getitem__(self, row):
+        if row:
+            raise self.error
+        return row
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (ImageError("data.jsonl:7: a.png is missing"), ValueError, "data.jsonl:7: a.png is missing"),
+        (OSError(5, "Input/output error", "a.png"), OSError, "[Errno 5] Input/output error: 'a.png'"),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_refuses_keeps_its_words(monkeypatch, workers, error, kind, sentence):
+    monkeypatch.setattr(schedule, "pack", list)
+    config = SimpleNamespace(packing=True, dataloader_num_workers=workers, seed=0)
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
+    steps = type("Steps", (list,), {"start": 0, "stop": 2, "micro_batches": lambda self, step: [None]})([[0], [1]])
+    batches = schedule.micro_batches(RefusedRows(error), steps, config, processor)
+    assert next(batches) == [[0]]
+    with pytest.raises(kind) as raised:
+        next(batches)
+    assert str(raised.value) == sentence

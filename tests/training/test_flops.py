@@ -3,15 +3,11 @@
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from builders.tiny_vlm import SMALL, make_batch, make_vlm
 from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
-
-from tiny_vlm import SMALL, make_batch, make_vlm
 
 from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import PsaConfig, PsaVLM

@@ -8,14 +8,14 @@ import json
 import sys
 
 import pytest
-import tiny
 import torch
+from builders import tiny
 from safetensors.torch import load_file
 
 WORKER = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, "tests/training")
+sys.path[:0] = ["tests", "tests/training"]
 import deepspeed, torch
 import torch.distributed as dist
 from psa_fast.training import optimizer_state

@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-import tiny
 import torch
+from builders import tiny
 from safetensors.torch import load_file
 
 from psa_fast.cli import main

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+from builders import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 

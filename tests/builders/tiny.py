@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import forked
+from builders import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,7 @@ from argparse import ArgumentParser
 
 import pytest
 import yaml
-from tiny_llava import picture
+from builders.tiny_llava import picture
 
 from psa_fast.cli import main
 from psa_fast.cli.generate import register

@@ -1,0 +1,73 @@
+"""`psa-fast robustness` on a tiny model: a report, an interrupted run that goes on, and what is refused."""
+
+import json
+
+import pytest
+
+from psa_fast import cli
+from psa_fast.attacks import measure
+from psa_fast.attacks.conditions import conditions
+from psa_fast.attacks.robustness_report import JSON, PAGE
+from psa_fast.cli.robustness import PART
+
+
+@pytest.fixture
+def run(world, tmp_path, capsys):
+    """Run the command on one add-on of the tiny world; returns the exit code and what stands on stderr."""
+
+    def go(*options):
+        stage = f"stage1={world / 'run' / 'stage1'}"
+        given = ("--data", world / "data", "--stage", stage, "--out", tmp_path, "--max_new_tokens", 2, *options)
+        code = cli.main(["robustness", *map(str, given)])
+        return code, capsys.readouterr().err
+
+    return go
+
+
+def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    whole, asked = measure.measure, []
+
+    def stops(guard, stage, condition, *rest):
+        asked.append((stage, "none" if condition is None else condition.name))
+        if asked[-1] == ("stage1", chosen[1]):
+            raise KeyboardInterrupt
+        return whole(guard, stage, condition, *rest)
+
+    chosen = ["none", *(condition.name for condition in conditions(["pictures"]))]
+    monkeypatch.setattr(measure, "measure", stops)
+    assert run("--suite", "pictures", "--limit", 1)[0] == 130
+    assert not (tmp_path / JSON).exists()
+    before = (tmp_path / PART).read_text()
+    monkeypatch.setattr(measure, "measure", lambda *given: (asked.append(given[1:3]), whole(*given))[1])
+    asked.clear()
+    assert run("--suite", "pictures", "--limit", 1)[0] == 0
+    # the plain results, which the others are compared with, are taken again; of the base nothing is left to do
+    assert [(stage, one.name if one else "none") for stage, one in asked] == [("stage1", name) for name in chosen]
+    assert before.splitlines()[0] in json.dumps(json.loads((tmp_path / JSON).read_text())["provenance"]["settings"])
+    rows = json.loads((tmp_path / JSON).read_text())["rows"]
+    assert {(row["stage"], row["condition"]) for row in rows} >= {("stage1", name) for name in chosen}
+    assert all(name in (tmp_path / PAGE).read_text() for name in chosen[1:])
+    code, error = run("--suite", "pictures", "--limit", 2)
+    assert (code, "is of other data or settings" in error) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--suite", "nature"], "--suite 'nature'"),
+        (["--limit", "0"], "--limit is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--stage", "stage1"], "--stage 'stage1'"),
+        (["--suite", "pixels", "--surrogate", "x=nowhere"], "--surrogate x: nowhere holds no psa_config.json"),
+        (["--suite", "natural", "--surrogate", "x=nowhere"], "--surrogate x: nowhere"),
+        (["--split", "dev"], "dev.jsonl"),
+    ],
+)
+def test_what_cannot_be_measured_is_named_before_a_model_is_loaded(run, monkeypatch, options, named):
+    def load(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("psa_fast.safety.load.load_guard", load)
+    monkeypatch.setattr("psa_fast.safety.load.load_plain", load)
+    code, error = run(*options)
+    assert (code, named in error) == (2, True), error
