@@ -10,7 +10,7 @@ from typing import Any
 
 FIELDS = (
     "image", "safe_type", "safe_level", "conversations", "id", "source", "source_label", "split", "group",
-    "image_label", "text_label", "joint_label",
+    "image_label", "text_label", "joint_label", "twin", "licence", "rejected",
 )  # fmt: skip
 
 # what others call what we read; a row that has one means something that we would not see
