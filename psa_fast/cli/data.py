@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Collection
@@ -11,7 +12,9 @@ from typing import Any
 from psa_fast.data.importers import IMPORTERS, load_importer
 from psa_fast.data.importers.source import Source
 from psa_fast.data.importers.writing import Import, import_rows
+from psa_fast.data.overlap import KINDS, MAX_DISTANCE, MIN_JACCARD, Overlaps
 from psa_fast.data.records import Problem, list_problems, read_records, unread_sentence
+from psa_fast.files import write_text
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
 MAX_REASONS = 20
@@ -33,6 +36,27 @@ def register(subparsers: Any) -> None:
         help="keys that look like ours (label, say) and are to be left unread; other such keys are problems",
     )
     check.set_defaults(func=check_command)
+
+    parser = commands.add_parser("overlap", help="what files of records, or the splits of one, have in common")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="records as .jsonl, or .json with one list")
+    parser.add_argument(
+        "--image_folder", nargs="+", default=[], metavar="DIR", help="one for all files, or one for each in their order"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="write the numbers and examples here too")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if anything is shared")
+    parser.add_argument(
+        "--max_distance",
+        type=int,
+        default=MAX_DISTANCE,
+        help="bits of 128 in which two images' dHashes may differ (default %(default)s)",
+    )
+    parser.add_argument(
+        "--min_jaccard",
+        type=float,
+        default=MIN_JACCARD,
+        help="share of three-word sequences that two texts must have in common (default %(default)s)",
+    )
+    parser.set_defaults(func=overlap_command)
 
     parser = commands.add_parser("import", help="turn a public dataset into records")
     parser.add_argument("--list", action="store_true", help="print the datasets with their splits and licences")
@@ -124,6 +148,40 @@ def _print_source(source: Source, result: Import) -> None:
     if result.with_images:
         duplicates = f"; {source.pictures.duplicates} were there already" if source.pictures.out else ""
         print(f"  --image_folder {source.pictures.root}{duplicates}")
+
+
+def overlap_command(args: argparse.Namespace) -> int:
+    """Print what the files share; with --strict 1 if that is anything."""
+    if not 0 <= args.max_distance <= 32:
+        raise ValueError(f"--max_distance is {args.max_distance}; expected 0 to 32 of 128 bits")
+    if not MIN_JACCARD <= args.min_jaccard <= 1:
+        raise ValueError(f"--min_jaccard is {args.min_jaccard}; expected {MIN_JACCARD} to 1")
+    folders = args.image_folder * (len(args.files) if len(args.image_folder) == 1 else 1) or [None] * len(args.files)
+    if len(folders) != len(args.files):
+        raise ValueError(f"--image_folder names {len(folders)} folders for {len(args.files)} files; expected 1 or each")
+    if len(set(args.files)) < len(args.files):
+        raise ValueError("a FILE is named twice")
+    overlaps = Overlaps(args.max_distance, args.min_jaccard)
+    for file, folder in zip(args.files, folders, strict=True):
+        overlaps.add_file(file, folder)
+    found = overlaps.report()
+    if args.out is not None:
+        write_text(args.out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    for part in found["parts"]:
+        print(f"{part['name']}: {part['records']} records")
+    for pair in found["overlaps"]:
+        print(f"{pair['first']} and {pair['second']} share:")
+        for kind in KINDS:
+            if pair[kind]:
+                example = pair["examples"][kind][0]
+                print(f"  {kind.replace('_', ' ')}: {pair[kind]}, such as {example['first']} and {example['second']}")
+    if not found["overlaps"]:
+        print("they share nothing")
+    if overlaps.not_compared:
+        print(f"  {overlaps.not_compared} images were not compared: no --image_folder")
+    if overlaps.plain:
+        print(f"  {overlaps.plain} images are too plain for near-duplicates, and were compared by content alone")
+    return 1 if args.strict and found["overlaps"] else 0
 
 
 def report(path: str, image_folder: str | None, keep_keys: Collection[str] = ()) -> int:
