@@ -121,7 +121,8 @@ def view(row: dict[str, Any]) -> str:
     answer = "(ours)" if row["ours"] else row["answer"]
     worse = "".join(f" < {text}" for text in row["rejected"])
     label = f"{row['safe_type']} {row['safe_level']}"
-    return f"{row['id']} | {label} | {row['group']} {letters} | {row['label']} | {row['split']} | {row['twin']} | {answer}{worse}"
+    parts = row["id"], label, f"{row['group']} {letters}", row["label"], row["split"], row["twin"], answer + worse
+    return " | ".join(map(str, parts))
 
 
 def pair(asked: str, key: str = "instruction") -> dict[str, str]:
@@ -150,23 +151,23 @@ DATASETS = {
                 "harmful_category": "discrimination",
                 "harmful_subcategory": "other",
                 "instr-resp": [pair("Say it.")],
-            },  # fmt: skip  # noqa: E501
+            },
             {
                 "id": "v2",
                 "image": "HOD/2.png",
                 "safe": True,
                 "instr-resp": [pair("What?", "safe_instruction"), pair("Hack it.", "unsafe_instruction")],
-            },  # fmt: skip  # noqa: E501
+            },
             {
                 "id": "v2",
                 "image": "HOD/2.png",
                 "safe": True,
                 "instr-resp": [pair("Which?", "safe_instruction"), pair("Harm it.", "unsafe_instruction")],
-            },  # fmt: skip  # noqa: E501
+            },
         ],
         [
             "vlguard-train-v1 | 3 2 | risk U-U | discrimination/other | train | None | re Say it.",
-            "vlguard-train-v2-safe | 6 0 | benign_twin SSS | safe/safe_instruction | train | vlguard-train-v2 | re What?",
+            "vlguard-train-v2-safe | 6 0 | benign_twin SSS | safe/safe_instruction | train | vlguard-train-v2 | re What?",  # noqa: E501
             "vlguard-train-v2-unsafe | None None | text_risk SUU | safe/unsafe_instruction | train | vlguard-train-v2 | re Hack it.",  # noqa: E501
             "vlguard-train-v2-3-safe | 6 0 | benign_twin SSS | safe/safe_instruction | train | vlguard-train-v2-3 | re Which?",  # noqa: E501
             "vlguard-train-v2-3-unsafe | None None | text_risk SUU | safe/unsafe_instruction | train | vlguard-train-v2-3 | re Harm it.",  # noqa: E501
@@ -268,7 +269,7 @@ DATASETS = {
                 "category": "Self-Harm",
                 "sub_category": "s",
                 "source": "x",
-            }  # fmt: skip  # noqa: E501
+            }
             for n in (0, 1)
         ],
         [f"vlsbench-{n} | 1 3 | risk USU | Self-Harm/s | train | None | (ours)" for n in (0, 1)],
@@ -330,7 +331,7 @@ DATASETS = {
         [
             "mssbench-chat-1-1-safe | 6 0 | joint_twin SSS | physical/safe | chat | mssbench-chat-1-1 | (ours)",
             "mssbench-chat-1-1-unsafe | 1 3 | joint_risk SSU | physical/unsafe | chat | mssbench-chat-1-1 | (ours)",
-            "mssbench-embodied-1-1-safe | 6 0 | joint_twin SSS | property/safe | embodied | mssbench-embodied-1-1 | (ours)",
+            "mssbench-embodied-1-1-safe | 6 0 | joint_twin SSS | property/safe | embodied | mssbench-embodied-1-1 | (ours)",  # noqa: E501
             "mssbench-embodied-1-1-unsafe | 1 2 | joint_risk SSU | property/unsafe | embodied | mssbench-embodied-1-1 | (ours)",  # noqa: E501
         ],
         {f"{part}/{n}.png": png(n) for part, n in (("chat", 1), ("chat", 2), ("embodied", 3), ("embodied", 4))},
@@ -350,7 +351,7 @@ DATASETS = {
                 "category": "privacy violation",
                 "safety_warning": "w",
                 "reference_answer": "No.",
-            }  # fmt: skip  # noqa: E501
+            }
             for n, name in enumerate("ab")
         ],
         [f"siuo-{n} | 4 2 | joint_risk SSU | privacy violation | gen | None | No." for n in (0, 1)],
@@ -384,7 +385,7 @@ DATASETS = {
                 "id": "1",
                 "image": "coco/1.png",
                 "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
-            },  # fmt: skip  # noqa: E501
+            },
             {"id": "1", "conversations": [{"from": "human", "value": "And?"}, {"from": "gpt", "value": "No."}]},
         ],
         [
@@ -406,7 +407,7 @@ DATASETS = {
                 "label": "safe",
                 "focus": "kill",
                 "note": "",
-            },  # fmt: skip  # noqa: E501
+            },
             {
                 "id": "26",
                 "prompt": "How can I rob it?",
@@ -414,7 +415,7 @@ DATASETS = {
                 "label": "unsafe",
                 "focus": "kill",
                 "note": "",
-            },  # fmt: skip  # noqa: E501
+            },
         ],
         [
             "xstest-1 | 6 0 | text_twin -SS | homonyms | test | xstest-homonyms-kill | (ours)",

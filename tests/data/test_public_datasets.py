@@ -1,13 +1,16 @@
-"""Public datasets in their raw layouts become the records written down here; what is broken in them has file and line."""
+"""Public datasets in their raw layouts become the records written down; what is broken in them has file and line."""
 
 import copy
+import json
+import sys
 
 import pytest
 from raw_datasets import DATASETS, packed, png, put, view
 
 from psa_fast import cli
-from psa_fast.data import load_records
+from psa_fast.data import DataError, load_records
 from psa_fast.data.importers import IMPORTERS, load_importer
+from psa_fast.data.importers.taxonomy_map import read_taxonomy_map
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 PAGE = b"<!DOCTYPE html>\n<html><title>Sign in</title></html>\n"
@@ -135,15 +138,23 @@ FAULTS = {
     "truncated": (shorter, lambda raw: True, ""),
     "pointer": (lambda raw, folder: put(raw.build(folder), POINTER), lambda raw: True, "Git LFS pointer"),
     "page": (lambda raw, folder: put(raw.build(folder), PAGE), lambda raw: True, "HTML page"),
-    "unknown category": (unknown_category, lambda raw: raw.category or raw.image != "image" or "metadata" in raw.rows[0], ""),
+    "unknown category": (
+        unknown_category,
+        lambda raw: raw.category or raw.image != "image" or "metadata" in raw.rows[0],
+        "",
+    ),
     "missing image": (lost_files, lambda raw: raw.files, "neither below"),
     "absent image": (lambda raw, folder: other_image(raw, folder, "none.png"), lambda raw: raw.image, "'none.png"),
-    "path traversal": (lambda raw, folder: other_image(raw, folder, "../../x.png"), lambda raw: raw.image, "leaves the image"),
+    "path traversal": (
+        lambda raw, folder: other_image(raw, folder, "../../x.png"),
+        lambda raw: raw.image,
+        "leaves the image",
+    ),
     "absolute path": (lambda raw, folder: other_image(raw, folder, "/etc/x.png"), lambda raw: raw.image, "absolute"),
     "pointer for an image": (pointer_image, lambda raw: raw.image or raw.files, "Git LFS pointer"),
     "evil archive": (evil_archive, archived, "leaves the archive"),
     "twice": (twice, lambda raw: raw.unique, ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -173,3 +184,112 @@ def test_what_is_broken_has_file_and_line_and_is_not_written(tmp_path, run, name
         assert raw.lines[0] not in good
     if fault == "twice":
         assert good == raw.lines
+
+
+def test_images_are_written_once_and_lie_where_they_are_without_a_folder(tmp_path, run, capsys):
+    raw = DATASETS["holisafe"]
+    raw.build(tmp_path / "raw")
+    code, shown, records = run("holisafe")
+    assert (code, len(records)) == (0, 5)
+    written = [path for path in (tmp_path / "images").rglob("*") if path.is_file()]
+    assert [path.read_bytes() for path in written] == [png(1)]
+    assert "; 4 were there already" in shown
+    out = tmp_path / "beside.jsonl"
+    plain = ["data", "import", "holisafe", "--source", str(tmp_path / "raw"), "--out", str(out)]
+    assert cli.main(plain) == 0
+    assert [record.images for record in load_records(out, tmp_path / "raw")] == [("images/a.png",)] * 5
+
+
+@pytest.mark.parametrize("name", ["spa_vl", "vlguard", "vlsbench"])
+def test_images_without_a_file_of_their_own_need_a_folder(tmp_path, capsys, name):
+    DATASETS[name].build(tmp_path / "raw")
+    out = tmp_path / "out.jsonl"
+    assert cli.main(["data", "import", name, "--source", str(tmp_path / "raw"), "--out", str(out)]) == 2
+    assert "--images DIR says where" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_is_missing_is_counted(tmp_path, run):
+    DATASETS["vlguard"].build(tmp_path / "raw")
+    _, shown, _ = run("vlguard")
+    assert "split train: 3 entries of 2000 published, 1997 missing" in shown
+    assert "split test: 0 entries of 1000 published, 1000 missing" in shown
+    _, shown, records = run("vlguard", "--split", "train")
+    assert ("split test" in shown, len(records)) == (False, 5)
+    for split, message in (("test", "has none of: test.json"), ("dev", "--split is 'dev'; vlguard has: train, test")):
+        code, shown, records = run("vlguard", "--split", split)
+        assert (code, records, message in shown) == (2, [], True), shown
+
+
+def test_of_two_members_that_fit_none_is_guessed(tmp_path, run):
+    raw = DATASETS["vlguard"]
+    raw.build(tmp_path / "raw")
+    members = {"a/train/HOD/2.png": png(1), "b/train/HOD/2.png": png(2), "train/bad_ads/1.png": png(3)}
+    put(tmp_path / "raw" / "train.zip", packed("train.zip", members))
+    code, shown, records = run("vlguard")
+    assert (code, len(records)) == (2, 1)
+    assert "is in the archives 2 times: train.zip:a/train/HOD/2.png, train.zip:b/train/HOD/2.png" in shown
+
+
+def test_the_table_of_categories_can_be_replaced(tmp_path, run):
+    DATASETS["siuo"].build(tmp_path / "raw")
+    own = tmp_path / "own.yaml"
+    own.write_text("types:\n  Privacy Violation: [politics, low]\n")
+    code, _, records = run("siuo", "--taxonomy_map", own)
+    assert (code, {(record.safe_type, record.safe_level) for record in records}) == (0, {(0, 1)})
+    own.write_text("types:\n  other: [politics, low]\n")
+    code, shown, records = run("siuo", "--taxonomy_map", own)
+    assert (code, records) == (2, [])
+    assert f"siuo_gen.json:2: category 'privacy violation' is not in {own}" in shown
+
+
+BAD_MAPS = {
+    "types: {a: [weather, low]}": "'a': safe_type is 'weather'",
+    "types: {a: [politics, dire]}": "'a': safe_level is 'dire'",
+    "types: {a: [clean, low]}": "'a' has a level above none, but no risk type",
+    "types: {a: politics}": "'a' is 'politics'; expected [type, level]",
+    "types: {a_b: [politics, low], A-B: [politics, low]}": "'A-B' is there twice",
+    "types: {}": "types is empty",
+    "type: {a: [politics, low]}": "unknown key 'type'",
+    "types: [a]": "types is ['a']; expected a mapping",
+    "types: {a: [politics, low]}\nlevels: {1: dire}": "1: safe_level is 'dire'",
+}
+
+
+@pytest.mark.parametrize("text", BAD_MAPS)
+def test_a_bad_table_is_one_sentence(tmp_path, text):
+    path = tmp_path / "map.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="taxonomy map") as error:
+        read_taxonomy_map(path)
+    assert BAD_MAPS[text] in str(error.value)
+
+
+def test_the_list_names_every_importer(capsys):
+    assert cli.main(["data", "import", "--list"]) == 0
+    printed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert printed == list(IMPORTERS)
+    assert cli.main(["data", "import"]) == 2
+    assert "needs a DATASET" in capsys.readouterr().err
+
+
+def test_without_pyarrow_one_sentence_says_what_to_install(tmp_path, run, monkeypatch):
+    put(tmp_path / "raw" / "data" / "train-0.parquet", b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, shown, _ = run("spa_vl")
+    assert (code, len(shown.splitlines())) == (2, 1)
+    assert "pip install 'psa-fast[data]'" in shown
+
+
+def test_twin_licence_and_worse_answers_are_fields_of_a_record(tmp_path):
+    turns = [{"from": "user", "value": "Who?"}, {"from": "assistant", "value": "No."}]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"conversations": turns, "twin": "a", "licence": "MIT", "rejected": "Yes."}))
+    (record,) = load_records(path, None)
+    assert (record.twin, record.licence, record.rejected) == ("a", "MIT", ("Yes.",))
+    row = {"twin": "a", "licence": "MIT", "rejected": ["Yes."], "conversations": turns}
+    assert record.to_row() == row
+    for wrong in ({"twin": 3}, {"licence": ["MIT"]}, {"rejected": [3]}, {"rejected": [""]}, {"Rejected": "Yes."}):
+        path.write_text("\n" + json.dumps({"conversations": turns} | wrong))
+        with pytest.raises(DataError, match=r"data\.jsonl:2: (field|key)"):
+            load_records(path, None)
