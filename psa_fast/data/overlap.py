@@ -176,7 +176,7 @@ class Overlaps:
             seen: set[tuple[int, int]] = set()
             for i, j, distance in near_images(values, parts, self.max_distance):
                 i, j = (i, j) if parts[i] < parts[j] else (j, i)
-                if shown[i][1] != shown[j][1] and (parts[i], j) not in seen:
+                if (parts[i], shown[j][1]) not in digests and (parts[i], j) not in seen:
                     seen.add((parts[i], j))
                     yield "near_images", parts[i], parts[j], digests[shown[i]], digests[shown[j]], {"bits": distance}
         yield from _shared("words", self.words)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from psa_fast.data.placeholders import placeholder
-from psa_fast.files import foreign_format, named, read_text, unique_keys, unwritable_text
+from psa_fast.files import foreign_format, named, read_text, shorten, unique_keys, unwritable_text
 
 MAX_DIGITS = 1000  # of an integer: Python itself stops at 4300
 MAX_DEPTH = 100  # lists and objects within each other: what reads deeper rows later would run out of stack
@@ -204,7 +204,8 @@ def read_entries(path: str | Path, what: str) -> Iterator[tuple[str, Row]]:
         raise ValueError(f"{path}:1: {what} must hold one JSON object")
     position, line, counted = _skip(text, position + 1), 1, 0
     seen: set[str] = set()
-    while text[position : position + 1] != "}" or seen:  # a comma before the end is no JSON
+    done = text[position : position + 1] == "}"
+    while not done:
         line, counted = line + text.count("\n", counted, position), position
         try:
             key, end = _DECODER.raw_decode(text, position)
@@ -212,7 +213,7 @@ def read_entries(path: str | Path, what: str) -> Iterator[tuple[str, Row]]:
             if not isinstance(key, str) or text[position : position + 1] != ":":
                 raise ValueError("expected a key and ':'")
             if key in seen:
-                raise ValueError(f"the key {key[:80]!r} stands twice in one object")
+                raise ValueError(f"the key {shorten(key)} stands twice in one object")
             start = _skip(text, position + 1)
             value, end = _DECODER.raw_decode(text, start)
             wrong = _value_error(value, text[start:end])
@@ -222,13 +223,15 @@ def read_entries(path: str | Path, what: str) -> Iterator[tuple[str, Row]]:
         seen.add(key)
         yield key, Row(line, error=wrong) if wrong else Row(line, value)
         position = _skip(text, end)
-        if text[position : position + 1] == "}":
-            return
-        if text[position : position + 1] != ",":
+        done = text[position : position + 1] == "}"
+        if not done and text[position : position + 1] != ",":
             line += text.count("\n", counted, position)
             yield "", Row(line, error="the object is not JSON from here on (expected ',' or '}')")
             return
-        position = _skip(text, position + 1)
+        position = position if done else _skip(text, position + 1)
+    rest = _skip(text, position + 1)
+    if rest < len(text):
+        yield "", Row(text.count("\n", 0, rest) + 1, error="text after the end of the object")
 
 
 def _skip(text: str, position: int) -> int:

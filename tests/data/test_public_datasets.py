@@ -8,9 +8,10 @@ import pytest
 from raw_datasets import DATASETS, packed, png, put, view
 
 from psa_fast import cli
-from psa_fast.data import DataError, load_records
+from psa_fast.data import DataError, ImageError, load_records, to_rgb
 from psa_fast.data.importers import IMPORTERS, load_importer
 from psa_fast.data.importers.taxonomy_map import read_taxonomy_map
+from psa_fast.data.rows import read_entries
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 PAGE = b"<!DOCTYPE html>\n<html><title>Sign in</title></html>\n"
@@ -293,3 +294,34 @@ def test_twin_licence_and_worse_answers_are_fields_of_a_record(tmp_path):
         path.write_text("\n" + json.dumps({"conversations": turns} | wrong))
         with pytest.raises(DataError, match=r"data\.jsonl:2: (field|key)"):
             load_records(path, None)
+
+
+def test_an_image_that_was_not_downloaded_is_told_as_such_everywhere(tmp_path):
+    put(tmp_path / "a.png", POINTER)
+    for source in (POINTER, tmp_path / "a.png"):
+        with pytest.raises(ImageError, match=r"is a Git LFS pointer, not the file itself"):
+            to_rgb(source)
+    with pytest.raises(ImageError, match="is an HTML page"):
+        to_rgb(PAGE)
+
+
+OBJECTS = {
+    '{"a": 1,\n"b": [2]}\n': [("a", 1, 1, None), ("b", 2, [2], None)],
+    "{}": [],
+    '{"a": 1,\n}': [("a", 1, 1, None), ("", 2, None, "not JSON from here on")],
+    '{"a": 1\n"b": 2}': [("a", 1, 1, None), ("", 2, None, "expected ',' or '}'")],
+    '{"a": 1,\n"a": 2}': [("a", 1, 1, None), ("", 2, None, "'a' stands twice")],
+    '{"a": 1}\nx': [("a", 1, 1, None), ("", 2, None, "text after the end")],
+    "{1: 2}": [("", 1, None, "expected a key")],
+    '{"a":\n': [("", 1, None, "not JSON from here on")],
+    '{"a": "\\ud800"}': [("a", 1, None, "which is no text")],
+}
+
+
+@pytest.mark.parametrize("text", OBJECTS)
+def test_the_entries_of_an_object_have_their_lines(tmp_path, text):
+    put(tmp_path / "a.json", text)
+    found = list(read_entries(tmp_path / "a.json", "an object"))
+    assert [(key, row.line, row.value) for key, row in found] == [each[:3] for each in OBJECTS[text]]
+    for (_, row), (*_, message) in zip(found, OBJECTS[text], strict=True):
+        assert row.error is None if message is None else message in row.error

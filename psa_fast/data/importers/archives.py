@@ -22,6 +22,7 @@ class Member(NamedTuple):
 
     archive: Path
     name: str
+    info: Any
 
 
 def refuse_placeholder(path: Path) -> None:
@@ -71,10 +72,9 @@ class Archives:
         archive = self._open[member.archive]
         try:
             if isinstance(archive, zipfile.ZipFile):
-                size, file = archive.getinfo(member.name).file_size, archive.open(member.name)
+                size, file = member.info.file_size, archive.open(member.info)
             else:
-                info = archive.getmember(member.name)
-                size, file = info.size, archive.extractfile(info)
+                size, file = member.info.size, archive.extractfile(member.info)
             with file:
                 data = file.read(LARGEST_MEMBER + 1)
         except Exception as error:  # zlib, struct, RuntimeError for a password, NotImplementedError for a method, ...
@@ -96,23 +96,23 @@ class Archives:
                 if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")):
                     self.packed.append(path)
                 elif path.suffix.lower() in (".zip", ".tar"):
-                    for number, name in enumerate(self._names(path), start=1):
+                    for number, (name, info) in enumerate(self._contents(path), start=1):
                         parts = PurePosixPath(name).parts
-                        if name.startswith("/") or "\\" in name or "\0" in name or ".." in parts or ":" in parts[0]:
+                        if not parts or parts[0] == "/" or ":" in parts[0] or ".." in parts or "\\" in name:
                             raise ValueError(
                                 f"{path}:{number}: member {shorten(name)} leaves the archive, which is refused"
                             )
-                        self._index.setdefault(parts[-1], []).append(Member(path, name))
+                        self._index.setdefault(parts[-1], []).append(Member(path, name, info))
         return self._index
 
-    def _names(self, path: Path) -> list[str]:
+    def _contents(self, path: Path) -> list[tuple[str, Any]]:
         refuse_placeholder(path)
         try:
             if path.suffix.lower() == ".zip":
                 self._open[path] = archive = zipfile.ZipFile(path)
-                return [info.filename for info in archive.infolist() if not info.is_dir()]
+                return [(info.filename, info) for info in archive.infolist() if not info.is_dir()]
             self._open[path] = packed = tarfile.open(path, "r:")  # noqa: SIM115
-            return [info.name for info in packed.getmembers() if info.isreg()]
+            return [(info.name, info) for info in packed.getmembers() if info.isreg()]
         except (zipfile.BadZipFile, tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(f"{path}:1: the archive cannot be read, is the download complete? ({error})") from None
 

@@ -15,7 +15,7 @@ from psa_fast.data.importers.source import Entry, Source, one_of, text_of
 from psa_fast.data.importers.taxonomy_map import SAFE
 
 HELP = "HoliSafe-Bench's holisafe_bench.json and images"
-LICENCE = "CC-BY-NC-4.0"
+LICENCE = "CC-BY-NC"
 SPLITS = {"test": 4031}
 GROUPS = {"SSS": "benign_twin", "SSU": "joint_risk", "USU": "risk", "UUU": "risk", "SUU": "text_risk"}
 VERDICTS = {"S": "safe", "U": "unsafe"}

@@ -53,8 +53,9 @@ class Pictures:
         if not isinstance(name, str) or not name.strip():
             raise BadRow(f"image is {shorten(name)}; expected a path")
         try:
+            resolve(self.folder, name)  # refuses what leads out of it, whatever the roots are
             for root in roots:
-                path = resolve(self.folder / root if root else self.folder, name)
+                path = resolve(self.folder, f"{root}/{name}" if root else name)
                 if path.is_file():
                     shown = path.relative_to(self.folder.resolve())
                     return shown.as_posix() if self.out is None else self._store(path.read_bytes(), repr(str(path)))

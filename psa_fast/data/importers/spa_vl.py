@@ -15,7 +15,7 @@ from psa_fast.data.importers.taxonomy_map import SAFE
 
 HELP = "SPA-VL's Parquet files"
 LICENCE = "CC-BY-4.0"
-SPLITS = {"train": 93258, "validation": 7000, "harm": 265, "help": 265}
+SPLITS = {"train": 93258, "validation": None, "harm": 265, "help": 265}
 
 
 def entries(source: Source) -> Iterator[Entry]:
