@@ -67,14 +67,10 @@ def near_images(hashes: np.ndarray, parts: Sequence[int], distance: int) -> Iter
     """
     bits = np.unpackbits(hashes.view(np.uint8), axis=1)
     bands = [np.packbits(band, axis=1) for band in np.array_split(bits, distance + 1, axis=1)]
-    numbers = np.asarray(parts)
-    for group in _groups(bands):
-        for place, i in enumerate(group[:-1]):
-            others = group[place + 1 :]
-            others = others[numbers[others] != numbers[i]]
-            apart = np.bitwise_count(hashes[others] ^ hashes[i]).sum(axis=1)
-            for j, bits_apart in zip(others[apart <= distance], apart[apart <= distance], strict=True):
-                yield int(i), int(j), int(bits_apart)
+    for i, others in _candidates(bands, parts):
+        apart = np.bitwise_count(hashes[others] ^ hashes[i]).sum(axis=1)
+        for j, bits_apart in zip(others[apart <= distance], apart[apart <= distance], strict=True):
+            yield i, int(j), int(bits_apart)
 
 
 def near_texts(
@@ -92,21 +88,24 @@ def near_texts(
         return
     signatures = np.stack([min_hash(each) for each in sets])
     bands = [np.ascontiguousarray(band).view(np.uint8) for band in np.split(signatures, BANDS, axis=1)]
-    for group in _groups(bands):
-        for place, i in enumerate(group[:-1]):
-            for j in group[place + 1 :]:
-                if parts[i] == parts[j] or known(int(i), int(j)):
-                    continue
-                if (found := jaccard(sets[i], sets[j])) >= similarity:
-                    yield int(i), int(j), found
+    for i, others in _candidates(bands, parts):
+        for j in others.tolist():
+            if not known(i, j) and (found := jaccard(sets[i], sets[j])) >= similarity:
+                yield i, j, found
 
 
-def _groups(bands: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the indices of rows that are equal in a band, band by band, for two rows or more."""
+def _candidates(bands: Sequence[np.ndarray], parts: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each row with the rows behind it, of other parts, that are equal to it in a band, band by band."""
+    numbers = np.asarray(parts)
     for band in bands:
         keys = np.ascontiguousarray(band).view(np.dtype((np.void, band.shape[1] * band.dtype.itemsize))).ravel()
         order = np.argsort(keys, kind="stable")
         ends = np.flatnonzero(keys[order][1:] != keys[order][:-1]) + 1
         for group in np.split(order, ends):
-            if len(group) > 1:
-                yield group
+            part = numbers[group]
+            if (part == part[0]).all():  # most groups: of one row, or of texts that one part is full of
+                continue
+            for place, i in enumerate(group.tolist()):
+                others = group[place + 1 :][part[place + 1 :] != part[place]]
+                if len(others):
+                    yield i, others

@@ -106,7 +106,8 @@ class Raw:
     image: str | None = "image"
     unique: bool = True  # rows have an id of their own
     line: int = 2  # of the first row
-    arguments: tuple[str, ...] = ()
+    #: of each record: the shade of its image (None without one) and the question
+    asked: list[tuple[int | None, str]] = field(default_factory=list)
 
     def build(self, folder: Path, rows: list[dict[str, Any]] | None = None) -> Path:
         for name, content in self.files.items():
@@ -174,6 +175,7 @@ DATASETS = {
         ],
         {"train.zip": packed("train.zip", {"train/bad_ads/1.png": png(1), "train/HOD/2.png": png(2)})},
         "harmful_subcategory",
+        asked=[(1, "Say it."), (2, "What?"), (2, "Hack it."), (2, "Which?"), (2, "Harm it.")],
     ),
     "spa_vl": Raw(
         "data/train-00000-of-00001.parquet",
@@ -186,6 +188,7 @@ DATASETS = {
         category="class2",
         unique=False,
         line=1,
+        asked=[(1, "Who?"), (1, "Who?")],
     ),
     "mm_safetybench": Raw(
         "data/processed_questions/09-Privacy_Violence.json",
@@ -201,14 +204,19 @@ DATASETS = {
             "imgs.zip": packed(
                 "imgs.zip",
                 {
-                    f"MM-SafetyBench(imgs)/09-Privacy_Violence/{kind}/{n}.jpg": png(n)
+                    f"MM-SafetyBench(imgs)/09-Privacy_Violence/{kind}/{n}.jpg": png(10 * n + number)
                     for n in (0, 1)
-                    for kind in ("SD", "SD_TYPO", "TYPO")
+                    for number, kind in enumerate(("SD", "SD_TYPO", "TYPO"))
                 },
             )
         },
         category=None,
         image=None,
+        asked=[
+            (10 * n + number, "about the activity" if kind == "SD" else "about the phrase")
+            for n in (0, 1)
+            for number, kind in enumerate(("SD", "SD_TYPO", "TYPO"))
+        ],
     ),
     "holisafe": Raw(
         "holisafe_bench.json",
@@ -230,6 +238,7 @@ DATASETS = {
         ],
         TWO_PNG,
         "subcategory",
+        asked=[(1, "What is it?")] * 5,
     ),
     "unsafebench": Raw(
         "data/train-00000-of-00001.parquet",
@@ -244,6 +253,7 @@ DATASETS = {
         ],
         unique=False,
         line=1,
+        asked=[(1, ""), (1, "")],
     ),
     "jailbreakv": Raw(
         "JailBreakV_28K/JailBreakV_28K.csv",
@@ -257,6 +267,7 @@ DATASETS = {
         {"JailBreakV_28K/llm_transfer_attack/a.png": png(1)},
         "policy",
         "image_path",
+        asked=[(1, "long words")] * 3,
     ),
     "vlsbench": Raw(
         "data.json",
@@ -275,6 +286,7 @@ DATASETS = {
         [f"vlsbench-{n} | 1 3 | risk USU | Self-Harm/s | train | None | (ours)" for n in (0, 1)],
         {"imgs.tar": packed("imgs.tar", {"imgs/0.png": png(1), "imgs/1.png": png(2)})},
         image="image_path",
+        asked=[(1, "How do I combine these?"), (2, "How do I combine these?")],
     ),
     "rtvlm": Raw(
         "data/Safety/Politics/politics.jsonl",
@@ -296,6 +308,7 @@ DATASETS = {
         category=None,
         image="id",
         line=1,
+        asked=[(12, "Who is this?"), (13, "What is this?"), (14, "Where?")],
     ),
     "beavertails_v": Raw(
         "data/animal_abuse/train.parquet",
@@ -307,6 +320,7 @@ DATASETS = {
         ],
         unique=False,
         line=1,
+        asked=[(1, "How?"), (1, "How?")],
     ),
     "mossbench": Raw(
         "information.json",
@@ -323,6 +337,7 @@ DATASETS = {
         [f"mossbench-{n} | 6 0 | benign_twin SSS | type 2 | oversensitivity | None | (ours)" for n in (0, 1)],
         TWO_PNG,
         category=None,
+        asked=[(1, "How?"), (2, "How?")],
     ),
     "mssbench": Raw(
         "combined.json",
@@ -339,6 +354,7 @@ DATASETS = {
         "safe_image_path",
         unique=False,
         line=1,
+        asked=[(1, "How do I practise?"), (2, "How do I practise?"), (3, "Put it here."), (4, "Put it there.")],
     ),
     "siuo": Raw(
         "siuo_gen.json",
@@ -356,6 +372,7 @@ DATASETS = {
         ],
         [f"siuo-{n} | 4 2 | joint_risk SSU | privacy violation | gen | None | No." for n in (0, 1)],
         TWO_PNG,
+        asked=[(1, "May I?"), (2, "May I?")],
     ),
     "hateful_memes": Raw(
         "dev_seen.jsonl",
@@ -376,6 +393,7 @@ DATASETS = {
         category="label",
         image="img",
         line=1,
+        asked=[(1, ""), (2, ""), (1, ""), (1, "")],
     ),
     "llava_instruct": Raw(
         "llava_instruct_150k.json",
@@ -395,6 +413,7 @@ DATASETS = {
         {"playground/data/coco/1.png": png(1)},
         category=None,
         unique=False,
+        asked=[(1, "What?"), (None, "And?")],
     ),
     "xstest": Raw(
         "xstest_prompts.csv",
@@ -423,5 +442,6 @@ DATASETS = {
         ],
         category="type",
         image=None,
+        asked=[(None, "How can I kill a process?"), (None, "How can I rob it?")],
     ),
 }

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 from raw_datasets import DATASETS, packed, png, put, view
 
 from psa_fast import cli
@@ -68,6 +69,11 @@ def test_rows_become_the_records_written_down(tmp_path, run, capsys, name):
     code, shown, records = run(name)
     assert code == 0, shown
     assert list(lines(records)) == DATASETS[name].lines
+    shades = [[Image.open(tmp_path / "images" / image).getpixel((0, 0))[0] for image in r.images] for r in records]
+    words = [record.turns[0].text.removeprefix("<image>").strip() for record in records]
+    assert list(zip(shades, words, strict=True)) == [
+        ([] if shade is None else [shade], question) for shade, question in DATASETS[name].asked
+    ]
     licence = load_importer(name).LICENCE
     assert {(record.source, record.licence) for record in records} == {(name, licence)}
     folder = ["--image_folder", str(tmp_path / "images")]
