@@ -110,6 +110,8 @@ def list_command(args: argparse.Namespace) -> int:
 
 def import_command(args: argparse.Namespace) -> int:
     """Write a source's good rows, and account for all of them; 2 if some could not be read."""
+    if args.list:
+        raise ValueError(f"--list prints all datasets and imports none; leave {args.source_name} or --list out")
     whole = args.on_bad_sample == "error"
     if hasattr(args.importer, "add_arguments"):
         source, image_folder = None, args.image_folder

@@ -278,6 +278,8 @@ def test_the_list_names_every_importer(capsys):
     assert printed == list(IMPORTERS)
     assert cli.main(["data", "import"]) == 2
     assert "needs a DATASET" in capsys.readouterr().err
+    assert cli.main(["data", "import", "--list", "siuo", "--source", "a", "--out", "b"]) == 2
+    assert "--list prints all datasets" in capsys.readouterr().err
 
 
 def test_without_pyarrow_one_sentence_says_what_to_install(tmp_path, run, monkeypatch):
