@@ -68,13 +68,16 @@ class Pictures:
 
     def find_stem(self, stem: str, roots: Sequence[str], within: str) -> str:
         """Return the path of an image that the source names without its ending, as `find`."""
-        for suffix in SUFFIXES[1:]:
+        for suffix in SUFFIXES:
             try:
                 return self.find(stem + suffix, roots, within)
             except BadRow as error:
                 if error.kind != MISSING:
                     raise
-        return self.find(stem + SUFFIXES[0], roots, within)
+        endings = ", ".join(SUFFIXES)
+        raise BadRow(
+            f"image {shorten(stem)} ({endings}) is neither below {self.folder} nor in an archive there", MISSING
+        )
 
     def embedded(self, value: Any, roots: Sequence[str] = ("",)) -> str:
         """Return the path of an image that stands in a table: its bytes, or `{"bytes", "path"}`, as `find`."""
