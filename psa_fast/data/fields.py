@@ -140,6 +140,14 @@ def _is_box(box: Any) -> bool:
     return bool(box[0] < box[2] and box[1] < box[3])
 
 
+def read_rejected(value: Any) -> tuple[str, ...]:
+    """Return the answers that were judged worse than the conversation's last one: one text, or a list of them."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"field rejected is {shorten(value)}; expected an answer or a list of answers")
+    return tuple(texts)
+
+
 def json_name(value: Any) -> str:
     """Return what JSON calls the kind of a value."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psa_fast.data.stand_ins import placeholder
 from psa_fast.files import shorten
 
 if TYPE_CHECKING:
@@ -122,6 +123,21 @@ def check_image(path: str | Path, decode: bool = True) -> None:
         _check_header(image, name)
 
 
+def image_format(data: bytes, name: str) -> str:
+    """Return Pillow's name of the format of an image file's bytes, read from its header.
+
+    Args:
+        data: the whole file.
+        name: the file in messages.
+
+    Raises:
+        ImageError: for what is no image of FORMATS, or too large.
+    """
+    with _open(data, name) as image:
+        _check_header(image, name)
+        return str(image.format)
+
+
 def _name(source: Path | bytes | Image.Image) -> str:
     """What messages call a picture; of a long path the end, where the file's name is."""
     path = source if isinstance(source, Path) else getattr(source, "filename", None)
@@ -152,11 +168,20 @@ def _open(source: Path | bytes, name: str) -> Image.Image:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
+        if stands := placeholder(_head(source)):
+            raise ImageError(f"{name} is {stands}") from None
         raise ImageError(f"{name} is not an image (known formats: {', '.join(FORMATS)})") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name} is a decompression bomb or far too large: {_reason(error)}") from error
     except Exception as error:  # see to_rgb
         raise ImageError(f"{name} cannot be opened: {_reason(error)}") from error
+
+
+def _head(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:64]
+    with source.open("rb") as file:
+        return file.read(64)
 
 
 def _check_header(image: Image.Image, name: str) -> None:

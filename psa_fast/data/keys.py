@@ -10,7 +10,7 @@ from typing import Any
 
 FIELDS = (
     "image", "safe_type", "safe_level", "conversations", "id", "source", "source_label", "split", "group",
-    "image_label", "text_label", "joint_label", "regions",
+    "image_label", "text_label", "joint_label", "regions", "twin", "licence", "rejected",
 )  # fmt: skip
 
 # what others call what we read; a row that has one means something that we would not see
@@ -29,9 +29,9 @@ _CHECKED_SPELLING = (
 _CONVERT = 'turn it into records first (docs/data.md, "Your own data")'
 # (keys that it has, what it is, what to do), the first that fits
 _LAYOUTS = (
-    ({"instr-resp"}, "VLGuard's own format", _CONVERT),
+    ({"instr-resp"}, "VLGuard's own format", "`psa-fast data import vlguard` reads it"),
     ({"safe", "conversations"}, "VLGuard in LLaVA's format", "its labels are not read, safe_type and safe_level are"),
-    ({"img", "text"}, "the Hateful Memes format", _CONVERT),
+    ({"img", "text"}, "the Hateful Memes format", "`psa-fast data import hateful_memes` reads it"),
     ({"messages"}, "a chat dataset with messages", _CONVERT),
     ({"chosen", "rejected"}, "preference pairs", _CONVERT),
     ({"image_path", "question"}, "a test file of the official PSA-VLM", "`psa-fast data import psa` reads it"),

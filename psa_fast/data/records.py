@@ -22,6 +22,7 @@ from psa_fast.data.fields import (
     read_images,
     read_level,
     read_regions,
+    read_rejected,
     read_text,
     read_turns,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "Turn",
     "find_problems",
     "fingerprint",
+    "image_fault",
     "image_faults",
     "list_problems",
     "load_records",
@@ -89,8 +91,9 @@ class Record:
     `safe_type` and `safe_level` are ids, or None where the row has no label (plain instruction data).
     `group` is the evaluation group (GROUPS), by default "clean" for type clean, "risk" for the others and "" without a
     type: such a row takes part in no safety metric. `image_label`, `text_label` and `joint_label` say what is unsafe
-    (psa_fast.data.labels), by default what follows from group and type. `regions` are the
-    boxes of the images that the label rests on, where they are known. Keys that we do not know are kept in `extra`.
+    (psa_fast.data.labels), by default what follows from group and type. `regions` are the boxes of the images that the
+    label rests on, where they are known. Rows of one `twin` belong in one split; `rejected` holds answers that were
+    judged worse than the last one. Keys that we do not know are kept in `extra`.
     """
 
     images: tuple[str, ...]
@@ -109,6 +112,9 @@ class Record:
     text_label: str = ""
     joint_label: str = ""
     regions: tuple[Box | None, ...] = ()
+    twin: str | None = None
+    licence: str | None = None
+    rejected: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.group:
@@ -139,7 +145,7 @@ class Record:
 
     def to_row(self) -> dict[str, Any]:
         """The record as a JSON row in our own spelling (ids as numbers, roles user and assistant)."""
-        others = ("image", "conversations", "regions", *LABELS)
+        others = ("image", "conversations", "regions", "rejected", *LABELS)
         optional = {name: getattr(self, name) for name in FIELDS if name not in others}
         row = {name: value for name, value in optional.items() if value is not None and (name, value) != ("group", "")}
         for name, default in zip(LABELS, self._default_labels, strict=True):
@@ -149,6 +155,8 @@ class Record:
             row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
         if self.regions:
             row["regions"] = [None if box is None else list(box) for box in self.regions]
+        if self.rejected:
+            row["rejected"] = list(self.rejected)
         row["conversations"] = [{"from": turn.role, "value": turn.text} for turn in self.turns]
         return row | dict(self.extra)
 
@@ -281,21 +289,23 @@ def read_records(
     return Reading(records, [problem for _, problem in problems], unread)
 
 
+def image_fault(name: str, image_folder: str | Path | None, decode: bool = True) -> tuple[str, str] | None:
+    """Message and kind for an image that cannot be used, None for one that can."""
+    if image_folder is None:
+        return f"field image: {shorten(name)} {NO_IMAGE_FOLDER}", NO_IMAGE_FOLDER
+    try:
+        check_image(resolve(image_folder, name), decode=decode)
+    except ImageError as error:
+        return f"field image: {error}", ""
+    return None
+
+
 def image_faults(names: set[str], image_folder: str | Path | None, decode: bool = True) -> dict[str, tuple[str, str]]:
-    """Message and kind for each image that cannot be used. Threads help: Pillow decodes outside Python's lock."""
-
-    def fault(name: str) -> tuple[str, str] | None:
-        if image_folder is None:
-            return f"field image: {shorten(name)} {NO_IMAGE_FOLDER}", NO_IMAGE_FOLDER
-        try:
-            check_image(resolve(image_folder, name), decode=decode)
-        except ImageError as error:
-            return f"field image: {error}", ""
-        return None
-
+    """`image_fault` of each image that has one. Threads help: Pillow decodes outside Python's lock."""
     ordered, found = sorted(names), {}
     with ThreadPoolExecutor(max_workers=8) as pool, progress("checking images", len(ordered)) as advance:
-        for name, reason in zip(ordered, pool.map(fault, ordered), strict=True):
+        reasons = pool.map(lambda name: image_fault(name, image_folder, decode), ordered)
+        for name, reason in zip(ordered, reasons, strict=True):
             if reason:
                 found[name] = reason
             advance(1)
@@ -333,8 +343,9 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
     group = read(read_group, row.get("group"), safe_type, labels)
     if len(messages) == before:  # what could not be read contradicts nothing
         messages += contradictions(labels, group, safe_type, bool(names), row.get("group") is not None)
-    texts = {name: read(read_text, name, row.get(name)) for name in ("id", "source", "split")}
+    texts = {name: read(read_text, name, row.get(name)) for name in ("id", "source", "split", "twin", "licence")}
     regions = read(read_regions, row.get("regions"), len(names))
+    rejected = read(read_rejected, row.get("rejected"))
     extra = {name: value for name, value in row.items() if name not in FIELDS}
     problems = [Problem(path, line, message) for message in messages]
     problems += _misnamed(extra, path, line, keep_keys)
@@ -357,6 +368,7 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
         line=line,
         extra=extra,
         regions=regions or (),
+        rejected=rejected or (),
         **texts,
         **{name: label or "" for name, label in zip(LABELS, labels, strict=True)},
     )

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from psa_fast.files import foreign_format, named, unique_keys, unwritable_text
+from psa_fast.data.stand_ins import placeholder
+from psa_fast.files import foreign_format, named, read_text, shorten, unique_keys, unwritable_text
 
 MAX_DIGITS = 1000  # of an integer: Python itself stops at 4300
 MAX_DEPTH = 100  # lists and objects within each other: what reads deeper rows later would run out of stack
@@ -40,6 +41,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         if found := foreign_format(head) or ("UTF-16 or binary" if b"\0" in head else None):
             todo = "save it as UTF-8" if found.startswith("UTF") else "unpack or convert it first"
             return iter([Row(1, error=f"the file is {found}; {todo}")])
+        if stands := placeholder(head):
+            return iter([Row(1, error=f"the file is {stands}")])
         file.seek(0)
         first = b""
         while not first and (line := file.readline()):
@@ -180,6 +183,55 @@ def _list_rows(path: Path) -> Iterator[Row]:
     rest = _skip(text, position + 1)
     if rest < len(text):
         yield Row(text.count("\n", 0, rest) + 1, error="text after the end of the list")
+
+
+def read_entries(path: str | Path, what: str) -> Iterator[tuple[str, Row]]:
+    """Yield the keys of a JSON object with their values, each with the line that its key stands on.
+
+    Args:
+        path: the file, which holds one object.
+        what: the file in messages.
+
+    Raises:
+        ValueError: naming file and line, for a file that is absent, no UTF-8 text or no object. What is wrong further
+            on, a key that repeats among it, is the error of the last row.
+    """
+    text = read_text(path, what)
+    position = _skip(text, 0)
+    if stands := placeholder(text[:64].encode()):
+        raise ValueError(f"{path}:1: the file is {stands}")
+    if text[position : position + 1] != "{":
+        raise ValueError(f"{path}:1: {what} must hold one JSON object")
+    position, line, counted = _skip(text, position + 1), 1, 0
+    seen: set[str] = set()
+    done = text[position : position + 1] == "}"
+    while not done:
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            key, end = _DECODER.raw_decode(text, position)
+            position = _skip(text, end)
+            if not isinstance(key, str) or text[position : position + 1] != ":":
+                raise ValueError("expected a key and ':'")
+            if key in seen:
+                raise ValueError(f"the key {shorten(key)} stands twice in one object")
+            start = _skip(text, position + 1)
+            value, end = _DECODER.raw_decode(text, start)
+            wrong = _value_error(value, text[start:end])
+        except (ValueError, RecursionError) as error:
+            yield "", Row(line, error=f"the object is not JSON from here on ({error})")
+            return
+        seen.add(key)
+        yield key, Row(line, error=wrong) if wrong else Row(line, value)
+        position = _skip(text, end)
+        done = text[position : position + 1] == "}"
+        if not done and text[position : position + 1] != ",":
+            line += text.count("\n", counted, position)
+            yield "", Row(line, error="the object is not JSON from here on (expected ',' or '}')")
+            return
+        position = position if done else _skip(text, position + 1)
+    rest = _skip(text, position + 1)
+    if rest < len(text):
+        yield "", Row(text.count("\n", 0, rest) + 1, error="text after the end of the object")
 
 
 def _skip(text: str, position: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from psa_fast.data.stand_ins import placeholder
 from psa_fast.files import read_text
 
 LONGEST_CELL = 2**24  # characters; csv's own limit is 131072, which a model's answer may exceed
@@ -25,7 +26,10 @@ def read_table(path: str | Path, columns: Sequence[str], what: str) -> Iterator[
     Raises:
         ValueError: naming the file and the line, for one that is absent, no CSV, or lacks or repeats a column.
     """
-    reader = csv.DictReader(io.StringIO(read_text(path, what), newline=""), restval="")
+    text = read_text(path, what)
+    if stands := placeholder(text[:64].encode()):
+        raise ValueError(f"{path}:1: the file is {stands}")
+    reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
     limit = csv.field_size_limit(LONGEST_CELL)
     try:
         missing = [name for name in columns if name not in (reader.fieldnames or ())]
