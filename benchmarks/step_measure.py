@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from ladder import CUDA
-from step_forms import Batch, Form, synchronize
+from step_forms import PARTS, Batch, Form, synchronize
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
@@ -123,6 +123,37 @@ def time_parts(
             if i:
                 found[name].append(dict(clock.seconds))
     return found
+
+
+def table_of_parts(
+    form: Form, batches: Sequence[Batch], times: list[dict[str, float]], rate: float
+) -> dict[str, dict[str, float | None]]:
+    """Each part's median and the FLOPs, averaged over the same batches, and the step's.
+
+    Args:
+        form: the form.
+        batches: its batches.
+        times: of `time_parts`.
+        rate: GFLOP/s of a matrix product, for `of_matrix_rate`.
+    """
+    count = Counter()
+    for batch in batches:
+        form.step_in_parts(batch, count)
+    rows: dict[str, dict[str, float | None]] = {}
+    for part in PARTS:
+        if part not in times[0]:
+            continue
+        seconds, gflop = statistics.median(t[part] for t in times), count.flops[part] / len(batches) / 1e9
+        rows[part] = {
+            "ms": 1e3 * seconds,
+            "gflop": gflop,
+            "of_matrix_rate": gflop / seconds / rate,
+            "peak_mb": count.bytes[part] / 2**20 if CUDA else None,
+        }
+    seconds, gflop = statistics.median(sum(t.values()) for t in times), sum(r["gflop"] or 0 for r in rows.values())
+    peak = max(count.bytes.values()) / 2**20 if CUDA else None
+    rows["step"] = {"ms": 1e3 * seconds, "gflop": gflop, "of_matrix_rate": gflop / seconds / rate, "peak_mb": peak}
+    return rows
 
 
 LLM = ("LLM forward", "loss", "backward")
