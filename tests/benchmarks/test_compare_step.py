@@ -47,7 +47,8 @@ def test_each_allocator_has_its_times_and_the_losses_agree(tmp_path, capsys, mon
     assert result["provenance"]["commit"]
     settings = {name: measured["malloc"] for name, measured in result["allocators"].items()}
     assert settings == {"default": "default", "keep": "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1"}
-    assert os.environ["MALLOC_ARENA_MAX"] == "3" and "MALLOC_MMAP_MAX_" not in os.environ
+    assert os.environ["MALLOC_ARENA_MAX"] == "3"
+    assert "MALLOC_MMAP_MAX_" not in os.environ
     for measured in result["allocators"].values():
         for target, names in AGAINST.items():
             assert set(measured["ratios"][target]) == set(names)
@@ -60,7 +61,8 @@ def test_each_allocator_has_its_times_and_the_losses_agree(tmp_path, capsys, mon
     first, second = result["allocators"].values()
     memory = first["peak_memory"]["stage1"]
     assert memory["stage1_joint"]["total_mb"] < memory["B0"]["total_mb"]
-    assert "recomputed" in first["steps"]["stage1"] and "peak_memory" not in second
+    assert "recomputed" in first["steps"]["stage1"]
+    assert "peak_memory" not in second
     assert first["concept_7b"]["flops"] > 0
     printed = capsys.readouterr().out
     assert speed_tables.markdown(result) in printed
@@ -130,7 +132,8 @@ def test_the_official_second_stage_trains_lora_alone(base, rows):
     ours = Ours(base, SIZE, 2, dropout=0.0)
     form = Official(base, ours.psa, SIZE, 2, dropout=0.0, frozen=True)
     trained = {name for name, p in form.model.named_parameters() if p.requires_grad}
-    assert trained and all(".lora_" in name for name in trained)
+    assert trained
+    assert all(".lora_" in name for name in trained)
     kept = [p.clone() for p in (form.model.safety_tokens, form.model.head_tokens, form.model.type_head.weight)]
     form.step(form.batch(rows[SIZE.safety_tokens][:2]))
     now = (form.model.safety_tokens, form.model.head_tokens, form.model.type_head.weight)

@@ -66,7 +66,8 @@ def test_a_smaller_size_has_the_same_rows_in_little():
     for shapes in (whole, small):
         supervised = sum(shape.supervised for shape in shapes) / sum(shape.text for shape in shapes)
         assert supervised == pytest.approx(answers / texts, abs=0.12)
-    assert turns_of(40) == 1 and turns_of(400) == 10
+    assert turns_of(40) == 1
+    assert turns_of(400) == 10
 
 
 def test_the_small_model_has_the_proportions_of_7b():
