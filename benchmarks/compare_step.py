@@ -190,7 +190,7 @@ def compare_stage(
     """Times, memory, parts and overhead of one stage, under the keys of the result."""
     forms = forms_of(base, size, stage)
     shown = list(forms)
-    if stage == 1 and not times_only and not CUDA:
+    if stage == 1 and not times_only:
         forms |= {name: Ours(base, size, stage, **options) for name, options in LEVERS.items()}
     needed = args.warmup + args.steps
     lengths = rows.lengths[: needed * args.batch]
