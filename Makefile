@@ -27,7 +27,7 @@ help:
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"
 	@echo "make gpu    gpu tests, the same benchmarks and the step at 7B on a CUDA device: runs/bench (GPU_PYTHON=python to use)"
-	@echo "make gpu-step   the last of them, part by part (GPU_STEP_PARTS=\"stage1 stage2 guard\")"
+	@echo "make gpu-step   the last of them, part by part (GPU_STEP_PARTS=\"stage1 stage2 guard\", or fp8)"
 	@echo "make compare   the training step beside the official one and stock LLaVA fine-tuning: runs/compare.json (about 9 minutes)"
 	@echo "make profile   where the step's time goes, part by part: runs/profile-stage1.json, runs/profile-stage2.json"
 	@echo "make guard-cost   what the guard adds to an answer, and a verdict beside a generative guard: runs/guard-cost.json"

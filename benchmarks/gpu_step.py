@@ -1,11 +1,12 @@
 """The step at LLaVA-1.5-7B's dimensions on a GPU: random weights in bf16, no download, one result file a part.
 
-    python benchmarks/gpu_step.py [stage1] [stage2] [guard] [--out runs/bench] [--dry_run]
+    python benchmarks/gpu_step.py [stage1] [stage2] [guard] [fp8] [--out runs/bench] [--dry_run]
 
 stage1, stage2: compare_step.py's comparison of that stage, with B0, B1 and B2, peak memory, the parts' times and what
-the safety modules add; guard: guard_cost.py's answers under guard. A part whose result is there already is skipped, so
-that a run which was stopped goes on; delete the file to measure it again. Each part is meant to take less than nine
-minutes on one GPU of 80 GB (not yet measured).
+the safety modules add; guard: guard_cost.py's answers under guard; fp8, which must be asked for: fp8_step.py's step with
+frozen layers in FP8, refused below compute capability 8.9. A part whose result is there already is skipped, so that a
+run which was stopped goes on; delete the file to measure it again. Each part is meant to take less than nine minutes on
+one GPU of 80 GB (not yet measured).
 
 --dry_run goes through the same on this machine with a tiny model and few steps: what it writes is no measurement.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import compare_step
+import fp8_step
 import guard_cost
 from ladder import CUDA
 
@@ -40,7 +42,10 @@ PARTS: dict[str, tuple[Run, list[str], list[str]]] = {
         ["--size", "7b", "--requests", "3", "--rounds", "4"],
         ["--size", "tiny", "--requests", "1", "--rounds", "2", "--answer_tokens", "6", "--verdict_tokens", "3"],
     ),
+    "fp8": (fp8_step.main, ["--size", "7b"], ["--size", "tiny", "--steps", "2"]),
 }
+#: not every GPU has FP8
+DEFAULT = ("stage1", "stage2", "guard")
 
 
 def main(argv: Sequence[str] | None = None) -> list[str]:
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     args = _options(argv)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     ran = []
-    for part in args.parts or PARTS:
+    for part in args.parts or DEFAULT:
         run, options, few = PARTS[part]
         path: Path = args.out / f"{'dry' if args.dry_run else 'gpu'}-step-{part}.json"
         if _measured(path):
@@ -77,7 +82,9 @@ def _measured(path: Path) -> bool:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: {', '.join(DEFAULT)})"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder of the results")
     parser.add_argument("--dry_run", action="store_true", help="a tiny model, also on a CPU")
     args = parser.parse_args(argv)

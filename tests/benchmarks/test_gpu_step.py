@@ -19,7 +19,7 @@ def test_every_part_goes_through_once(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "stage2: " in printed
     assert "skipped" in printed
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"dry-step-{p}.json" for p in sorted(gpu_step.PARTS)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"dry-step-{p}.json" for p in sorted(gpu_step.DEFAULT)]
     stage1 = json.loads((tmp_path / "dry-step-stage1.json").read_text())
     assert speed_tables.markdown(stage1) in printed
     assert set(json.loads((tmp_path / "dry-step-guard.json").read_text())["prompts"]) == {"short", "long"}
@@ -41,7 +41,7 @@ def test_a_part_that_was_stopped_is_measured_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["stage3", "--dry_run"], "there is no part 'stage3'; there are stage1, stage2, guard"),
+        (["stage3", "--dry_run"], "there is no part 'stage3'; there are stage1, stage2, guard, fp8"),
         pytest.param(["stage1"], "torch finds no CUDA device", marks=pytest.mark.skipif(CUDA, reason="there is one")),
     ],
 )
