@@ -3,10 +3,10 @@
     python benchmarks/gpu_step.py [stage1] [stage2] [guard] [fp8] [--out runs/bench] [--dry_run]
 
 stage1, stage2: compare_step.py's comparison of that stage, with B0, B1 and B2, peak memory, the parts' times and what
-the safety modules add; guard: guard_cost.py's answers under guard; fp8, which must be asked for: fp8_step.py's step with
-frozen layers in FP8, refused below compute capability 8.9. A part whose result is there already is skipped, so that a
-run which was stopped goes on; delete the file to measure it again. Each part is meant to take less than nine minutes on
-one GPU of 80 GB (not yet measured).
+the safety modules add; guard: guard_cost.py's answers under guard; fp8, which must be asked for: fp8_step.py's frozen
+layers in FP8, refused below compute capability 8.9. A part whose result is there already is skipped, so that a run
+which was stopped goes on; delete the file to measure it again. Each part is meant to take less than nine minutes on one
+GPU of 80 GB (not yet measured).
 
 --dry_run goes through the same on this machine with a tiny model and few steps: what it writes is no measurement.
 """

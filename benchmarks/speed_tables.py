@@ -45,10 +45,11 @@ def place(result: Result) -> str:
     """Hardware, versions and options of a comparison, in one sentence."""
     found, options = result["provenance"], result["provenance"]["options"]
     parts = [str(found["device"])]
-    parts += [] if found.get("cuda") else [f"{found['threads']} threads"]
+    parts += [] if found.get("cuda") else [f"{found['threads']} thread{'s' * (found['threads'] > 1)}"]
     parts += [f"model {options['size']}", str(found["dtype"]).removeprefix("torch.")]
     parts += [f"{name} {found[name]}" for name in ("torch", "cuda", "transformers") if found.get(name)]
     parts += [f"{options['steps']} steps of {options['batch']} rows each after {options['warmup']}"]
+    parts += ["CPU seconds of the process"] if options["clock"] == "cpu" else []
     low, mean, high = found["tokens_per_row"]
     parts += [f"rows of {low} to {high} tokens (mean {mean:.0f}), {found['supervised_share']:.0%} of them supervised"]
     parts += [f"{found['padding_share']:.0%} of padded batches is padding", f"commit {str(found['commit'])[:10]}"]
