@@ -34,7 +34,7 @@ import transformers
 from baselines.official import Official
 from baselines.stock import LIGER, Stock
 from ladder import CUDA, DEVICE, DTYPE, where
-from proportions import shares
+from proportions import batches_of, shares
 from speed_tables import markdown
 from step_flops import AGAINST, ratios
 from step_forms import Form, Ours
@@ -264,9 +264,8 @@ def flops(args: argparse.Namespace) -> dict[str, Any]:
     found = {}
     for name in dict.fromkeys((args.size, "7b", "13b") if args.size != "tiny" else ("tiny",)):
         shapes = draw_shapes(args.batch * (args.warmup + args.steps), SIZES[name], args.seed)
-        orders = in_order(len(shapes), args.batch), grouped_by_length([s.text for s in shapes], args.batch, args.seed)
-        batches, grouped = ([[shapes[i] for i in n] for n in order[args.warmup :]] for order in orders)
-        found[name] = ratios(SIZES[name], batches, grouped)
+        plain, grouped = batches_of(shapes, args.batch, args.seed)
+        found[name] = ratios(SIZES[name], plain[args.warmup :], grouped[args.warmup :])
     return found
 
 

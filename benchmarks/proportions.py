@@ -36,11 +36,13 @@ def shares(size: Size, target: str = "stage1_joint") -> dict[str, float]:
     return percent
 
 
-def batches_of(rows: Sequence[RowShape], batch: int = BATCH) -> tuple[list[list[RowShape]], list[list[RowShape]]]:
+def batches_of(
+    rows: Sequence[RowShape], batch: int = BATCH, seed: int = 0
+) -> tuple[list[list[RowShape]], list[list[RowShape]]]:
     """The rows in batches as they come, and those of like length together."""
-    plain = in_order(len(rows), batch)
-    grouped = grouped_by_length([row.text for row in rows], batch)
-    return tuple([[rows[i] for i in numbers] for numbers in order] for order in (plain, grouped))  # type: ignore
+    grouped = grouped_by_length([row.text for row in rows], batch, seed)
+    plain, alike = ([[rows[i] for i in n] for n in order] for order in (in_order(len(rows), batch), grouped))
+    return plain, alike
 
 
 def ratios_of(size: Size) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def rows(base, tmp_path_factory):
 def test_each_allocator_has_its_times_and_the_losses_agree(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
     path = tmp_path / "result.json"
-    options = ["--size", "tiny", "--steps", "1", "--warmup", "1", "--overlay_steps", "3", "--part_rounds", "1"]
-    compare_step.main([*options, "--json", str(path)])
+    options = ["--size", "tiny", "--stages", "2", "--steps", "1", "--warmup", "1", "--part_rounds", "1"]
+    compare_step.main([*options, "--overlay_steps", "3", "--json", str(path)])
     result = json.loads(path.read_text())
     assert result["loss_overlay_max_diff"] <= 1e-3
     assert result["provenance"]["commit"]
@@ -50,22 +50,38 @@ def test_each_allocator_has_its_times_and_the_losses_agree(tmp_path, capsys, mon
     assert os.environ["MALLOC_ARENA_MAX"] == "3"
     assert "MALLOC_MMAP_MAX_" not in os.environ
     for measured in result["allocators"].values():
-        for target, names in AGAINST.items():
-            assert set(measured["ratios"][target]) == set(names)
-            assert all(ratio > 0 for ratio in measured["ratios"][target].values())
-        assert set(measured["parts"]["stage1"]) == {"stage1_joint", "stage1_concept", "B0", "B0 concept", "B1"}
-        assert "LLM forward" not in measured["parts"]["stage1"]["B0 concept"]
-        for form in ("ours", "B0"):
-            kinds = {"bottleneck_and_losses_percent", "extra_llm_tokens_percent"}
-            assert set(measured["safety_overhead"]["stage1"][form]) == kinds
+        check_stage(measured, "stage2")
     first, second = result["allocators"].values()
-    memory = first["peak_memory"]["stage1"]
-    assert memory["stage1_joint"]["total_mb"] < memory["B0"]["total_mb"]
-    assert "recomputed" in first["steps"]["stage1"]
+    memory = first["peak_memory"]["stage2"]
+    assert memory["stage2_lora"]["total_mb"] < memory["B0"]["total_mb"]
+    assert memory["B0 frozen"]["total_mb"] < memory["B0"]["total_mb"]
     assert "peak_memory" not in second
-    assert first["concept_7b"]["flops"] > 0
-    printed = capsys.readouterr().out
-    assert speed_tables.markdown(result) in printed
+    assert speed_tables.markdown(result) in capsys.readouterr().out
+
+
+def test_the_first_stage_has_its_forms_and_the_concept_step_of_another_size(capsys):
+    options = ["--size", "tiny", "--stages", "1", "--steps", "1", "--warmup", "0", "--part_rounds", "1"]
+    result = compare_step.main([*options, "--overlay_steps", "1", "--allocator", "cuda" if CUDA else "as_is"])
+    (measured,) = result["allocators"].values()
+    check_stage(measured, "stage1")
+    assert "LLM forward" not in measured["parts"]["stage1"]["B0 concept"]
+    assert {"padded", "recomputed"} <= set(measured["steps"]["stage1"])
+    assert CUDA or measured["concept_7b"]["flops"] > 0
+    assert set(speed_tables.timed_levers(result)) == set(speed_tables.LEVERS)
+
+
+def check_stage(measured, stage):
+    """Every target has its baselines' ratios, every form its parts."""
+    targets = [target for target in AGAINST if target.startswith(stage)]
+    assert set(measured["ratios"]) == set(targets)
+    for target in targets:
+        assert set(measured["ratios"][target]) == set(AGAINST[target])
+        assert all(ratio > 0 for ratio in measured["ratios"][target].values())
+    forms = {*targets, *(name for target in targets for name in AGAINST[target])}
+    assert set(measured["parts"][stage]) == forms - {"B2"}
+    for form in ("ours", "B0"):
+        kinds = {"bottleneck_and_losses_percent", "extra_llm_tokens_percent"}
+        assert set(measured["safety_overhead"][stage][form]) == kinds
 
 
 @pytest.mark.skipif(CUDA, reason="gradients are compared in fp32")

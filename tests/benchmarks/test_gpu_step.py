@@ -14,14 +14,14 @@ from ladder import CUDA
 
 
 def test_every_part_goes_through_once(tmp_path, capsys):
-    (tmp_path / "dry-step-stage2.json").write_text("{}")
-    assert gpu_step.main(["--dry_run", "--out", str(tmp_path)]) == ["stage1", "guard"]
+    (tmp_path / "dry-step-stage1.json").write_text("{}")
+    assert gpu_step.main(["--dry_run", "--out", str(tmp_path)]) == ["stage2", "guard"]
     printed = capsys.readouterr().out
-    assert "stage2: " in printed
+    assert "stage1: " in printed
     assert "skipped" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"dry-step-{p}.json" for p in sorted(gpu_step.DEFAULT)]
-    stage1 = json.loads((tmp_path / "dry-step-stage1.json").read_text())
-    assert speed_tables.markdown(stage1) in printed
+    stage2 = json.loads((tmp_path / "dry-step-stage2.json").read_text())
+    assert speed_tables.markdown(stage2) in printed
     assert set(json.loads((tmp_path / "dry-step-guard.json").read_text())["prompts"]) == {"short", "long"}
     assert gpu_step.main(["--dry_run", "--out", str(tmp_path)]) == []
 
