@@ -29,9 +29,8 @@ MACHINES = {"1 x 80 GB": Machine(1, 80), "8 x 80 GB": Machine(8, 80)}
 LARGEST = 64
 
 
-def flops(size: Size) -> dict[str, float]:
+def flops(size: Size, rows: Sequence[RowShape]) -> dict[str, float]:
     """Of each lever: FLOPs of a joint step of stage 1 without it over those with it."""
-    rows = draw_shapes(ROWS, size)
     batches, _ = batches_of(rows)
     joint, concept = ours(size, "stage1_joint", rows), ours(size, "stage1_concept", rows)
     total = sum(joint.values())
@@ -97,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = {
         "rows": ROWS,
-        "flops": {name: flops(SIZES[name]) for name in ("proportionate", "7b")},
+        "flops": {name: flops(SIZES[name], draw_shapes(ROWS, SIZES[name])) for name in ("proportionate", "7b")},
         "bytes_7b": saved_bytes(SIZES["7b"]),
         "micro_batches_7b": micro_batches(),
     }
