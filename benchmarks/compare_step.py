@@ -7,8 +7,8 @@ see baselines/. Like is held against like (step_flops.AGAINST): the concept obje
 its language model, LoRA alone against the official stage 2, whose safety modules are frozen. All forms train on the
 same records in batches of two, with an AdamW of their own, for the same number of steps. First the losses of B0 and
 ours (with the paper's query, without dropout) are laid over each other for some steps: forms that do not compute the
-same get no times. A ratio is the baseline's median step over ours; beside it stand the ratios of FLOPs, of this model
-and of LLaVA-1.5-7B and 13B.
+same get no times. A ratio is the time of all the baseline's steps over that of ours; beside it stand the ratios of
+FLOPs, of this model and of LLaVA-1.5-7B and 13B.
 
 On a CPU all is timed twice, each in a process of its own: with glibc's default allocator, and with one that keeps what
 is freed, as GPUs' allocators do.
@@ -98,10 +98,10 @@ def _each_allocator(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure(args: argparse.Namespace, times_only: bool = False) -> dict[str, Any]:
     """All that is timed in this process; `times_only`: no overlay of losses, no memory, no levers."""
-    size, needed = SIZES[args.size], args.batch * max(args.warmup + args.steps, args.overlay_steps)
+    size = SIZES[args.size]
     base = build_base(size)
     with tempfile.TemporaryDirectory() as folder:
-        rows = Rows(Path(folder), base, size, needed, args.seed)
+        rows = Rows(Path(folder), base, size, _rows_needed(args), args.seed)
     result: dict[str, Any] = {"provenance": _provenance(args, rows)}
     result["malloc"] = result["provenance"].get("malloc")
     result["matrix_rate_gflops"] = matrix_rate(torch.device(DEVICE), DTYPE, 8192 if CUDA else 2048, 1.0) / 1e9
@@ -119,6 +119,10 @@ def measure(args: argparse.Namespace, times_only: bool = False) -> dict[str, Any
     if 1 in args.stages and not times_only and not CUDA:
         result["concept_7b"] = concept_at_full_size(args)
     return result
+
+
+def _rows_needed(args: argparse.Namespace) -> int:
+    return args.batch * max(args.warmup + args.steps, args.overlay_steps)
 
 
 def concept_at_full_size(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,7 +202,6 @@ def compare_stage(
     orders = {name: grouped if name == "B2" else plain for name in forms}
     batches = {name: _batches(form, rows, orders[name]) for name, form in forms.items()}
     times = time_steps(forms, batches, args.warmup, CLOCKS[args.clock])
-    median = {name: statistics.median(seconds) for name, seconds in times.items()}
     result: dict[str, Any] = {
         "steps": {
             f"stage{stage}": {
@@ -206,7 +209,8 @@ def compare_stage(
                 for name, seconds in times.items()
             }
         },
-        "ratios": {t: {name: median[name] / median[t] for name in AGAINST[t]} for t in _targets(stage)},
+        # of all steps together: padding lies in the long rows, which a median leaves out
+        "ratios": {t: {name: sum(times[name]) / sum(times[t]) for name in AGAINST[t]} for t in _targets(stage)},
     }
     if not times_only:
         longest = max(range(needed), key=lambda i: sum(lengths[j] for j in plain[i]))
@@ -221,6 +225,7 @@ def _batches(form: Form, rows: Rows, order: Sequence[Sequence[int]]) -> list[Any
 
 def _speed(seconds: Sequence[float], batch: int, tokens: int) -> dict[str, float]:
     return {
+        "mean_ms": 1e3 * statistics.mean(seconds),
         "p50_ms": 1e3 * statistics.median(seconds),
         "p90_ms": 1e3 * sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1],
         "samples_per_s": batch * len(seconds) / sum(seconds),
@@ -246,11 +251,8 @@ def _parts(
             in_turn[f"{name} without"] = bare["B0" if name == "B0" else "ours"]
     used = {name: batches.get(name) or _batches(form, rows, plain) for name, form in in_turn.items()}
     parts = time_parts(in_turn, used, args.part_rounds, CLOCKS[args.clock])
-    rounds = min(args.part_rounds + 1, len(plain))
     return {
-        "parts": {
-            f"stage{stage}": {n: table_of_parts(form, used[n][:rounds], parts[n], rate) for n, form in forms.items()}
-        },
+        "parts": {f"stage{stage}": {n: table_of_parts(form, used[n], parts[n], rate) for n, form in forms.items()}},
         "safety_overhead": {
             f"stage{stage}": {
                 name: overhead(parts, key, f"{key} without") for name, key in (("ours", joint), ("B0", "B0"))
@@ -263,8 +265,8 @@ def flops(args: argparse.Namespace) -> dict[str, Any]:
     """FLOPs of the baselines over ours for the rows that are timed, at their own size and at LLaVA-1.5's."""
     found = {}
     for name in dict.fromkeys((args.size, "7b", "13b") if args.size != "tiny" else ("tiny",)):
-        shapes = draw_shapes(args.batch * (args.warmup + args.steps), SIZES[name], args.seed)
-        plain, grouped = batches_of(shapes, args.batch, args.seed)
+        shapes = draw_shapes(_rows_needed(args), SIZES[name], args.seed)
+        plain, grouped = batches_of(shapes[: args.batch * (args.warmup + args.steps)], args.batch, args.seed)
         found[name] = ratios(SIZES[name], plain[args.warmup :], grouped[args.warmup :])
     return found
 

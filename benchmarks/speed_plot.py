@@ -2,7 +2,7 @@
 
     python benchmarks/speed_plot.py [benchmarks/results/compare_step_cpu.json ...] --out docs/assets/speed.png
 
-Reads what `compare_step.py --json` writes; no number is typed here, and nothing is timed. A bar is the median step, the
+Reads what `compare_step.py --json` writes; no number is typed here, and nothing is timed. A bar is the mean step, the
 thin line leads to the 90th percentile. Beside a timed ratio stands that of FLOPs at 7B, below hardware and versions.
 Drawn with Pillow, which psa-fast needs anyway.
 """
@@ -42,19 +42,19 @@ def caption(result: Mapping[str, Any]) -> str:
     allocator = next(iter(result["allocators"]))
     at_7b = " In brackets: the ratio of FLOPs at LLaVA-1.5-7B." if "7b" in result["flops"] else ""
     memory = "" if allocator == "cuda" else f" Allocator: {ALLOCATOR_NAMES[allocator]}."
-    return f"Median step, line to the 90th percentile.{at_7b}{memory} {place(result)}"
+    return f"Mean step, line to the 90th percentile.{at_7b}{memory} {place(result)}"
 
 
 def bars(result: Mapping[str, Any], target: str) -> list[tuple[str, float, float, str]]:
-    """(name, median ms, 90th percentile ms, label) of ours and of each baseline of one target."""
+    """(name, mean ms, 90th percentile ms, label) of ours and of each baseline of one target."""
     measured = next(iter(result["allocators"].values()))
     steps, ratios = measured["steps"][target.split("_")[0]], measured["ratios"][target]
     at_7b = result["flops"].get("7b", {}).get(target, {})
-    rows = [("psa-fast", steps[target]["p50_ms"], steps[target]["p90_ms"], f"{steps[target]['p50_ms']:.0f} ms")]
+    rows = [("psa-fast", steps[target]["mean_ms"], steps[target]["p90_ms"], f"{steps[target]['mean_ms']:.0f} ms")]
     for name, ratio in ratios.items():
         liger = " and Liger" if name == "B2" and result["provenance"].get("liger") else ""
-        label = f"{steps[name]['p50_ms']:.0f} ms, {ratio:.2f}x" + (f" ({at_7b[name]:.2f}x)" if at_7b else "")
-        rows.append((NAMES[name] + liger, steps[name]["p50_ms"], steps[name]["p90_ms"], label))
+        label = f"{steps[name]['mean_ms']:.0f} ms, {ratio:.2f}x" + (f" ({at_7b[name]:.2f}x)" if at_7b else "")
+        rows.append((NAMES[name] + liger, steps[name]["mean_ms"], steps[name]["p90_ms"], label))
     return rows
 
 
@@ -71,8 +71,8 @@ def draw(results: Sequence[Mapping[str, Any]]) -> Image.Image:
             scale = (WIDTH - LEFT - 260) / max(p90 for _, _, p90, _ in rows)
             pen.text((MARGIN, top), f"{TARGETS[target]}: one training step", INK, font(22))
             top += 36
-            for number, (name, median, high, label) in enumerate(rows):
-                end, middle = LEFT + scale * median, top + BAR // 2
+            for number, (name, mean, high, label) in enumerate(rows):
+                end, middle = LEFT + scale * mean, top + BAR // 2
                 pen.text((LEFT - 12, middle), name, INK, font(18), anchor="rm")
                 pen.rectangle((LEFT, top, end, top + BAR - 5), fill=OURS if number == 0 else THEIRS)
                 pen.line((end, middle - 2, LEFT + scale * high, middle - 2), fill=INK, width=2)

@@ -66,7 +66,7 @@ def share_table(result: Result) -> list[str]:
 
 
 def ratio_table(result: Result) -> list[str]:
-    """Each baseline's median step over ours, by allocator, and the ratios of FLOPs beside it."""
+    """Each baseline's steps over ours, by allocator, and the ratios of FLOPs beside it."""
     allocators = result["allocators"]
     first = next(iter(allocators.values()))
     head = ["ours", "beside"]
@@ -80,7 +80,7 @@ def ratio_table(result: Result) -> list[str]:
         full = first.get("concept_7b") if target == "stage1_concept" else None
         if full:
             steps = full["steps"]
-            ratio = steps["B0 concept"]["p50_ms"] / steps[target]["p50_ms"]
+            ratio = steps["B0 concept"]["mean_ms"] / steps[target]["mean_ms"]
             blank = ["-"] * (len(allocators) - 1)
             flops = [f"{full['flops']:.2f}" if size == "7b" else "-" for size in result["flops"]]
             rows.append(["the same, at 7B's own dimensions", "B0 concept", f"{ratio:.2f}", *blank, *flops])
@@ -125,7 +125,7 @@ def differences(parts: Result, target: str, baseline: str) -> list[tuple[str, fl
 def step_table(result: Result) -> list[str]:
     """Milliseconds of every form's step under each allocator."""
     allocators = result["allocators"]
-    rows = [["ms a step, median (90th percentile)", *(ALLOCATOR_NAMES[name] for name in allocators)]]
+    rows = [["ms a step, mean (90th percentile)", *(ALLOCATOR_NAMES[name] for name in allocators)]]
     first = next(iter(allocators.values()))
     for stage, forms in first["steps"].items():
         for name in forms:
@@ -133,11 +133,11 @@ def step_table(result: Result) -> list[str]:
                 continue
             shown = [measured["steps"][stage][name] for measured in allocators.values()]
             label = NAMES.get(name, f"{name}, stage {stage[-1]}")
-            rows.append([label, *(f"{step['p50_ms']:.0f} ({step['p90_ms']:.0f})" for step in shown)])
+            rows.append([label, *(f"{step['mean_ms']:.0f} ({step['p90_ms']:.0f})" for step in shown)])
     for name, step in first.get("concept_7b", {"steps": {}})["steps"].items():
         label = f"{'ours' if name == 'stage1_concept' else name}, at 7B's own dimensions"
         blank = ["-"] * (len(allocators) - 1)
-        rows.append([label, f"{step['p50_ms']:.0f} ({step['p90_ms']:.0f})", *blank])
+        rows.append([label, f"{step['mean_ms']:.0f} ({step['p90_ms']:.0f})", *blank])
     return _table(rows)
 
 
@@ -193,13 +193,13 @@ def timed_levers(result: Result) -> dict[str, float]:
     steps, parts = measured["steps"].get("stage1", {}), measured["parts"].get("stage1", {})
     if "padded" not in steps:
         return {}
-    ours, mine = steps["stage1_joint"]["p50_ms"], parts["stage1_joint"]
+    ours, mine = steps["stage1_joint"]["mean_ms"], parts["stage1_joint"]
     return {
-        "packing": steps["padded"]["p50_ms"] / ours,
-        "no_recomputation": steps["recomputed"]["p50_ms"] / ours,
+        "packing": steps["padded"]["mean_ms"] / ours,
+        "no_recomputation": steps["recomputed"]["mean_ms"] / ours,
         "supervised_rows": 1 + (parts["B0"]["loss"]["ms"] - mine["loss"]["ms"]) / mine["step"]["ms"],
         "one_vision_pass": 1 + mine["vision"]["ms"] / mine["step"]["ms"],
-        "concept": ours / steps["stage1_concept"]["p50_ms"],
+        "concept": ours / steps["stage1_concept"]["mean_ms"],
     }
 
 
@@ -220,7 +220,7 @@ def readme_lines(result: Result) -> list[str]:
         return f"{measured['ratios'][target][name]:.2f}x ({at_7b[target][name]:.2f}x)"
 
     steps = measured["concept_7b"]["steps"]
-    concept = steps["B0 concept"]["p50_ms"] / steps["stage1_concept"]["p50_ms"]
+    concept = steps["B0 concept"]["mean_ms"] / steps["stage1_concept"]["mean_ms"]
     stock = f"{both('stage1_joint', 'B1')} and {both('stage2_lora_alone', 'B1')}"
     return [
         f"The official step took {both('stage1_joint', 'B0')} as long as ours in stage 1 and "

@@ -128,31 +128,34 @@ def time_parts(
 def table_of_parts(
     form: Form, batches: Sequence[Batch], times: list[dict[str, float]], rate: float
 ) -> dict[str, dict[str, float | None]]:
-    """Each part's median and the FLOPs, averaged over the same batches, and the step's.
+    """Each part's time and FLOPs, and the step's: medians over the rounds of `time_parts`.
 
     Args:
         form: the form.
         batches: its batches.
-        times: of `time_parts`.
+        times: of `time_parts` on them.
         rate: GFLOP/s of a matrix product, for `of_matrix_rate`.
     """
-    count = Counter()
-    for batch in batches:
-        form.step_in_parts(batch, count)
+    counts, peaks = [], defaultdict(int)
+    for i in range(1, len(times) + 1):
+        count = Counter()
+        form.step_in_parts(batches[i % len(batches)], count)
+        counts.append(count.flops)
+        for part, held in count.bytes.items():
+            peaks[part] = max(peaks[part], held)
     rows: dict[str, dict[str, float | None]] = {}
-    for part in PARTS:
-        if part not in times[0]:
+    for part in (*PARTS, "step"):
+        if part != "step" and part not in times[0]:
             continue
-        seconds, gflop = statistics.median(t[part] for t in times), count.flops[part] / len(batches) / 1e9
+        seconds = statistics.median(sum(t.values()) if part == "step" else t[part] for t in times)
+        flops = statistics.median(sum(found.values()) if part == "step" else found[part] for found in counts)
+        held = max(peaks.values()) if part == "step" and CUDA else peaks[part]
         rows[part] = {
             "ms": 1e3 * seconds,
-            "gflop": gflop,
-            "of_matrix_rate": gflop / seconds / rate,
-            "peak_mb": count.bytes[part] / 2**20 if CUDA else None,
+            "gflop": flops / 1e9,
+            "of_matrix_rate": flops / 1e9 / seconds / rate,
+            "peak_mb": held / 2**20 if CUDA else None,
         }
-    seconds, gflop = statistics.median(sum(t.values()) for t in times), sum(r["gflop"] or 0 for r in rows.values())
-    peak = max(count.bytes.values()) / 2**20 if CUDA else None
-    rows["step"] = {"ms": 1e3 * seconds, "gflop": gflop, "of_matrix_rate": gflop / seconds / rate, "peak_mb": peak}
     return rows
 
 

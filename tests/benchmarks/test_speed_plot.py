@@ -18,9 +18,9 @@ def test_bars_and_caption_are_the_results_numbers():
     measured = result["allocators"]["default"]
     steps = measured["steps"]["stage2"]
     rows = speed_plot.bars(result, "stage2_lora_alone")
-    assert [row[1] for row in rows] == [steps[n]["p50_ms"] for n in ("stage2_lora_alone", "B0 frozen", "B1", "B2")]
+    assert [row[1] for row in rows] == [steps[n]["mean_ms"] for n in ("stage2_lora_alone", "B0 frozen", "B1", "B2")]
     ratio, at_7b = (found["stage2_lora_alone"]["B0 frozen"] for found in (measured["ratios"], result["flops"]["7b"]))
-    assert rows[1][3] == f"{steps['B0 frozen']['p50_ms']:.0f} ms, {ratio:.2f}x ({at_7b:.2f}x)"
+    assert rows[1][3] == f"{steps['B0 frozen']['mean_ms']:.0f} ms, {ratio:.2f}x ({at_7b:.2f}x)"
     caption = speed_plot.caption(result)
     for name in ("device", "torch", "transformers"):
         assert result["provenance"][name] in caption
