@@ -55,7 +55,7 @@ from psa_fast.training.flops import matrix_rate
 
 TOLERANCE = 1e-3
 #: measured steps of the concept objective at 7B's dimensions, some seconds each
-CONCEPT_STEPS = 4
+CONCEPT_STEPS = 3
 #: environment of each allocator
 ALLOCATORS = {"default": {}, "keep": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}}
 #: forms that are only there to show what one of our choices is worth, see levers.py
@@ -298,7 +298,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them")
     parser.add_argument("--overlay_steps", type=int, default=5, help="steps whose losses are compared")
-    parser.add_argument("--part_rounds", type=int, default=5, help="rounds of the parts")
+    parser.add_argument("--part_rounds", type=int, default=4, help="rounds of the parts")
     parser.add_argument("--batch", type=int, default=2, help="rows a step, for every form")
     kinds = ["cuda"] if CUDA else ["both", *ALLOCATORS, "as_is"]
     parser.add_argument(
