@@ -304,6 +304,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--allocator", choices=kinds, default=kinds[0], help="as_is: what this process was started with"
     )
+    parser.add_argument("--note", help="what else is to be known of this run, printed with hardware and versions")
     add_shared_options(parser)
     args = parser.parse_args(argv)
     for name, least in (("steps", 1), ("warmup", 0), ("overlay_steps", 1), ("part_rounds", 1), ("batch", 1)):

@@ -53,6 +53,7 @@ def place(result: Result) -> str:
     low, mean, high = found["tokens_per_row"]
     parts += [f"rows of {low} to {high} tokens (mean {mean:.0f}), {found['supervised_share']:.0%} of them supervised"]
     parts += [f"{found['padding_share']:.0%} of padded batches is padding", f"commit {str(found['commit'])[:10]}"]
+    parts += [options["note"]] if options.get("note") else []
     return ", ".join(parts) + "."
 
 
