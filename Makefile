@@ -26,8 +26,9 @@ help:
 	@echo "make robust   after the demo: attacks on pixels, a tower made robust, the same attacks on it: runs/demo/pixels, runs/robust"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"
-	@echo "make gpu    gpu tests and the same benchmarks on a CUDA device: runs/bench/gpu.md (GPU_PYTHON=python to use)"
-	@echo "make compare   the training step beside the official one and stock LLaVA fine-tuning: runs/compare.json"
+	@echo "make gpu    gpu tests, the same benchmarks and the step at 7B on a CUDA device: runs/bench (GPU_PYTHON=python to use)"
+	@echo "make gpu-step   the last of them, part by part (GPU_STEP_PARTS=\"stage1 stage2 guard\", or fp8)"
+	@echo "make compare   the training step beside the official one and stock LLaVA fine-tuning: runs/compare.json (about 9 minutes)"
 	@echo "make profile   where the step's time goes, part by part: runs/profile-stage1.json, runs/profile-stage2.json"
 	@echo "make guard-cost   what the guard adds to an answer, and a verdict beside a generative guard: runs/guard-cost.json"
 	@echo "make pictures   after the demo: the README's two pictures, docs/assets/sandbox.png and docs/assets/speed.png"
@@ -133,10 +134,10 @@ bench: $(STAMP)
 	python benchmarks/report.py $(BENCH)/bench.json
 
 # offline, with whatever python has torch, triton, pytest and pytest-benchmark installed: GPU machines bring their own
-gpu gpu-tests gpu-bench: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
-.PHONY: gpu-ready gpu-tests gpu-bench
+gpu gpu-tests gpu-bench gpu-step: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels:$(PYTHONPATH)
+.PHONY: gpu-ready gpu-tests gpu-bench gpu-step
 gpu:
-	@$(MAKE) --no-print-directory --keep-going gpu-tests gpu-bench
+	@$(MAKE) --no-print-directory --keep-going gpu-tests gpu-bench gpu-step
 
 gpu-ready:
 	@$(GPU_PYTHON) -c 'import torch, triton, pytest, pytest_benchmark' || { echo "make gpu: $(GPU_PYTHON) cannot import what is named above; set GPU_PYTHON to a python that can"; exit 1; }
@@ -155,6 +156,14 @@ gpu-bench: gpu-ready
 	$(GPU_PYTHON) -m pytest benchmarks/test_ops.py --benchmark-json $(BENCH)/gpu.json; timed=$$?; \
 	test -s $(BENCH)/gpu.json && $(GPU_PYTHON) benchmarks/report.py $(BENCH)/gpu.json && exit $$timed
 
+# the step at 7B's dimensions, each part in a process of its own; a part with a result is skipped, so that it can go on
+GPU_STEP_PARTS ?= stage1 stage2 guard
+gpu-step: gpu-ready
+	@failed=; for part in $(GPU_STEP_PARTS); do \
+		timeout 540 $(GPU_PYTHON) benchmarks/gpu_step.py $$part --out $(BENCH) || failed="$$failed $$part"; \
+	done; test -z "$$failed" || { echo "make gpu-step: failed or took more than 9 minutes:$$failed"; exit 1; }
+
+# ours beside the baselines, then the tables' arithmetic; the pages' tables: python benchmarks/speed_tables.py --write
 compare: $(STAMP)
 	mkdir -p runs
 	python benchmarks/compare_step.py --json runs/compare.json

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from ladder import CUDA, DTYPE
-from step_model import Rows, Size, build_base, in_order
+from step_flops import safety_options
+from step_model import Size, build_base
+from step_rows import Rows, in_order
 from transformers.integrations import HfDeepSpeedConfig
 
 from psa_fast.data import pack
@@ -54,9 +56,7 @@ def communication(size: Size, config: TrainConfig, rounds: int, seed: int) -> di
     keep_alive = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     model = PsaVLM.build(
         build_base(size),
-        num_safety_tokens=size.safety_tokens,
-        num_head_tokens=size.safety_tokens,
-        num_attention_heads=config.num_attention_heads,
+        **safety_options(size),
         query=config.query,
     )
     parts = prepare(model, config)

@@ -29,9 +29,10 @@ import numpy as np
 import torch
 from ladder import CUDA, where
 from PIL import Image
+from step_flops import safety_options
 from step_forms import synchronize
 from step_measure import CLOCKS
-from step_model import SIZES, Size, build_base, build_processor, same_weights
+from step_model import SIZES, TIMED, Size, build_base, build_processor, same_weights
 
 from psa_fast.models import PsaVLM
 from psa_fast.safety import Guard, Policy, Request
@@ -96,8 +97,7 @@ def _forms(base: Any, size: Size, answer_tokens: int, verdict_tokens: int, texts
         torch.manual_seed(1)
         model = PsaVLM.build(
             same_weights(base),
-            num_safety_tokens=size.safety_tokens,
-            num_head_tokens=size.safety_tokens,
+            **safety_options(size),
             neutral_query=every_reading,
             query_window=WINDOW if every_reading else 0,
             reads_text=every_reading,
@@ -175,7 +175,7 @@ def _compare(forms: dict[str, Form], requests: list[Request], rounds: int) -> di
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=sorted(SIZES), default="7b" if CUDA else "proportionate")
+    parser.add_argument("--size", choices=TIMED, default="7b" if CUDA else "proportionate")
     parser.add_argument("--requests", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--answer_tokens", type=int, default=64)

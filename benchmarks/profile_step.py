@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,8 +31,16 @@ from baselines.stock import Stock
 from communication import communication
 from ladder import CUDA, DEVICE, DTYPE, where
 from step_forms import PARTS, Form, Ours, synchronize
-from step_measure import CLOCKS, Counter, add_shared_options, check_shared_options, overhead, time_parts
-from step_model import SIZES, Rows, Size, build_base, in_order
+from step_measure import (
+    CLOCKS,
+    add_shared_options,
+    check_shared_options,
+    overhead,
+    table_of_parts,
+    time_parts,
+)
+from step_model import SIZES, TIMED, Size, build_base
+from step_rows import Rows, in_order
 
 from psa_fast.planning.architectures import base_config
 from psa_fast.sandbox.cache import default_cache
@@ -85,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parts = time_parts(forms, batches, args.rounds, CLOCKS[args.clock])
     rate = matrix_rate(torch.device(DEVICE), DTYPE, n=8192 if CUDA else 2048, seconds=1.0) / 1e9
     shown = [name for name in SHOWN if name in forms]
-    table = {name: _table(forms[name], batches[name], parts[name], rate) for name in shown}
+    table = {name: table_of_parts(forms[name], batches[name], parts[name], rate) for name in shown}
     added = {}
     if task.objective == "joint":
         # a recipe without concept losses has no such part
@@ -200,28 +207,6 @@ def _size_of(config: TrainConfig) -> Size:
     )
 
 
-def _table(form: Form, batches: list, times: list[dict[str, float]], rate: float) -> dict[str, dict[str, float | None]]:
-    """Each part's median, and FLOPs averaged over the same batches."""
-    count = Counter()
-    for batch in batches:
-        form.step_in_parts(batch, count)
-    rows: dict[str, dict[str, float | None]] = {}
-    for part in PARTS:
-        if part not in times[0]:
-            continue
-        seconds, gflop = statistics.median(t[part] for t in times), count.flops[part] / len(batches) / 1e9
-        rows[part] = {
-            "ms": 1e3 * seconds,
-            "gflop": gflop,
-            "of_matrix_rate": gflop / seconds / rate,
-            "peak_mb": count.bytes[part] / 2**20 if CUDA else None,
-        }
-    seconds, gflop = statistics.median(sum(t.values()) for t in times), sum(r["gflop"] or 0 for r in rows.values())
-    peak = max(count.bytes.values()) / 2**20 if CUDA else None
-    rows["step"] = {"ms": 1e3 * seconds, "gflop": gflop, "of_matrix_rate": gflop / seconds / rate, "peak_mb": peak}
-    return rows
-
-
 def _print(result: dict[str, Any]) -> None:
     device, threads = result["provenance"]["device"], result["provenance"]["threads"]
     rate = result["matrix_rate_gflops"]
@@ -270,7 +255,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=[1, 2], required=True)
     parser.add_argument("--recipe", help="training recipe, by name or path, whose step is profiled")
-    parser.add_argument("--size", choices=sorted(SIZES), help=f"without a recipe (default: {DEFAULT_SIZE})")
+    parser.add_argument("--size", choices=sorted(TIMED), help=f"without a recipe (default: {DEFAULT_SIZE})")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each form")
     parser.add_argument("--batch", type=int, help="rows a step, for every form (default: the recipe's, or 2)")
     add_shared_options(parser)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from ladder import CUDA, DEVICE, DTYPE
+from step_flops import safety_options
 from step_model import Size, attention, same_weights
 from torch import Tensor, nn
 
 from psa_fast.data import Encoded, collate, pack
+from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import PsaVLM
 from psa_fast.models.packing import SDPA_BY_SAMPLE, Packing
 from psa_fast.taxonomy import IGNORE_INDEX
 from psa_fast.training.config import TrainConfig
+from psa_fast.training.recompute import prepare_language_model
 from psa_fast.training.stages import prepare
 
 #: L = L_LM + 10 (L_type + L_level), as the official code weighs them, for every form
@@ -101,8 +105,9 @@ class Form:
         if self.has_concept:
             with part("safety modules"):
                 losses["concept"] = self.concept(batch, features)
-                # their graph ends at the frozen features, so that their backward can run here
-                (CONCEPT_WEIGHT * losses["concept"]).backward()
+                if losses["concept"].requires_grad:
+                    # their graph ends at the frozen features, so that their backward can run here
+                    (CONCEPT_WEIGHT * losses["concept"]).backward()
         if self.has_language:
             with part("LLM forward"):
                 hidden = self.hidden(batch, features)
@@ -150,6 +155,9 @@ class Ours(Form):
         query: see PsaConfig.
         safety_tokens: None: the size's.
         dropout: of LoRA.
+        has_concept: False in stage 2: bottleneck and concept losses are left out, as the LLaVA recipes do.
+        packs: False: rows padded to the longest.
+        recomputes: every decoder layer runs again in the backward pass.
     """
 
     def __init__(
@@ -161,54 +169,59 @@ class Ours(Form):
         query: str = "prompt",
         safety_tokens: int | None = None,
         dropout: float = 0.05,
+        has_concept: bool = True,
+        packs: bool = True,
+        recomputes: bool = False,
     ):
         tokens = size.safety_tokens if safety_tokens is None else safety_tokens
         torch.manual_seed(1)
-        psa = PsaVLM.build(
-            same_weights(base), num_safety_tokens=tokens, num_head_tokens=size.safety_tokens, query=query
-        )
-        self.has_language = objective == "joint"
+        options = safety_options(size) | {"num_safety_tokens": tokens}
+        psa = PsaVLM.build(same_weights(base), **options, query=query)
+        self.has_language, self.has_concept, self.packs = objective == "joint", has_concept, packs
         config = TrainConfig(
             stage=stage,
             learning_rate=LEARNING_RATE,
-            concept_loss_weight=CONCEPT_WEIGHT,
-            lm_loss_weight=float(self.has_language),
+            concept_loss_weight=CONCEPT_WEIGHT if has_concept else 0.0,
+            stage1_objective=objective,
             lora_r=size.lora_r,
             lora_alpha=LORA_ALPHA,
             lora_dropout=dropout,
         )
         prepare(psa, config)
+        prepare_language_model(psa, replace(config, gradient_checkpointing="full" if recomputes else "none"))
         super().__init__(f"ours, {objective}", psa.train(), tokens, ("bottleneck.",))
         self.psa = psa
-        if attention() == "sdpa":  # as train.py chooses it for packed rows
+        if packs and attention() == "sdpa":  # as train.py chooses it for packed rows
             psa.vlm.set_attn_implementation({"text_config": SDPA_BY_SAMPLE})
 
     def batch(self, rows: Sequence[Encoded]) -> Batch:
         """Rows end to end, without padding."""
-        return self.to_device(pack(rows))
+        return self.to_device(pack(rows)) if self.packs else super().batch(rows)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """One call of the model."""
-        inputs = {k: v for k, v in batch.items() if k != "where" and (self.has_language or k != "labels")}
-        out = self.psa(**inputs, concept_loss_weight=CONCEPT_WEIGHT)
-        lm = {"lm": out.loss_lm} if self.has_language else {}
-        return {**lm, "concept": out.loss_type + out.loss_level}
+        skipped = {"where"} | (set() if self.has_language else {"labels"})
+        skipped |= set() if self.has_concept else set(CONCEPT_LABELS)
+        out = self.psa(**{k: v for k, v in batch.items() if k not in skipped}, concept_loss_weight=CONCEPT_WEIGHT)
+        losses = {"lm": out.loss_lm} if self.has_language else {}
+        return losses | ({"concept": out.loss_type + out.loss_level} if self.has_concept else {})
 
     def vision(self, batch: Batch) -> Any:
-        """Up to the used layer, and the connector."""
-        return self.psa.encode_images(batch["pixel_values"])
+        """Up to the used layer, and the connector where the language model runs."""
+        vision = self.psa.family.vision_features(self.psa.vlm, batch["pixel_values"])
+        return vision, self.psa.family.project(self.psa.vlm, vision) if self.has_language else None
 
     def concept(self, batch: Batch, features: Any) -> Tensor:
         """What PsaVLM.forward does without labels, its vision pass apart."""
         kept = {k: v for k, v in batch.items() if k not in ("where", "labels", "pixel_values")}
-        out = self.psa(**kept, vision_features=features.vision)
+        out = self.psa(**kept, vision_features=features[0])
         return out.loss_type + out.loss_level
 
     def hidden(self, batch: Batch, features: Any) -> Tensor:
         """[s_llm ; h_i] in place of the placeholders, then the language model."""
         psa, ids = self.psa, batch["input_ids"]
         embeds = psa.family.embed(psa.vlm, ids)
-        embeds = psa.insert_images(embeds, ids, features.projected)
+        embeds = psa.insert_images(embeds, ids, features[1])
         packing = Packing(batch["lengths"], ids.device)
         return psa.family.hidden_states(psa.vlm, embeds, None, packing.position_ids, **packing.attention_kwargs())
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from ladder import CUDA
-from step_forms import Batch, Form, synchronize
+from step_forms import PARTS, Batch, Form, synchronize
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
@@ -123,6 +123,40 @@ def time_parts(
             if i:
                 found[name].append(dict(clock.seconds))
     return found
+
+
+def table_of_parts(
+    form: Form, batches: Sequence[Batch], times: list[dict[str, float]], rate: float
+) -> dict[str, dict[str, float | None]]:
+    """Each part's time and FLOPs, and the step's: medians over the rounds of `time_parts`.
+
+    Args:
+        form: the form.
+        batches: its batches.
+        times: of `time_parts` on them.
+        rate: GFLOP/s of a matrix product, for `of_matrix_rate`.
+    """
+    counts, peaks = [], defaultdict(int)
+    for i in range(1, len(times) + 1):
+        count = Counter()
+        form.step_in_parts(batches[i % len(batches)], count)
+        counts.append(count.flops)
+        for part, held in count.bytes.items():
+            peaks[part] = max(peaks[part], held)
+    rows: dict[str, dict[str, float | None]] = {}
+    for part in (*PARTS, "step"):
+        if part != "step" and part not in times[0]:
+            continue
+        seconds = statistics.median(sum(t.values()) if part == "step" else t[part] for t in times)
+        flops = statistics.median(sum(found.values()) if part == "step" else found[part] for found in counts)
+        held = max(peaks.values()) if part == "step" and CUDA else peaks[part]
+        rows[part] = {
+            "ms": 1e3 * seconds,
+            "gflop": flops / 1e9,
+            "of_matrix_rate": flops / 1e9 / seconds / rate,
+            "peak_mb": held / 2**20 if CUDA else None,
+        }
+    return rows
 
 
 LLM = ("LLM forward", "loss", "backward")

@@ -157,10 +157,22 @@ class Official(Form):
         stage: 1 or 2.
         dropout: of LoRA.
         lora_on_head: as the official code; False where the losses of several steps are compared.
+        objective: "joint", or "concept": stage 1 without the language model, which the official forward can skip
+            (`return_cls_only`).
+        frozen: stage 2 as the official code trains it: LoRA alone. Safety modules and both kinds of safety tokens are
+            frozen; they still run forward.
     """
 
     def __init__(
-        self, base: nn.Module, psa: PsaVLM, size: Size, stage: int, dropout: float = 0.05, lora_on_head: bool = True
+        self,
+        base: nn.Module,
+        psa: PsaVLM,
+        size: Size,
+        stage: int,
+        dropout: float = 0.05,
+        lora_on_head: bool = True,
+        objective: str = "joint",
+        frozen: bool = False,
     ):
         vlm = same_weights(base)
         if stage == 2:
@@ -168,6 +180,10 @@ class Official(Form):
             _same_adapters(vlm, psa.vlm)
         model = OfficialPsa(vlm, psa).train()
         parts = ("projector.", "attention.", "type_head.", "level_head.", "head_tokens")
+        if frozen:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and ".lora_" in name)
+        self.has_language = objective == "joint"
         super().__init__("B0", model, model.safety_tokens.shape[0], parts)
         self.vlm: Any = vlm
 
@@ -181,16 +197,16 @@ class Official(Form):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         features = self.vision(batch)
-        concept = self.concept(batch, features)
-        return {"lm": self.head(self.hidden(batch, features), batch), "concept": concept}
+        losses = {"concept": self.concept(batch, features)}
+        return losses | ({"lm": self.head(self.hidden(batch, features), batch)} if self.has_language else {})
 
-    def vision(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """h_o and h_i."""
+    def vision(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """h_o, and h_i where the language model runs."""
         states = self.vlm.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states
         features = states[-2][:, 1:]
-        return features, self.vlm.model.multi_modal_projector(features)
+        return features, self.vlm.model.multi_modal_projector(features) if self.has_language else None
 
-    def concept(self, batch: Batch, features: tuple[Tensor, Tensor]) -> Tensor:
+    def concept(self, batch: Batch, features: tuple[Tensor, Tensor | None]) -> Tensor:
         model: Any = self.model
         h_s = model.projector(features[0])
         keys = torch.cat([model.head_tokens.expand(h_s.shape[0], -1, -1), h_s], dim=1)
@@ -201,7 +217,7 @@ class Official(Form):
         level = F.cross_entropy(model.level_head(pooled), batch["safe_level"], ignore_index=IGNORE_INDEX)
         return kind + level
 
-    def hidden(self, batch: Batch, features: tuple[Tensor, Tensor]) -> Tensor:
+    def hidden(self, batch: Batch, features: Any) -> Tensor:
         """Row by row: text before the image, safety tokens, image, text after it."""
         model: Any = self.model
         rows = []

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import os
 
 import compare_step
 import profile_step
 import pytest
+import speed_tables
 import torch
 from baselines.official import Official
 from baselines.stock import Stock
 from ladder import CUDA
+from step_flops import AGAINST
 from step_forms import PARTS, Ours, total
 from step_measure import Counter, peak_memory
-from step_model import SIZES, Rows, build_base, grouped_by_length
+from step_model import SIZES, build_base
+from step_rows import Rows, grouped_by_length
 
 SIZE = SIZES["tiny"]
 
@@ -27,30 +31,54 @@ def rows(base, tmp_path_factory):
     return Rows(tmp_path_factory.mktemp("rows"), base, SIZE, 6)
 
 
-def test_result_has_its_schema_and_the_losses_agree(tmp_path, capsys):
+@pytest.mark.skipif(CUDA, reason="there are two allocators on a CPU")
+def test_each_allocator_has_its_times_and_the_losses_agree(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "3")
+    for name in ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
     path = tmp_path / "result.json"
-    options = ["--size", "tiny", "--steps", "1", "--warmup", "1", "--overlay_steps", "3", "--part_rounds", "1"]
-    compare_step.main([*options, "--json", str(path)])
+    options = ["--size", "tiny", "--stages", "2", "--steps", "1", "--warmup", "1", "--part_rounds", "1"]
+    compare_step.main([*options, "--overlay_steps", "3", "--json", str(path)])
     result = json.loads(path.read_text())
-    assert set(result) == {"ratios", "peak_memory", "safety_overhead", "loss_overlay_max_diff", "provenance"}
-    for key in ("ratios", "peak_memory"):
-        assert set(result[key]) == {"stage1_joint", "stage1_concept", "stage2_lora"}
-    for ratios in result["ratios"].values():
-        assert set(ratios) == {"B0", "B1", "B2"}
-        assert all(value > 0 for value in ratios.values())
-    for memory in result["peak_memory"].values():
-        assert set(memory) == {"ours", "B0", "B1", "B2", "ours_over_B0"}
-    assert result["peak_memory"]["stage1_joint"]["ours_over_B0"] < 1
-    for shares in result["safety_overhead"].values():
-        for name in ("ours", "B0"):
-            assert set(shares[name]) == {"bottleneck_and_losses_percent", "extra_llm_tokens_percent"}
-    if not CUDA:
-        assert result["loss_overlay_max_diff"] <= 1e-3
+    assert result["loss_overlay_max_diff"] <= 1e-3
     assert result["provenance"]["commit"]
-    printed = capsys.readouterr().out
-    for target in result["ratios"]:  # each ratio with what it does not say, on the screen and in the file
-        assert compare_step.caveat(target, "tiny") in printed
-        assert result["provenance"]["notes"][f"ratios of {target}"] == compare_step.caveat(target, "tiny")
+    settings = {name: measured["malloc"] for name, measured in result["allocators"].items()}
+    assert settings == {"default": "default", "keep": "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1"}
+    assert os.environ["MALLOC_ARENA_MAX"] == "3"
+    assert "MALLOC_MMAP_MAX_" not in os.environ
+    for measured in result["allocators"].values():
+        check_stage(measured, "stage2")
+    first, second = result["allocators"].values()
+    memory = first["peak_memory"]["stage2"]
+    assert memory["stage2_lora"]["total_mb"] < memory["B0"]["total_mb"]
+    assert memory["B0 frozen"]["total_mb"] < memory["B0"]["total_mb"]
+    assert "peak_memory" not in second
+    assert speed_tables.markdown(result) in capsys.readouterr().out
+
+
+def test_the_first_stage_has_its_forms_and_the_concept_step_of_another_size(capsys):
+    options = ["--size", "tiny", "--stages", "1", "--steps", "1", "--warmup", "0", "--part_rounds", "1"]
+    result = compare_step.main([*options, "--overlay_steps", "1", "--allocator", "cuda" if CUDA else "as_is"])
+    (measured,) = result["allocators"].values()
+    check_stage(measured, "stage1")
+    assert "LLM forward" not in measured["parts"]["stage1"]["B0 concept"]
+    assert {"padded", "recomputed"} <= set(measured["steps"]["stage1"])
+    assert CUDA or measured["concept_7b"]["flops"] > 0
+    assert set(speed_tables.timed_levers(result)) == set(speed_tables.LEVERS)
+
+
+def check_stage(measured, stage):
+    """Every target has its baselines' ratios, every form its parts."""
+    targets = [target for target in AGAINST if target.startswith(stage)]
+    assert set(measured["ratios"]) == set(targets)
+    for target in targets:
+        assert set(measured["ratios"][target]) == set(AGAINST[target])
+        assert all(ratio > 0 for ratio in measured["ratios"][target].values())
+    forms = {*targets, *(name for target in targets for name in AGAINST[target])}
+    assert set(measured["parts"][stage]) == forms - {"B2"}
+    for form in ("ours", "B0"):
+        kinds = {"bottleneck_and_losses_percent", "extra_llm_tokens_percent"}
+        assert set(measured["safety_overhead"][stage][form]) == kinds
 
 
 @pytest.mark.skipif(CUDA, reason="gradients are compared in fp32")
@@ -86,13 +114,19 @@ def test_official_step_has_our_gradients(base, rows, stage):
 
 @pytest.mark.parametrize(
     ("stage", "form"),
-    [(1, "concept"), *((stage, form) for stage in (1, 2) for form in ("ours", "official", "stock"))],
+    [
+        *((1, form) for form in ("concept", "official concept")),
+        *((2, form) for form in ("alone", "official frozen")),
+        *((stage, form) for stage in (1, 2) for form in ("ours", "official", "stock")),
+    ],
 )
 def test_parts_are_the_whole_step(base, rows, stage, form):
     def make():
-        ours = Ours(base, SIZE, stage, "concept" if form == "concept" else "joint", dropout=0.0)
-        if form == "official":
-            return Official(base, ours.psa, SIZE, stage, dropout=0.0)
+        objective = "concept" if "concept" in form else "joint"
+        ours = Ours(base, SIZE, stage, objective, dropout=0.0, has_concept=form != "alone")
+        if "official" in form:
+            frozen = "frozen" in form
+            return Official(base, ours.psa, SIZE, stage, dropout=0.0, objective=objective, frozen=frozen)
         return Stock(base, SIZE, stage, dropout=0.0) if form == "stock" else ours
 
     torch.manual_seed(0)
@@ -105,6 +139,18 @@ def test_parts_are_the_whole_step(base, rows, stage, form):
         assert set(got) == set(expected)
         for name, loss in expected.items():
             torch.testing.assert_close(got[name], loss, rtol=1e-5, atol=1e-5)
+
+
+def test_the_official_second_stage_trains_lora_alone(base, rows):
+    ours = Ours(base, SIZE, 2, dropout=0.0)
+    form = Official(base, ours.psa, SIZE, 2, dropout=0.0, frozen=True)
+    trained = {name for name, p in form.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    kept = [p.clone() for p in (form.model.safety_tokens, form.model.head_tokens, form.model.type_head.weight)]
+    form.step(form.batch(rows[SIZE.safety_tokens][:2]))
+    now = (form.model.safety_tokens, form.model.head_tokens, form.model.type_head.weight)
+    assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
 
 
 def test_the_stock_step_trains_and_its_base_stays(base, rows):
@@ -169,8 +215,8 @@ def test_profile_of_a_recipe(base, tmp_path, options):
     recipe.write_text(f"{common}micro_batch_size: 3, gradient_checkpointing: full}}\n{options}\n")
     stage = options[5]
     task = profile_step.task_of(str(recipe), int(stage))
-    # max_turns is the data's, lora_r the option's default
-    assert task.size == dataclasses.replace(SIZE, max_turns=16, lora_r=256)
+    # lora_r is the option's default
+    assert task.size == dataclasses.replace(SIZE, lora_r=256)
     assert task.not_followed == ("gradient_checkpointing=full",)
     path = tmp_path / "profile.json"
     profile_step.main(["--recipe", str(recipe), "--stage", stage, "--rounds", "1", "--json", str(path)])
@@ -202,5 +248,5 @@ def test_profile_refuses_with_a_sentence(options, sentence, capsys):
 
 def test_a_shipped_recipe_has_its_bases_dimensions():
     task = profile_step.task_of("llava-1.5-7b", 2)
-    assert task.size == dataclasses.replace(SIZES["7b"], max_turns=16)
+    assert task.size == SIZES["7b"]
     assert (task.batch, task.has_concept, task.dropout) == (2, False, 0.05)
