@@ -168,6 +168,22 @@ class Guard:
         rows = self._batches(requests, (True, False), max_new_tokens, batch_size, on_error)
         return [(guarded, plain) for guarded, plain in rows]
 
+    @torch.inference_mode()
+    def read(self, requests: Sequence[Request]) -> list[Verdict]:
+        """The verdicts of one batch of requests without an answer; the language model is not run.
+
+        A verdict's `error` says why a request could not be read.
+        """
+        asked, refused = [], {}
+        for number, request in enumerate(requests):
+            try:
+                asked.append(self._prepare(number, request, 1))
+            except ValueError as error:
+                refused[number] = self._signed(refusing_verdict(number, str(error)))
+        found = self._read(asked, self._encode_images(asked)) if asked else []
+        verdicts = {one.number: verdict for one, (verdict, _) in zip(asked, found, strict=True)} | refused
+        return [verdicts[number] for number in range(len(requests))]
+
     def _batches(
         self,
         requests: Sequence[Request],

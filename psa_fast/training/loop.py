@@ -16,21 +16,29 @@ from . import checkpoint
 from .config import TrainConfig
 from .engine import init_distributed
 from .ranks import alike
+from .reporters import open_reporters
 from .run_setup import HintFor, Run, set_up
 from .step import StepReport, train_step
 from .stop_flag import StopFlag
+from .validation import Validation, validate
 
 # seconds that a failing run waits for the step before: DeepSpeed has waited for most of it already
 _LAST_WAIT = 10.0
 
 
-def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console | None = None) -> None:
+def train(
+    config: TrainConfig,
+    hint_for: HintFor | None = None,
+    console: Console | None = None,
+    validation: Validation | None = None,
+) -> None:
     """Run one stage to its end, or until SIGTERM or Ctrl-C, which save first.
 
     Args:
         config: resolved options; `model_name_or_path`, `data_path` and `image_folder` name real files.
         hint_for: (type id, level id) -> the policy's hint text, mixed into prompts at `hint_rate`.
         console: where rank 0 prints.
+        validation: what `--eval_every` runs; None: nothing.
 
     Raises:
         ValueError: options, records or checkpoints that do not fit, before any training.
@@ -40,23 +48,28 @@ def train(config: TrainConfig, hint_for: HintFor | None = None, console: Console
     console = console or Console(markup=False, emoji=False)
     console.quiet = rank != 0
     try:
-        _run(config, hint_for, console, rank, world_size)
+        _run(config, hint_for, console, rank, world_size, validation)
     finally:
         # gloo ranks may abort at exit otherwise
         dist.destroy_process_group()
 
 
-def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> None:
-    run = set_up(config, hint_for, console, rank, world_size)
+def _run(
+    config: TrainConfig,
+    hint_for: HintFor | None,
+    console: Console,
+    rank: int,
+    world_size: int,
+    validation: Validation | None = None,
+) -> None:
+    run = set_up(config, hint_for, validation, console, rank, world_size)
     if run is None:
         return
-    log = None
-    if rank == 0:
-        log = MetricsLog(config.stage_dir, run.records.total_steps, run.start, console, f"stage {config.stage}")
+    log = _open_log(run) if rank == 0 else None
     stop, batches, launched = StopFlag(), _batches(run), Launched(log)
     run.engine.train()
     try:
-        last = _steps(run, batches, launched, stop)
+        last = _steps(run, batches, launched, stop, log)
     except Exception:  # a second Ctrl-C waits for nothing
         if log:
             _log_unread(log, launched.unread, console)
@@ -76,18 +89,22 @@ def _run(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: 
     console.print(f"stage {config.stage} finished: {config.stage_dir}")
 
 
-def _steps(run: Run, batches: Iterator[list[dict]], launched: Launched, stop: StopFlag) -> Path | None:
-    """Take the steps that are left, saving as they go: the last checkpoint, or None if the run was asked to stop."""
+def _steps(
+    run: Run, batches: Iterator[list[dict]], launched: Launched, stop: StopFlag, log: MetricsLog | None
+) -> Path | None:
+    """Take the steps that are left, validate and save as they go: the last checkpoint, None if asked to stop."""
     config, total, saved = run.config, run.records.total_steps, run.saved
     for step in range(run.start + 1, total + 1):
         report = train_step(run.engine, batches, config, run.meter, step, lambda: bool(stop.requested), run.adversary)
         launched.add(report)
-        due = step == total or bool(config.save_steps and step % config.save_steps == 0)
+        validates, saves = _due(config.eval_every, step, total), _due(config.save_steps, step, total, last=True)
         # the device works on one step while the host reads the one before; what is saved has been read
-        stopping = launched.read(0 if due else 1)
+        stopping = launched.read(0 if validates or saves else 1)
         if stopping:
             launched.read(0)
-        if due or stopping:
+        if validates and run.validation is not None:  # before it is saved: a resumed run would not come back to it
+            _validate(run, run.validation, step, log)
+        if saves or stopping:
             with alike():
                 saved = checkpoint.save_checkpoint(run.engine, config, step, total, run.records.digest)
         if stopping and step < total:
@@ -95,6 +112,27 @@ def _steps(run: Run, batches: Iterator[list[dict]], launched: Launched, stop: St
             return None
     assert saved is not None
     return saved
+
+
+def _due(every: int | None, step: int, total: int, last: bool = False) -> bool:
+    """Whether a step is one of every `every` (None and 0: of none), or the last one of something that is done."""
+    return bool(every and step % every == 0) or (step == total and (last or bool(every)))
+
+
+def _validate(run: Run, validation: Validation, step: int, log: MetricsLog | None) -> None:
+    """Evaluate, log the figures and keep the add-on if it is the best. A collective."""
+    figures = validate(run.engine, validation, run.processor)
+    if log:
+        log.write_evaluation(step, figures)
+    if run.best is not None and run.best.offer(run.engine, step, figures):
+        run.console.print(f"best {run.best.metric} so far: {run.best.folder}", soft_wrap=True)
+
+
+def _open_log(run: Run) -> MetricsLog:
+    config, start = run.config, run.start
+    reporters = open_reporters(config, start)
+    title = f"stage {config.stage}"
+    return MetricsLog(config.stage_dir, run.records.total_steps, start, run.console, title, reporters=reporters)
 
 
 class Launched:

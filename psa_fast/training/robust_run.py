@@ -30,6 +30,7 @@ from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
 from .preflight import naming_base, prepare_dataset, read_processor
 from .ranks import alike, from_rank_0
+from .reporters import check_reporters, open_reporters
 from .robust_tower import RobustTower, picture_targets, tower_weights
 from .run_setup import Resume, begin
 from .stop_flag import StopFlag
@@ -66,7 +67,10 @@ def _run(config: TrainConfig, console: Console, rank: int, world_size: int) -> N
         return
     total_steps, log = run.total_steps, None
     if rank == 0:
-        log = MetricsLog(config.stage_dir, total_steps, run.start, console, "stage 0", FIELDS, LOSSES, _speed)
+        reporters = open_reporters(config, run.start)
+        log = MetricsLog(
+            config.stage_dir, total_steps, run.start, console, "stage 0", FIELDS, LOSSES, _speed, reporters
+        )
     stop = StopFlag()
     schedule = Schedule(run.sampler, config, rank, world_size, run.start, total_steps)
     batches = micro_batches(run.dataset, schedule, config, run.processor)
@@ -104,6 +108,7 @@ class _Run:
 
 def _set_up(config: TrainConfig, console: Console, rank: int, world_size: int) -> _Run | None:
     """Everything up to the first step; None if the stage is finished already. A collective."""
+    check_reporters(config)
     with alike():
         ds_config = resolve_deepspeed_config(config, world_size)
         check_deepspeed_config(ds_config, config.deepspeed_config)

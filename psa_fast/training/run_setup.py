@@ -18,6 +18,7 @@ from psa_fast.training.recompute import check_liger, prepare_language_model
 
 from . import checkpoint
 from .adversarial import ConceptAttack, PixelScale
+from .best import Best
 from .config import TrainConfig, check_warmup, warmup_is_too_long
 from .engine import build_engine, check_deepspeed_config, compute_dtype, resolve_deepspeed_config
 from .features import cached_features
@@ -27,8 +28,10 @@ from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
 from .preflight import check_positions, commit_for, prepare_dataset, read_processor
 from .ranks import alike
+from .reporters import BOARD, check_reporters
 from .stages import optimizer_groups, prepare, print_table
 from .supervision import unlearnt_readings
+from .validation import Validation, check_validation
 from .vision_tower import keep_whole
 
 HintFor = Callable[[int, int], "str | None"]
@@ -84,24 +87,37 @@ class Run:
     engine: Any
     meter: Meter
     adversary: ConceptAttack | None
+    validation: Validation | None
+    best: Best | None
     start: int
     saved: Path | None
     claimed: list[TextIO]
 
 
-def set_up(config: TrainConfig, hint_for: HintFor | None, console: Console, rank: int, world_size: int) -> Run | None:
+def set_up(
+    config: TrainConfig,
+    hint_for: HintFor | None,
+    validation: Validation | None,
+    console: Console,
+    rank: int,
+    world_size: int,
+) -> Run | None:
     """Everything up to the first step; None if the stage is finished already. A collective.
 
     Raises:
         ValueError: options, records or checkpoints that do not fit.
     """
+    check_reporters(config)
     with alike():
-        checked = _check(config, world_size, console)
+        checked = _check(config, validation, world_size, console)
     if checked is None:
         return None
     # before the model, so that a bad record costs seconds
     records = _read_records(config, checked, hint_for, console)
     claimed = claim(config, console)
+    best = None
+    if config.keep_best is not None and validation is not None:
+        best = Best(config.keep_best, config, validation.digest)
     rate = shared_matrix_rate(compute_dtype(config))
     engine, meter = _build(config, checked, records, rate, console, world_size)
     start = begin(engine, config, checked.resume, rank, console)
@@ -115,13 +131,15 @@ def set_up(config: TrainConfig, hint_for: HintFor | None, console: Console, rank
         engine=engine,
         meter=meter,
         adversary=_adversary(config, checked.processor, records.total_steps),
+        validation=validation,
+        best=best,
         start=start,
         saved=checked.resume.folder if checked.resume else None,
         claimed=claimed,
     )
 
 
-def _check(config: TrainConfig, world_size: int, console: Console) -> Checked | None:
+def _check(config: TrainConfig, validation: Validation | None, world_size: int, console: Console) -> Checked | None:
     ds_config = resolve_deepspeed_config(config, world_size)
     check_deepspeed_config(ds_config, config.deepspeed_config)
     attention = choose_attention(config) if config.runs_language_model else None
@@ -138,7 +156,10 @@ def _check(config: TrainConfig, world_size: int, console: Console) -> Checked | 
     addon = str(resume.folder) if resume else config.addon
     commit = commit_for(config, addon)
     check_positions(config, commit)
-    return Checked(ds_config, attention, resume, addon, commit, read_processor(config, commit))
+    processor = read_processor(config, commit)
+    if validation is not None:
+        check_validation(config, validation, processor, commit)
+    return Checked(ds_config, attention, resume, addon, commit, processor)
 
 
 def _read_records(config: TrainConfig, checked: Checked, hint_for: HintFor | None, console: Console) -> Records:
@@ -195,7 +216,8 @@ def _print_run(
         f"multiply; MFU is the share of it that a step's work makes use of",
         soft_wrap=True,
     )
-    console.print(f"curves of the run: tensorboard --logdir {config.stage_dir}", soft_wrap=True)
+    if BOARD in config.reporters:
+        console.print(f"curves of the run: tensorboard --logdir {config.stage_dir}", soft_wrap=True)
 
 
 def begin(engine: Any, config: TrainConfig, resume: Resume | None, rank: int, console: Console) -> int:
