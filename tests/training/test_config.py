@@ -83,7 +83,7 @@ def test_shipped_recipes_are_accepted(name, stage):
         ([*EVAL, "--keep_best", "loss"], "--keep_best is 'loss'; expected one of attack_success, "),
         (
             [*EVAL, *CONCEPT, "--keep_best", "attack_success"],
-            "figure of answers, and --stage1_objective concept has no",
+            "figure of answers, and --stage1_objective",
         ),
         ([*EVAL, "--deepspeed_config", "ds_configs/zero3.json"], r"partitions \(ZeRO-3\); give --deepspeed_config"),
         (["--report_to", "mlflow"], "--report_to is 'mlflow'; expected none, or of tensorboard, wandb, trackio some"),

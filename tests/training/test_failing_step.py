@@ -49,7 +49,7 @@ def test_the_loader_is_closed_whatever_fails_and_ctrl_c_waits_for_no_report(
     seen = []
 
     class Log:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             pass
 
         def write(self, row):

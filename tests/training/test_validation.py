@@ -1,4 +1,4 @@
-"""Evaluation during training: it changes no weight, its best add-on is kept, and it is the same on any number of ranks."""
+"""Evaluation during training: no weight changes, the best add-on is kept, any number of ranks finds the same."""
 
 import json
 import shutil
