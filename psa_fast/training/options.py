@@ -231,7 +231,7 @@ class TrainConfig:
         expected=f"one of {', '.join(SMALLER_ANSWERS + LARGER_ANSWERS + SMALLER_CONCEPT + LARGER_CONCEPT)}",
     )  # fmt: skip
     report_to: str = _run(
-        "tensorboard", "where figures go: none, or by commas tensorboard, wandb, trackio", may_change=True,
+        "tensorboard", "none, or by commas tensorboard, wandb, trackio", may_change=True,
         pattern=f"none|{_REPORTER}(,{_REPORTER})*", expected=f"none, or of {', '.join(REPORTERS)} some, by commas",
     )  # fmt: skip
     resume: str = _run("none", "none, auto (the newest checkpoint) or a checkpoint folder", may_change=True)
