@@ -88,6 +88,7 @@ def run(typed: dict[str, str], prog: str) -> int:
 
         check_versions()
         config = resolve_inputs(config, policy.hint)
+        validation = build_validation(config, policy)
         console.print("resolved options: " + ", ".join(f"{k}={v}" for k, v in config.to_dict().items()), soft_wrap=True)
         everywhere = False
         if config.stage == 0:
@@ -97,7 +98,7 @@ def run(typed: dict[str, str], prog: str) -> int:
         else:
             from psa_fast.training.loop import train
 
-            train(config, hint_for=policy.hint, console=console)
+            train(config, hint_for=policy.hint, console=console, validation=validation)
     except (ValueError, FloatingPointError, OSError) as error:
         return _fail(error, prog, everywhere)
     return 0
@@ -108,7 +109,7 @@ def resolve_inputs(config: Any, hint_for: Any) -> Any:
     from psa_fast.training.checkpoint import find_resume, is_finished
 
     changes = {}
-    if "sandbox" in (config.model_name_or_path, config.data_path):
+    if "sandbox" in (config.model_name_or_path, config.data_path, config.eval_data_path):
         from psa_fast.sandbox.cache import default_cache, ensure
 
         world, base = ensure(default_cache(), seed=config.seed, hint_for=hint_for)
@@ -117,6 +118,8 @@ def resolve_inputs(config: Any, hint_for: Any) -> Any:
         if config.data_path == "sandbox":
             changes["data_path"] = str(world / f"stage{max(config.stage, 1)}.jsonl")
             changes["image_folder"] = str(world)
+        if config.eval_data_path == "sandbox":
+            changes["eval_data_path"], changes["eval_image_folder"] = str(world / "dev.jsonl"), str(world)
     # --resume auto may find nothing to resume, and must not then start from an untrained add-on
     if config.stage == 2 and config.addon is None and find_resume(config) is None and not is_finished(config.stage_dir):
         stage1 = dataclasses.replace(config, stage=1).stage_dir
@@ -126,6 +129,26 @@ def resolve_inputs(config: Any, hint_for: Any) -> Any:
             )
         changes["addon"] = str(stage1)
     return dataclasses.replace(config, **changes)
+
+
+def build_validation(config: Any, policy: Any) -> Any:
+    """What `--eval_every` evaluates, with its rows read and every picture decoded; None without.
+
+    Raises:
+        ValueError: rows that cannot be used.
+    """
+    if config.stage == 0 or config.eval_every is None:
+        return None
+    from psa_fast.evaluation.during_training import DevSet
+
+    return DevSet(
+        config.eval_data_path,
+        config.eval_image_folder or config.image_folder,
+        config.model_name_or_path,
+        policy,
+        config.eval_batch_size,
+        answers=config.runs_language_model,
+    )
 
 
 def _fail(error: Exception, prog: str, everywhere: bool) -> int:

@@ -26,7 +26,7 @@ ALLOWED = {
     "sandbox": {"taxonomy", "files", "data", "safety"},
     "attacks": {"taxonomy", "files", "models", "data", "safety", "evaluation"},
     "planning": {"files", "models", "training"},
-    "train": {"files", "models", "safety", "sandbox", "threads", "training"},
+    "train": {"files", "models", "safety", "evaluation", "sandbox", "threads", "training"},
     "cli": {
         "taxonomy",
         "files",

@@ -11,13 +11,15 @@ PRIVATE = re.compile(r"_[A-Za-z0-9]\w*")
 DUNDER = re.compile(r"__\w+__")
 # of the language, or of every module and package
 PUBLIC_DUNDERS = {*dir(object), "__name__", "__file__", "__version__", "__traceback__", "__dataclass_fields__"}
+# of a NamedTuple, whose public methods begin so in order not to clash with its fields
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 BY_NAME = {"getattr", "hasattr", "setattr", "delattr", "attrgetter"}
 
 
 def is_private(name):
     if DUNDER.fullmatch(name):
         return name not in PUBLIC_DUNDERS
-    return PRIVATE.fullmatch(name) is not None
+    return name not in OF_NAMED_TUPLES and PRIVATE.fullmatch(name) is not None
 
 
 def own_names(tree):

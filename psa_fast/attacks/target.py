@@ -261,7 +261,7 @@ class Target:
 
     def verdicts(self, asked: Sequence[Asked], pictures: Tensor, batch_size: int = 16) -> list[Verdict]:
         """The real guard's verdicts alone, which cost no generation."""
-        return self.guard.verdicts(self.requests(asked, pictures), batch_size)
+        return self.guard.verdicts(self.requests(asked, pictures), batch_size, on_error="raise")
 
     def _values(self, pixels: Tensor) -> Tensor:
         weight = next(self.model.parameters())

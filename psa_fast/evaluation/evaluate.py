@@ -19,6 +19,7 @@ from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
+    from psa_fast.safety.verdict import Verdict
 
 IMAGE_GROUPS = ("risk", "clean", "benign_twin")  # what is risky in these is in the image
 # group -> the metric of its unsafe answers, and of its answers that need not have refused
@@ -88,7 +89,7 @@ def run_stage(
         for start in range(0, len(records), batch_size):
             places = order[start : start + batch_size]
             chunk = [records[place] for place in places]
-            images = pool.map(lambda record: _pictures(record, image_folder), chunk)
+            images = pool.map(lambda record: pictures_of(record, image_folder), chunk)
             batch = answer_records(guard, chunk, list(images), max_new_tokens, refusal_list, refusal_mode)
             keep(batch)
             results.update(zip(places, batch, strict=True))
@@ -100,7 +101,8 @@ def _size(record: Record) -> tuple[int, int]:
     return len(record.images), sum(len(turn.text) for turn in record.turns)
 
 
-def _pictures(record: Record, image_folder: str | Path) -> tuple[Any, ...]:
+def pictures_of(record: Record, image_folder: str | Path) -> tuple[Any, ...]:
+    """A record's images, decoded. Raises ValueError, with file and line, for one that cannot be used."""
     try:
         return tuple(to_rgb(resolve(image_folder, name)) for name in record.images)
     except ImageError as error:
@@ -132,33 +134,52 @@ def answer_records(
         pairs = [(answer, answer) for answer in plain]
     results = []
     for record, (guarded, unguarded) in zip(records, pairs, strict=True):
-        verdict = guarded.verdict
-        if verdict.error is not None and not keep_blocked:
-            raise ValueError(f"{record.where}: {verdict.error}")
-        results.append(
-            Result(
-                where=record.where,
-                id=record.id,
-                group=record.group,
-                safe_type=record.safe_type,
-                safe_level=record.safe_level,
-                target=record.turns[-1].text,
-                guarded=guarded.text,
-                unguarded=unguarded.text,
-                guarded_kind=classify(guarded.text, words, mode),
-                unguarded_kind=classify(unguarded.text, words, mode),
-                action=verdict.action,
-                rule=verdict.rule,
-                unsafe=verdict.unsafe,
-                unsafe_score=verdict.unsafe_score,
-                read_type=_argmax(verdict.type_probs, RISK_TYPES),
-                read_level=_argmax(verdict.level_probs, RISK_LEVELS),
-                query=verdict.query,
-                code=verdict.code,
-                images=len(record.images),
-            )
-        )
+        if guarded.verdict.error is not None and not keep_blocked:
+            raise ValueError(f"{record.where}: {guarded.verdict.error}")
+        kinds = classify(guarded.text, words, mode), classify(unguarded.text, words, mode)
+        results.append(_result(record, guarded.verdict, (guarded.text, unguarded.text), kinds))
     return results
+
+
+def read_records(guard: Guard, records: Sequence[Record], pictures: Sequence[tuple[Any, ...]]) -> list[Result]:
+    """Read one batch of records about given pictures without an answer: its kind is "unread".
+
+    Raises ValueError, with file and line, for a record that cannot be asked.
+    """
+    from psa_fast.safety.guard import Request
+
+    requests = [Request(record.turns[:-1], row) for record, row in zip(records, pictures, strict=True)]
+    verdicts = guard.verdicts(requests, len(requests))
+    for record, verdict in zip(records, verdicts, strict=True):
+        if verdict.error is not None:
+            raise ValueError(f"{record.where}: {verdict.error}")
+    pairs = zip(records, verdicts, strict=True)
+    return [_result(record, verdict, ("", ""), ("unread", "unread")) for record, verdict in pairs]
+
+
+def _result(record: Record, verdict: Verdict, texts: tuple[str, str], kinds: tuple[Kind, Kind]) -> Result:
+    """What a record was answered and read; texts and kinds are (guarded, unguarded)."""
+    return Result(
+        where=record.where,
+        id=record.id,
+        group=record.group,
+        safe_type=record.safe_type,
+        safe_level=record.safe_level,
+        target=record.turns[-1].text,
+        guarded=texts[0],
+        unguarded=texts[1],
+        guarded_kind=kinds[0],
+        unguarded_kind=kinds[1],
+        action=verdict.action,
+        rule=verdict.rule,
+        unsafe=verdict.unsafe,
+        unsafe_score=verdict.unsafe_score,
+        read_type=_argmax(verdict.type_probs, RISK_TYPES),
+        read_level=_argmax(verdict.level_probs, RISK_LEVELS),
+        query=verdict.query,
+        code=verdict.code,
+        images=len(record.images),
+    )
 
 
 def _argmax(probs: dict[str, float] | None, names: tuple[str, ...]) -> int | None:

@@ -121,21 +121,25 @@ class Guard:
         return [(guarded, plain) for guarded, plain in rows]
 
     @torch.inference_mode()
-    def verdicts(self, requests: Sequence[Request], batch_size: int = 16) -> list[Verdict]:
+    def verdicts(self, requests: Sequence[Request], batch_size: int = 16, on_error: OnError = "block") -> list[Verdict]:
         """The verdicts that guarded answers would have, without generating any.
 
-        Raises ValueError, naming its place in the list, for the first request that cannot be read.
+        A request that cannot be read is blocked, and its verdict's `error` says why; `on_error="raise"` raises a
+        ValueError that names its place in the list instead.
         """
-        found: list[Verdict] = []
+        found: dict[int, Verdict] = {}
         for start in range(0, len(requests), batch_size):
             batch = []
             for number, request in enumerate(requests[start : start + batch_size], start):
                 try:
                     batch.append(self.prepare(request, number=number))
                 except ValueError as error:
-                    raise ValueError(f"request {number}: {error}") from error
-            found += [_applied(*read) for read in self._read(batch, self._encode_images(batch))]
-        return found
+                    if on_error == "raise":
+                        raise ValueError(f"request {number}: {error}") from error
+                    found[number] = self._signed(refusing_verdict(number, str(error)))
+            read = self._read(batch, self._encode_images(batch))
+            found.update((one.number, _applied(*result)) for one, result in zip(batch, read, strict=True))
+        return [found[number] for number in range(len(requests))]
 
     def _batches(
         self,

@@ -10,7 +10,16 @@ from psa_fast.files import read_yaml, shorten
 
 from .arguments import typed_options
 from .deepspeed_config import read_deepspeed_config as read_deepspeed_config
-from .options import OPTIONS, checked, from_text, from_yaml
+from .options import (
+    LARGER_ANSWERS,
+    LARGER_CONCEPT,
+    OPTIONS,
+    SMALLER_ANSWERS,
+    SMALLER_CONCEPT,
+    checked,
+    from_text,
+    from_yaml,
+)
 from .options import TrainConfig as TrainConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -96,6 +105,7 @@ def check(config: TrainConfig, typed: Collection[str] = ()) -> None:
     _check_effects(config, typed)
     _check_losses(config)
     _check_attacks(config, typed)
+    _check_evaluation(config, typed)
     if config.max_tokens_per_micro_batch is not None:
         _check_token_budget(config, config.max_tokens_per_micro_batch, typed)
     if {"num_train_epochs", "max_steps"} <= set(typed):
@@ -153,7 +163,7 @@ def _check_effects(config: TrainConfig, typed: Collection[str]) -> None:
         raise ValueError("--feature_cache holds the features of unchanged images: give --augment none beside it")
     if config.query == "first" and "query_window" in typed:
         raise ValueError("--query_window has no effect with --query first, which reads no text")
-    if config.hint_rate == 0 and "policy" in typed:
+    if config.hint_rate == 0 and config.eval_every is None and "policy" in typed:
         raise ValueError("--policy has no effect in training with --hint_rate 0: it is where the hints come from")
     if config.lr_scheduler_type == "constant" and "warmup_steps" in typed:
         raise ValueError("--warmup_steps has no effect with --lr_scheduler_type constant; see constant_with_warmup")
@@ -213,6 +223,34 @@ def _check_attacks(config: TrainConfig, typed: Collection[str]) -> None:
         raise ValueError(
             f"{name} needs gradients of pixels through whole weights, which {config.deepspeed_config} partitions "
             f"(ZeRO-3); give --deepspeed_config ds_configs/zero2.json"
+        )
+
+
+def _check_evaluation(config: TrainConfig, typed: Collection[str]) -> None:
+    """Refuse evaluations that cannot be made, and options of theirs without effect."""
+    if config.stage == 0:
+        return
+    if config.eval_every is None:
+        given = ("keep_best", "eval_data_path", "eval_image_folder")
+        for name in (*given, "eval_batch_size"):
+            if name in typed or (name in given and getattr(config, name) is not None):
+                raise ValueError(f"--{name} has no effect without --eval_every")
+        return
+    if config.eval_data_path is None:
+        raise ValueError("--eval_every needs --eval_data_path, records that are not trained on")
+    if config.eval_data_path == "sandbox" and config.eval_image_folder is not None:
+        raise ValueError("--eval_image_folder has no effect on the sandbox's own records")
+    if config.keep_best in SMALLER_ANSWERS + LARGER_ANSWERS and not config.runs_language_model:
+        concept = ", ".join(SMALLER_CONCEPT + LARGER_CONCEPT)
+        raise ValueError(
+            f"--keep_best {config.keep_best} is a figure of answers, and --stage1_objective concept has no language "
+            f"model to give any; it has {concept}"
+        )
+    ds = read_deepspeed_config(config.deepspeed_config)
+    if ds.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise ValueError(
+            f"--eval_every answers with whole weights, which {config.deepspeed_config} partitions (ZeRO-3); give "
+            f"--deepspeed_config ds_configs/zero2.json, or evaluate checkpoints with psa-fast evaluate"
         )
 
 

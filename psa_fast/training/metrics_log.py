@@ -1,19 +1,20 @@
-"""What a run writes as it goes: metrics.jsonl, TensorBoard, one log line, the progress bar."""
+"""What a run writes as it goes: metrics.jsonl, its reporters, one log line, the progress bar."""
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from psa_fast.files import named
 
-METRICS, BOARD = "metrics.jsonl", "tensorboard"
+from .reporters import Reporter
+
+METRICS = "metrics.jsonl"
 Row = Mapping[str, "float | None"]
 LOSSES = ("loss", "loss_lm", "loss_type", "loss_level", "loss_adversarial")
 FIELDS = (
@@ -50,6 +51,7 @@ class MetricsLog:
         fields: what a row holds, the step first.
         losses: those of them that a log line shows.
         speed: the end of a log line.
+        reporters: where the figures go besides; closed with the log.
 
     Raises:
         OSError: naming the file, when it cannot be written.
@@ -65,11 +67,11 @@ class MetricsLog:
         fields: Sequence[str] = FIELDS,
         losses: Sequence[str] = LOSSES,
         speed: Callable[[Row], str] | None = None,
+        reporters: Sequence[Reporter] = (),
     ):
-        from torch.utils.tensorboard import SummaryWriter
-
         self._fields, self._losses, self._speed = fields, losses, speed or _speed
-        self._path, self._board_path = path, board = folder / METRICS, folder / BOARD
+        self._path = path = folder / METRICS
+        self._reporters = reporters
         kept = []
         if path.exists() and start_step:
             # a killed run may have left half a line; whatever lies beyond the checkpoint is run again
@@ -85,10 +87,6 @@ class MetricsLog:
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(line + "\n" for line in kept))
             self._file = path.open("a")
-        self._hook = threading.excepthook
-        threading.excepthook = self._leave_to_the_next_write
-        with named(board):
-            self._board = SummaryWriter(str(board), purge_step=start_step + 1)
         self._progress = Progress(
             TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"),
             TimeRemainingColumn(), TextColumn("{task.fields[line]}"), console=console, disable=not console.is_terminal,
@@ -108,14 +106,8 @@ class MetricsLog:
         Raises:
             OSError: naming the file that cannot be written.
         """
-        with named(self._path):
-            self._file.write(json.dumps({name: row[name] for name in self._fields}) + "\n")
-            self._file.flush()
         step = int(row["step"] or 0)
-        with named(self._board_path):
-            for name in self._fields[1:]:
-                if row[name] is not None:
-                    self._board.add_scalar(name, row[name], step)
+        self._record({name: row[name] for name in self._fields}, step)
         losses = " ".join(f"{name} {shown(row[name])}" for name in self._losses)
         self._progress.update(self._task, completed=step, line=f"loss {shown(row['loss'])} {self._speed(row)}")
         if step % self._every == 0 or step in (1, self._total):
@@ -124,21 +116,37 @@ class MetricsLog:
                 soft_wrap=True,
             )
 
+    def write_evaluation(self, step: int, figures: Row) -> None:
+        """Record an evaluation after a step, as `eval/NAME`.
+
+        Args:
+            step: optimizer steps taken.
+            figures: by name; None for one that the answers leave undefined.
+
+        Raises:
+            OSError: naming the file that cannot be written.
+        """
+        self._record({"step": step} | {f"eval/{name}": value for name, value in figures.items()}, step)
+        told = " ".join(f"{name} {shown(value)}" for name, value in figures.items())
+        self._console.print(f"step {step}/{self._total} evaluation: {told}", soft_wrap=True)
+
+    def _record(self, row: Row, step: int) -> None:
+        """A line of the file, and what of it is a number to the reporters."""
+        with named(self._path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        found = {name: value for name, value in row.items() if name != "step" and value is not None}
+        for reporter in self._reporters:
+            reporter.log(found, step)
+
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close everything, the reporters too."""
         self._progress.stop()
-        try:
+        with ExitStack() as stack:
+            for reporter in self._reporters:
+                stack.callback(reporter.close)
             with named(self._path):
                 self._file.close()
-            with named(self._board_path):
-                self._board.close()
-        finally:
-            threading.excepthook = self._hook
-
-    def _leave_to_the_next_write(self, failure: Any) -> None:
-        """TensorBoard's thread would print a traceback of a full disk; its next write raises the same error."""
-        if not isinstance(failure.exc_value, OSError):
-            self._hook(failure)
 
 
 def _step_of(line: bytes) -> int | None:

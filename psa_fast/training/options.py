@@ -13,6 +13,15 @@ from typing import Any
 
 from psa_fast.files import shorten, unwritable_text
 
+# figures that choose a checkpoint (--keep_best): those that answers decide, and those that the concept head decides
+SMALLER_ANSWERS = (
+    "attack_success", "attack_success_text", "attack_success_joint", "over_refusal_clean", "over_refusal_twins",
+    "over_refusal_text_twins", "over_refusal_joint_twins",
+)  # fmt: skip
+LARGER_ANSWERS = ("general_accuracy",)
+SMALLER_CONCEPT, LARGER_CONCEPT = ("over_flagged",), ("unsafe_auroc", "text_risk_auroc")
+REPORTERS = ("tensorboard", "wandb", "trackio")
+_REPORTER = f"({'|'.join(REPORTERS)})"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 # the groups of --help, in its order
 GROUPS = ("model and data", "method", "optimisation", "memory and speed", "run")
@@ -99,7 +108,7 @@ class TrainConfig:
     hint_rate: float = _method(
         0.0, "share of risky rows whose prompt gets the policy's hint", minimum=0.0, maximum=1.0, stage=(1, 2)
     )
-    policy: str | None = _method(None, "policy file that the hints come from", unset="the shipped one", stage=(1, 2))
+    policy: str | None = _method(None, "policy file of hints and evaluations", unset="the shipped one", stage=(1, 2))
     concept_loss_weight: float = _method(
         1.0, "weight of the type and level losses", minimum=0.0, maximum=1e6, no_effect=("tokens",), stage=(1, 2)
     )
@@ -203,6 +212,28 @@ class TrainConfig:
     seed: int = _run(0, "initialisation, order of rows, hints", minimum=-(2**63), maximum=2**63 - 1)
     save_steps: int = _run(500, "optimizer steps between checkpoints, 0: the end only", minimum=0, may_change=True)
     save_total_limit: int = _run(2, "checkpoints kept", minimum=1, may_change=True)
+    eval_every: int | None = _run(
+        None, "optimizer steps between evaluations, and after the last", unset="off", minimum=1, may_change=True,
+        stage=(1, 2),
+    )  # fmt: skip
+    eval_data_path: str | None = _run(
+        None, "JSONL records of the evaluations, or 'sandbox'", may_change=True, stage=(1, 2)
+    )  # fmt: skip
+    eval_image_folder: str | None = _run(
+        None, "folder that their image paths are relative to", unset="image_folder", may_change=True, stage=(1, 2)
+    )
+    eval_batch_size: int = _run(
+        16, "rows per rank and forward pass of them", minimum=1, maximum=2**20, may_change=True, stage=(1, 2)
+    )
+    keep_best: str | None = _run(
+        None, "figure of the evaluations whose best add-on is kept in best/", unset="off", may_change=True,
+        stage=(1, 2), pattern="|".join(SMALLER_ANSWERS + LARGER_ANSWERS + SMALLER_CONCEPT + LARGER_CONCEPT),
+        expected=f"one of {', '.join(SMALLER_ANSWERS + LARGER_ANSWERS + SMALLER_CONCEPT + LARGER_CONCEPT)}",
+    )  # fmt: skip
+    report_to: str = _run(
+        "tensorboard", "none, or by commas tensorboard, wandb, trackio", may_change=True,
+        pattern=f"none|{_REPORTER}(,{_REPORTER})*", expected=f"none, or of {', '.join(REPORTERS)} some, by commas",
+    )  # fmt: skip
     resume: str = _run("none", "none, auto (the newest checkpoint) or a checkpoint folder", may_change=True)
     overwrite_output_dir: bool = _run(False, "delete an earlier run of this stage first", may_change=True)
     local_rank: int = _run(-1, "set by the launcher", minimum=-1, hidden=True, may_change=True)
@@ -227,6 +258,11 @@ class TrainConfig:
     def clips_each_part(self) -> bool:
         """Whether gradients are clipped part by part: stage 1 with both losses, which share no trained parameter."""
         return self.max_grad_norm > 0 and self.stage == 1 and self.stage1_objective == "joint"
+
+    @property
+    def reporters(self) -> tuple[str, ...]:
+        """The names in `report_to`, each once."""
+        return () if self.report_to == "none" else tuple(dict.fromkeys(self.report_to.split(",")))
 
     @property
     def stage_dir(self) -> Path:

@@ -12,13 +12,15 @@ from rich.console import Console
 
 from psa_fast.files import lock, named, refuse_pipe_or_folder
 from psa_fast.models.addon import ADAPTER, CHANGED, CONFIG, WEIGHTS
-from psa_fast.training.metrics_log import BOARD, METRICS
+from psa_fast.training.metrics_log import METRICS
+from psa_fast.training.reporters import BOARD
 
+from .best import BEST
 from .checkpoint import STATE
 from .config import TrainConfig
 from .ranks import alike, from_rank_0
 
-_WRITTEN = {CONFIG, WEIGHTS, ADAPTER, CHANGED.split("/")[0], STATE, METRICS, BOARD}
+_WRITTEN = {CONFIG, WEIGHTS, ADAPTER, CHANGED.split("/")[0], STATE, METRICS, BOARD, BEST}
 # what earlier versions left beside them: DeepSpeed's scripts
 _WRITTEN |= {"zero_to_fp32.py", "zero_to_torch.py"}
 _CHECKPOINT = re.compile(r"checkpoint-[0-9]+|\.checkpoint-[0-9]+\.(tmp|old)")
@@ -28,7 +30,7 @@ def of_a_run(folder: Path) -> list[Path]:
     """Return what a run has written into the folder of a stage, by name."""
     if not folder.is_dir():
         return []
-    unfinished = {f".{name}.tmp" for name in _WRITTEN}
+    unfinished = {f".{name}.{end}" for name in _WRITTEN for end in ("tmp", "old")}
     return sorted(
         path for path in folder.iterdir() if path.name in _WRITTEN | unfinished or _CHECKPOINT.fullmatch(path.name)
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,14 @@ from .adversarial import PixelScale, random_start
 from .config import TrainConfig
 from .engine import build_engine, check_deepspeed_config, compute_dtype, init_distributed, resolve_deepspeed_config
 from .integrity import STATE, describe, read_state_file, sync_one, write_state_file
-from .loop import StopFlag
 from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
 from .preflight import naming_base, prepare_dataset, read_processor
 from .ranks import alike, from_rank_0
+from .reporters import check_reporters, open_reporters
 from .robust_tower import RobustTower, picture_targets, tower_weights
+from .run_setup import Resume, begin
+from .stop_flag import StopFlag
 
 FIELDS = (
     "step", "phase", "loss", "loss_concept", "distance_clean", "distance_attacked", "grad_norm", "lr", "pictures",
@@ -59,19 +62,63 @@ def train_tower(config: TrainConfig, console: Console) -> None:
 
 
 def _run(config: TrainConfig, console: Console, rank: int, world_size: int) -> None:
+    run = _set_up(config, console, rank, world_size)
+    if run is None:
+        return
+    total_steps, log = run.total_steps, None
+    if rank == 0:
+        reporters = open_reporters(config, run.start)
+        log = MetricsLog(
+            config.stage_dir, total_steps, run.start, console, "stage 0", FIELDS, LOSSES, _speed, reporters
+        )
+    stop = StopFlag()
+    schedule = Schedule(run.sampler, config, rank, world_size, run.start, total_steps)
+    batches = micro_batches(run.dataset, schedule, config, run.processor)
+    run.engine.train()
+    try:
+        last = _steps(run, config, console, batches, log, stop)
+    finally:
+        stop.restore()
+        try:
+            batches.close()
+        finally:
+            if log:
+                log.close()
+    if last is None:
+        return
+    from_rank_0(lambda: finish(config, last))
+    console.print(f"stage 0 finished: {config.robust_base} is a base like the one it came from; stages 1 and 2 take it "
+                  f"as --model_name_or_path", soft_wrap=True)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Stage 0 ready for the step after `start`; `lock` keeps other runs out of the folder as long as it lives."""
+
+    dataset: PsaDataset
+    processor: Any
+    digest: str
+    sampler: GlobalBatchSampler
+    total_steps: int
+    engine: Any
+    start: int
+    saved: Path | None
+    lock: list[TextIO]
+
+
+def _set_up(config: TrainConfig, console: Console, rank: int, world_size: int) -> _Run | None:
+    """Everything up to the first step; None if the stage is finished already. A collective."""
+    check_reporters(config)
     with alike():
         ds_config = resolve_deepspeed_config(config, world_size)
         check_deepspeed_config(ds_config, config.deepspeed_config)
-        if not Path(str(config.model_name_or_path)).is_dir():
-            raise ValueError(
-                f"--stage 0 writes a base with every file of the one it starts from, so --model_name_or_path must be a "
-                f"folder; {config.model_name_or_path} is none (download it first)"
-            )
+        _require_folder(config)
         if config.resume == "auto" and checkpoint.is_finished(config.stage_dir):
             checkpoint.check_finished(config, world_size)
             console.print(f"stage 0 is already finished: {config.robust_base}")
-            return
-        resume_from, state = checkpoint.resume(config, world_size, console.print) or (None, None)
+            return None
+        found = checkpoint.resume(config, world_size, console.print)
+        resume = Resume(*found) if found else None
         refuse_used(config)
         _refuse_result(config)
         processor = read_processor(config, None)
@@ -80,66 +127,66 @@ def _run(config: TrainConfig, console: Console, rank: int, world_size: int) -> N
     digest = fingerprint(dataset.records)
     total_steps = config.feature_steps + config.concept_steps
     sampler = GlobalBatchSampler(len(dataset), config.global_batch_size, seed=config.seed)
-    if state is not None:
-        assert resume_from is not None
+    if resume is not None:
         with alike():
-            checkpoint.check_records(resume_from, state, config, digest)
+            checkpoint.check_records(resume.folder, resume.state, config, digest)
     if config.overwrite_output_dir:
         from_rank_0(lambda: _clear_result(config))
-    _lock = claim(config, console)  # held as long as this function runs
+    lock = claim(config, console)
     with alike():
         model = build_model(config, scale)
-        if resume_from is not None:
-            model.load_addon(resume_from)
+        if resume is not None:
+            model.load_addon(resume.folder)
     groups, factors = _groups(model, config)
+    _print_run(config, console, len(dataset), groups, world_size)
+    engine = build_engine(model, groups, config, ds_config, total_steps, factors)
+    check_engine(engine)
+    start = begin(engine, config, resume, rank, console)
+    saved = resume.folder if resume else None
+    return _Run(dataset, processor, digest, sampler, total_steps, engine, start, saved, lock)
+
+
+def _require_folder(config: TrainConfig) -> None:
+    if not Path(str(config.model_name_or_path)).is_dir():
+        raise ValueError(
+            f"--stage 0 writes a base with every file of the one it starts from, so --model_name_or_path must be a "
+            f"folder; {config.model_name_or_path} is none (download it first)"
+        )
+
+
+def _print_run(config: TrainConfig, console: Console, rows: int, groups: list[dict], world_size: int) -> None:
     trained = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
     console.print(
-        f"stage 0: {len(dataset)} records with pictures, {config.feature_steps} steps on features, then "
+        f"stage 0: {rows} records with pictures, {config.feature_steps} steps on features, then "
         f"{config.concept_steps} on features and concepts, of {config.global_batch_size} rows, {world_size} rank(s), "
         f"trained: {', '.join(f'{name} {count:,}' for name, count in trained.items())} parameters",
         soft_wrap=True,
     )
-    engine = build_engine(model, groups, config, ds_config, total_steps, factors)
-    check_engine(engine)
-    start = 0
-    if state is not None:
-        assert resume_from is not None
-        checkpoint.restore(engine, resume_from, state)
-        start = state["step"]
-        console.print(f"resumed from {resume_from} at step {start}")
-    else:
-        torch.manual_seed(config.seed + rank)
-    log = None
-    if rank == 0:
-        log = MetricsLog(config.stage_dir, total_steps, start, console, "stage 0", FIELDS, LOSSES, _speed)
-    stop = StopFlag()
-    batches = micro_batches(dataset, Schedule(sampler, config, rank, world_size, start, total_steps), config, processor)
-    engine.train()
-    saved = resume_from
-    try:
-        for step in range(start + 1, total_steps + 1):
-            row, stopping = train_step(engine, batches, config, step, lambda: bool(stop.requested))
-            if log:
-                log.write(row)
-            due = step == total_steps or bool(config.save_steps and step % config.save_steps == 0)
-            if due or stopping:
-                with alike():
-                    saved = checkpoint.save_checkpoint(engine, config, step, total_steps, digest)
-            if stopping and step < total_steps:
-                console.print(f"{stop.requested or 'stopped'}: saved {saved}; continue with --resume auto")
-                return
-    finally:
-        stop.restore()
-        try:
-            batches.close()
-        finally:
-            if log:
-                log.close()
+
+
+def _steps(
+    run: _Run,
+    config: TrainConfig,
+    console: Console,
+    batches: Iterator[list[dict]],
+    log: MetricsLog | None,
+    stop: StopFlag,
+) -> Path | None:
+    """Take the steps that are left, saving as they go: the last checkpoint, or None if the run was asked to stop."""
+    saved, total_steps = run.saved, run.total_steps
+    for step in range(run.start + 1, total_steps + 1):
+        row, stopping = train_step(run.engine, batches, config, step, lambda: bool(stop.requested))
+        if log:
+            log.write(row)
+        due = step == total_steps or bool(config.save_steps and step % config.save_steps == 0)
+        if due or stopping:
+            with alike():
+                saved = checkpoint.save_checkpoint(run.engine, config, step, total_steps, run.digest)
+        if stopping and step < total_steps:
+            console.print(f"{stop.requested or 'stopped'}: saved {saved}; continue with --resume auto")
+            return None
     assert saved is not None
-    last = saved
-    from_rank_0(lambda: finish(config, last))
-    console.print(f"stage 0 finished: {config.robust_base} is a base like the one it came from; stages 1 and 2 take it "
-                  f"as --model_name_or_path", soft_wrap=True)  # fmt: skip
+    return saved
 
 
 def train_step(

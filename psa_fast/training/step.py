@@ -55,52 +55,14 @@ def train_step(
     data_seconds = time.perf_counter() - asked
     counts = _counts([Load.of(batch, engine.module.config) for batch in micros], meter, device)
     dist.all_reduce(counts)
-    # the engine averages gradients over ranks, so each rank divides by the per-rank share of the global count
-    shares = counts[:3].clamp(min=1.0) / world_size
-
-    own = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
-    # without its labels a loss is not computed at all, on every rank alike
-    skipped = {"where"} | (set() if config.runs_bottleneck else set(CONCEPT_LABELS))
-    skipped |= set() if config.runs_language_model else {"labels"}
-    norm: Any = None
     learning_rate = engine.get_lr()[0]  # of this step: the engine's step sets the next one's
     attacked = adversary if adversary is not None and step >= adversary.first_step else None
-
-    def run(inputs: dict[str, Any], weight: float, last: bool) -> PsaOutput:
-        """Forward and backward pass, and the optimizer's step after the last of them."""
-        nonlocal norm
-        # a token budget makes their number vary, so DeepSpeed must not count them itself
-        engine.set_gradient_accumulation_boundary(last)
-        out = engine(
-            **inputs,
-            num_items=shares[0],
-            num_concept_rows=shares[1:].float(),
-            concept_loss_weight=weight,
-            lm_loss_weight=config.lm_loss_weight,
-            label_smoothing=config.label_smoothing,
-        )
-        engine.backward(out.loss, scale_wrt_gas=False)
-        if last and config.clips_each_part:
-            norm = clip_each(clip_groups(engine.module), config.max_grad_norm).norm()
-        engine.step()
-        return out
-
+    # the engine averages gradients over ranks, so each rank divides by the per-rank share of the global count
+    passes = _Passes(engine, config, counts[:3].clamp(min=1.0) / world_size)
+    own = torch.zeros(len(LOSSES), dtype=torch.float64, device=device)
     for index, batch in enumerate(micros):
-        last = index == len(micros) - 1
-        inputs = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) and k != "image_counts" else v
-            for k, v in batch.items()
-            if k not in skipped
-        }
-        out = run(inputs, config.concept_loss_weight, last and attacked is None)
-        losses = [out.loss, out.loss_lm, out.loss_type, out.loss_level, None]
-        if attacked is not None:
-            extra = run(attacked.inputs(engine.module, batch, inputs, step), attacked.weight, last).loss
-            assert out.loss is not None
-            assert extra is not None
-            losses[0], losses[-1] = out.loss + extra, extra / attacked.weight
-        own += torch.stack([own.new_zeros(()) if loss is None else loss.detach().double() for loss in losses])
-    norm = norm if config.clips_each_part else engine.get_global_grad_norm()
+        own += passes.losses(batch, step, attacked, last=index == len(micros) - 1)
+    norm = passes.norm if config.clips_each_part else engine.get_global_grad_norm()
     means = own / world_size
     dist.all_reduce(means)
     # as late as possible, so that a signal during the step ends the run after it
@@ -118,6 +80,58 @@ def train_step(
         computed=(*_computed(config), *(("loss_adversarial",) if attacked is not None else ())),
         where=[where for batch in micros for where in batch["where"]],
     )
+
+
+class _Passes:
+    """The forward and backward passes of one step; `norm` is the gradient's where it is clipped part by part.
+
+    Args:
+        engine: DeepSpeed's.
+        config: of the run.
+        shares: fp64 [3], this rank's share of the supervised tokens, typed and levelled rows of the global batch.
+    """
+
+    def __init__(self, engine: Any, config: TrainConfig, shares: Tensor) -> None:
+        self.engine, self.config, self.shares = engine, config, shares
+        self.norm: Any = None
+        # without its labels a loss is not computed at all, on every rank alike
+        self._skipped = {"where"} | (set() if config.runs_bottleneck else set(CONCEPT_LABELS))
+        self._skipped |= set() if config.runs_language_model else {"labels"}
+
+    def losses(self, batch: dict[str, Any], step: int, attacked: ConceptAttack | None, last: bool) -> Tensor:
+        """fp64 [len(LOSSES)] of one micro-batch, which has gone forward and backward; the last takes the step."""
+        inputs = {
+            k: v.to(self.engine.device, non_blocking=True) if isinstance(v, Tensor) and k != "image_counts" else v
+            for k, v in batch.items()
+            if k not in self._skipped
+        }
+        out = self._run(inputs, self.config.concept_loss_weight, last and attacked is None)
+        losses = [out.loss, out.loss_lm, out.loss_type, out.loss_level, None]
+        if attacked is not None:
+            extra = self._run(attacked.inputs(self.engine.module, batch, inputs, step), attacked.weight, last).loss
+            assert out.loss is not None
+            assert extra is not None
+            losses[0], losses[-1] = out.loss + extra, extra / attacked.weight
+        zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        return torch.stack([zero if loss is None else loss.detach().double() for loss in losses])
+
+    def _run(self, inputs: dict[str, Any], weight: float, last: bool) -> PsaOutput:
+        """Forward and backward pass, and the optimizer's step after the last of them."""
+        # a token budget makes their number vary, so DeepSpeed must not count them itself
+        self.engine.set_gradient_accumulation_boundary(last)
+        out = self.engine(
+            **inputs,
+            num_items=self.shares[0],
+            num_concept_rows=self.shares[1:].float(),
+            concept_loss_weight=weight,
+            lm_loss_weight=self.config.lm_loss_weight,
+            label_smoothing=self.config.label_smoothing,
+        )
+        self.engine.backward(out.loss, scale_wrt_gas=False)
+        if last and self.config.clips_each_part:
+            self.norm = clip_each(clip_groups(self.engine.module), self.config.max_grad_norm).norm()
+        self.engine.step()
+        return out
 
 
 @dataclass

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, LlavaForConditionalGenerat
 from psa_fast.models import PsaVLM, add_lora, base_model, commit_of, get_family, load_base, load_processor
 from psa_fast.models.addon import base_identity, fingerprint
 from psa_fast.training.config import parse_args
-from psa_fast.training.loop import build_model
+from psa_fast.training.model_building import build_model
 
 
 @pytest.fixture

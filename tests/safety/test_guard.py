@@ -218,6 +218,9 @@ def test_verdicts_alone_are_those_of_answers_and_generate_nothing(folders, monke
     monkeypatch.setattr(guard.model, "generate", None)
     assert guard.verdicts(asked, batch_size=2) == wanted
     assert guard.verdicts([]) == []
-    asked.append(Request("<image> what ?", (picture(0), picture(1))))
+    broken = Request("<image> what ?", (picture(0), picture(1)))
     with pytest.raises(ValueError, match=r"^request 5: the prompt has 1 <image> mark"):
-        guard.verdicts(asked, batch_size=2)
+        guard.verdicts([*asked, broken], batch_size=2, on_error="raise")
+    assert guard.verdicts([*asked, broken], batch_size=2)[:5] == wanted
+    (refused,) = guard.verdicts([broken])
+    assert (refused.code, refused.action) == ("not_checked", "block")

@@ -31,6 +31,8 @@ def test_command_line_beats_recipe_beats_default(tmp_path):
 
 # the sandbox recipe's own stage 1 does without the language model
 JOINT = ("--stage1_objective", "joint")
+CONCEPT = ("--stage1_objective", "concept")
+EVAL = ("--eval_every", "5", "--eval_data_path", "sandbox")
 
 
 @pytest.mark.parametrize("name", ["sandbox", "llava-1.5-7b", "llava-1.5-13b"])
@@ -75,6 +77,18 @@ def test_shipped_recipes_are_accepted(name, stage):
         (["--num-train-epochs", "1", "--max-steps", "5"], "exclude each other"),
         (["--gradient_checkpointing", "every_0"], "'every_0'; expected none, full or every_N with N of 2 or more"),
         (["--gradient_checkpointing", "every_1"], "'every_1'; expected none, full or every_N"),
+        (["--keep_best", "unsafe_auroc"], "--keep_best has no effect without --eval_every"),
+        (["--eval_batch_size", "4"], "--eval_batch_size has no effect without --eval_every"),
+        (["--eval_every", "5"], "--eval_every needs --eval_data_path"),
+        (["--stage", "0", "--eval_every", "5"], "--eval_every only acts in stages 1 and 2"),
+        ([*EVAL, "--keep_best", "loss"], "--keep_best is 'loss'; expected one of attack_success, "),
+        (
+            [*EVAL, *CONCEPT, "--keep_best", "attack_success"],
+            "figure of answers, and --stage1_objective",
+        ),
+        ([*EVAL, "--deepspeed_config", "ds_configs/zero3.json"], r"partitions \(ZeRO-3\); give --deepspeed_config"),
+        (["--report_to", "mlflow"], "--report_to is 'mlflow'; expected none, or of tensorboard, wandb, trackio some"),
+        (["--report_to", "none,wandb"], "--report_to is 'none,wandb'; expected none, or"),
         (["--gradient_checkpointing", "True"], "'True'; expected none, full or every_N"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from psa_fast.data.images import ImageError
-from psa_fast.training import loop
+from psa_fast.training import loop, run_setup
 from psa_fast.training import micro_batches as schedule
 from psa_fast.training.config import parse_args
 
@@ -50,7 +50,7 @@ def test_the_loader_is_closed_whatever_fails_and_ctrl_c_waits_for_no_report(
     seen = []
 
     class Log:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             pass
 
         def write(self, row):
@@ -78,7 +78,7 @@ def test_the_loader_is_closed_whatever_fails_and_ctrl_c_waits_for_no_report(
         "check_engine": lambda engine: None,
         "shared_matrix_rate": lambda dtype: 1.0,
     }.items():
-        monkeypatch.setattr(loop, name, stand_in)
+        monkeypatch.setattr(loop if hasattr(loop, name) else run_setup, name, stand_in)
     options = {"model_name_or_path": base, "data_path": world / "mixed.jsonl", "image_folder": world, "hint_rate": 0}
     config = parse_args([f"--{name}={value}" for name, value in (options | {"output_dir": tmp_path}).items()])
     with pytest.raises(OSError, match="the disk is full") as raised:

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from psa_fast.training.metrics_log import FIELDS, MetricsLog
+from psa_fast.training.reporters import TensorBoard
 
 FULL = "/dev/full"  # every write to it fails as on a full disk
 
@@ -33,8 +34,6 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
     log = MetricsLog(tmp_path, 1, 0, Console(quiet=True), "stage 1")
     with pytest.raises(OSError, match="No space left on device") as error:
         log.write(row(1))
-    log._board.close()
-    threading.excepthook = log._hook
     assert str(tmp_path / "metrics.jsonl") in str(error.value)
 
 
@@ -45,8 +44,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_a_full_disk_under_tensorboard_ends_in_one_error_without_a_thread_s_traceback(tmp_path, capsys):
-    log = MetricsLog(tmp_path, 100, 0, Console(quiet=True), "stage 1")
-    writer = log._board.file_writer.event_writer._async_writer
+    board = TensorBoard(tmp_path / "tensorboard", 1)
+    log = MetricsLog(tmp_path, 100, 0, Console(quiet=True), "stage 1", reporters=[board])
+    writer = board.writer.file_writer.event_writer._async_writer
 
     def full(data):
         raise OSError(28, "No space left on device")
@@ -63,7 +63,7 @@ def test_a_full_disk_under_tensorboard_ends_in_one_error_without_a_thread_s_trac
     assert str(tmp_path / "tensorboard") in str(error.value)
     assert "Traceback" not in capsys.readouterr().err
     log._file.close()
-    threading.excepthook = log._hook
+    threading.excepthook = board._hook
 
 
 def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint_and_half_a_line(tmp_path):

@@ -58,7 +58,7 @@ def test_joint_equals_concept_and_tokens_apart(train, command, run, tmp_path, pa
 def test_the_concept_objective_has_no_language_model(base, tmp_path):
     from psa_fast.models import load_base
     from psa_fast.training.config import parse_args
-    from psa_fast.training.loop import build_model
+    from psa_fast.training.model_building import build_model
 
     whole, cut = (load_base(base, torch.float32, language_layers=kept) for kept in (True, False))
     assert len(cut.model.language_model.layers) == 0 < len(whole.model.language_model.layers)

@@ -26,6 +26,8 @@ EDGES = {
     "num_attention_heads": ((1,), (0, -8)),
     "projector_depth": ((1, 64), (0, 65)),
     "query_window": ((0,), (-1, 10**7)),
+    "eval_every": ((1,), (0, 2**31)),
+    "eval_batch_size": ((1,), (0, 10**9)),
     "dataloader_num_workers": ((0,), (-1, 10**6)),
     "lora_r": ((1,), (0,)),
     "lora_alpha": ((1,), (0, -16)),
