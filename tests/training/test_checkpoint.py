@@ -255,9 +255,9 @@ def test_a_damaged_pickle_is_named(tmp_path):
 OLD = """
 import sys
 sys.path.insert(0, ".")
-from psa_fast.training import loop, optimizer_state
-groups = loop.optimizer_groups
-loop.optimizer_groups = lambda model, parts, decay, _: groups(model, parts, decay, True)
+from psa_fast.training import optimizer_state, run_setup
+groups = run_setup.optimizer_groups
+run_setup.optimizer_groups = lambda model, parts, decay, _: groups(model, parts, decay, True)
 def save(engine, folder):
     engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True)
     return None
