@@ -12,6 +12,8 @@ export TOKENIZERS_PARALLELISM := false
 DEMO := runs/demo
 # the world the demo reports on; never used to choose anything
 DEMO_SEED := 20261
+# tests run in so many processes of one thread, a file in one of them
+TEST_WORKERS ?= 2
 BENCH ?= runs/bench
 GPU_PYTHON ?= python3
 
@@ -109,7 +111,7 @@ ablation: $(STAMP)
 	psa-fast evaluate --data $(DEMO)/world --stage query_prompt=$(DEMO)/stage1 --stage query_first=runs/query-first/stage1 --out runs/query-first --overwrite
 
 test: $(STAMP) lint
-	PSA_FAST_LOCK=$(LOCK) OMP_NUM_THREADS=2 python -m pytest -m "not gpu" --durations=15
+	PSA_FAST_LOCK=$(LOCK) OMP_NUM_THREADS=1 python -m pytest -m "not gpu" --numprocesses $(TEST_WORKERS) --dist loadfile --durations=15
 
 lint: $(STAMP)
 	ruff check .
