@@ -169,14 +169,14 @@ def _identity(
         "data": data,
         "policy": policy.hash,
         "addons": {name: addon_hash(folder) for name, folder in todo.addons.items()},
-        "base": folder_state(todo.base),
+        "base": _folder_state(todo.base),
         "dtype": str(default_dtype()),
         **environment(),
     }
 
 
-def folder_state(folder: str) -> dict[str, list[int]]:
-    """Size and time of change of every file directly in a folder: what tells that a base is another, without reading."""
+def _folder_state(folder: str) -> dict[str, list[int]]:
+    """Size and time of change of the files in a folder: they tell that a base is another one, unread."""
     files = sorted(path for path in Path(folder).glob("*") if path.is_file())
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 

@@ -39,8 +39,8 @@ class Result:
     """One record as a stage answered it; ids of the taxonomy, None where not labelled or not read.
 
     `group` is empty for a record that no safety metric counts. `images` is their number. `rule`, `code` and `query` are
-    the verdict's. `request` and `pictures` are what was asked, for whoever judges the answer: (role, text with `<image>`
-    marks) by turn, and the images' names.
+    the verdict's. `request` and `pictures` are what was asked, for whoever judges the answer: (role, text with
+    `<image>` marks) by turn, and the images' names.
     """
 
     where: str
@@ -93,9 +93,9 @@ def run_stage(
 
     A base without a concept head has no guard: its guarded answers are its unguarded ones. Records of about the same
     length share a batch, where padding would be two fifths of the sandbox's work; `keep` is called with the results of
-    each. `done` holds results of an earlier run by their `where`: a batch that is wholly among them is not asked again, and
-    since the batches are the same ones, the others come out as they would have. Raises ValueError, with file and line,
-    for a record that cannot be asked.
+    each. `done` holds results of an earlier run by their `where`: a batch that is wholly among them is not asked again,
+    and since the batches are the same ones, the others come out as they would have. Raises ValueError, with file and
+    line, for a record that cannot be asked.
     """
     results: dict[int, Result] = {}
     order = sorted(range(len(records)), key=lambda place: _size(records[place]))

@@ -20,8 +20,8 @@ class OutputFolder:
     """The folder --out, claimed by this run for as long as `claim` lasts.
 
     Answers are appended to `answers-STAGE.jsonl.part` batch by batch, so that a run which ends early leaves what it
-    had, and the same run begun again goes on from there (`begin`, `kept`); `complete` puts them into the order of the records, and `finish` gives all of them their names at once, when
-    every stage is complete.
+    had, and the same run begun again goes on from there (`begin`, `kept`). `complete` puts them into the order of the
+    records, and `finish` gives all of them their names at once, when every stage is complete.
     """
 
     def __init__(self, path: Path) -> None:
