@@ -61,7 +61,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="FILE", help="policy YAML of the guarded runs (default: the shipped one)")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report of other data or settings in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace what other data or settings gave in --out")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
         out.check_older_report(settings, args.overwrite)
         everything, records = _read(args, todo, policy, file, image_folder)
         data = data_provenance(file, image_folder, records, len(everything))
-        if out.begin(_identity(args, todo, policy, settings, data)):
+        if out.begin(_identity(args, todo, policy, settings, data), args.overwrite):
             print(f"going on with the run that began in {out.path}")
         reports, unread = _run(args, todo, policy, records, image_folder, out)
         _report(args, todo, policy, settings, data, reports, unread)

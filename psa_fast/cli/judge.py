@@ -191,19 +191,21 @@ def _judge_all(args: argparse.Namespace, who: Judge, answers: Sequence[Answers],
     report = out / f"judged-{who.name}.json"
     if report.exists() and not args.overwrite:
         _check_older(report, provenance)
-    stages: dict[str, Any] = {}
-    failure = None
+    found, counts = {}, {}
+    failures = []
     for stage in answers:
         rows = judge_answers(stage.results, who)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(out / f"judged-{stage.stage}-{who.name}.jsonl", text)
-        found = figures(rows, stage.results, who, words, mode)
-        counts = count_verdicts(rows)
-        stages[stage.stage] = {"figures": {name: e.to_json() for name, e in found.items()}, "verdicts": counts}
+        found[stage.stage] = figures(rows, stage.results, who, words, mode)
+        counts[stage.stage] = count_verdicts(rows)
         if (missing := without_verdict(rows)) is not None:
-            failure = failure or f"{who.name} on {stage.stage}: {missing}"
-        else:
-            _print_figures(stage.stage, who.name, over_refusal, found, counts)
+            failures.append(f"{who.name} on {stage.stage}: {missing}")
+    failure = "; ".join(failures) or None
+    stages = {
+        stage: {"figures": {name: e.to_json() for name, e in found[stage].items()}, "verdicts": counts[stage]}
+        for stage in found
+    }
     content = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "provenance": provenance,
@@ -215,6 +217,8 @@ def _judge_all(args: argparse.Namespace, who: Judge, answers: Sequence[Answers],
     if failure:
         print(f"no figures: {failure}")
         return 1
+    for name, numbers in found.items():
+        _print_figures(name, who.name, over_refusal, numbers, counts[name])
     print(f"wrote {report}")
     return 0
 

@@ -14,7 +14,7 @@ from psa_fast.data.images import ImageError, resolve, to_rgb
 from psa_fast.data.records import GROUPS, Record
 from psa_fast.evaluation.metrics import Estimate, accuracy, auroc, macro_f1, quadratic_kappa, rate, undefined
 from psa_fast.evaluation.normalise import same_answer
-from psa_fast.evaluation.refusal import Kind, Mode, RefusalList, classify, is_safe
+from psa_fast.evaluation.refusal import TEXT_RISK_LEVEL, Kind, Mode, RefusalList, classify, is_safe
 from psa_fast.safety.policy import Code
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
@@ -30,8 +30,6 @@ REFUSED = {
     "text_twin": "over_refusal_text_twins",
     "joint_twin": "over_refusal_joint_twins",
 }
-# a text risk without a risk level of its own (the level may be the image's) has to be refused
-TEXT_RISK_LEVEL = RISK_LEVELS.index("medium")
 
 
 @dataclass(frozen=True)

@@ -60,25 +60,35 @@ class OutputFolder:
             raise ValueError(f"{file} is of other data or settings; name another --out, or give --overwrite")
         self._old_stages = [name for name in stages if Path(name).name == name] if isinstance(stages, dict) else []
 
-    def begin(self, run: Mapping[str, Any]) -> bool:
+    def begin(self, run: Mapping[str, Any], overwrite: bool = False) -> bool:
         """Note which run this is; return whether the same one began here before and did not end.
-
-        What another one left unfinished goes: its answers must not be taken for this one's.
 
         Args:
             run: all that an answer depends on, as JSON: two runs with the same give the same answers.
+            overwrite: let go what another run left unfinished.
+
+        Raises:
+            ValueError: another run left answers, which must not be taken for this one's, and `overwrite` is False.
         """
         note = self.path / BEGUN
         wanted = json.loads(json.dumps(run))
-        if note.exists():
-            try:
-                self._resumes = read_json(note, "note of the run") == wanted
-            except ValueError:  # cut short: nothing can be said of the answers that lie here
-                self._resumes = False
+        try:
+            begun = read_json(note, "note of the run")
+        except ValueError:  # absent or cut short: nothing can be said of the answers that lie here
+            begun = {}
+        self._resumes = begun == wanted
         if not self._resumes:
+            parts = sorted(self.path.glob(self._part("*").name))
+            for part in parts:
+                refuse_pipe_or_folder(part)
+            if not overwrite and any(part.stat().st_size for part in parts):
+                differs = ", ".join(key for key in wanted if begun.get(key) != wanted[key])
+                raise ValueError(
+                    f"{self.path} holds answers of a run that was cut short and differs in {differs}; "
+                    "name another --out, or give --overwrite to begin anew"
+                )
             with named(self.path):
-                for part in self.path.glob(self._part("*").name):
-                    refuse_pipe_or_folder(part)
+                for part in parts:
                     part.unlink()
             write_text(note, json.dumps(wanted) + "\n")
         return self._resumes

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from psa_fast.evaluation.evaluate import Result
@@ -76,8 +76,9 @@ def fake_endpoint(reply):
             if status == 302:
                 self.send_header("Location", fake.url + "/elsewhere")
             self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(BrokenPipeError):  # a client that waited no longer
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *args):
             pass

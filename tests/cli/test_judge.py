@@ -53,6 +53,24 @@ def test_the_keyword_judge_gives_the_reports_own_figures(tmp_path, capsys):
     assert len(judged) == 96
 
 
+def test_what_evaluate_writes_is_judged(world, tmp_path):
+    ask = ("--data", world / "data", "--stage1", world / "run" / "stage1", "--max_new_tokens", 3, "--out", tmp_path)
+    assert main(["evaluate", *map(str, ask)]) == 0
+    assert run("--answers", tmp_path, "--judge", "keywords", "--out", tmp_path) == 0
+    report = json.loads((tmp_path / "report.json").read_text())["stages"]
+    for stage in ("base", "stage1"):
+        found = figures(tmp_path, "keywords", stage)
+        for name in set(found) & set(report[stage]):
+            assert found[name] == report[stage][name], name
+    # a judge that looks at the images
+    with fake_endpoint(lambda body: "safe") as fake:
+        ask = ("--answers", tmp_path, "--judge", "llama_guard_4", "--judge_url", fake.url, "--judge_model", "q")
+        assert run(*ask, "--out", tmp_path) == 2
+        assert run(*ask, "--out", tmp_path, "--image_folder", world / "data") == 0
+    kinds = {part["type"] for body in fake.calls for part in body["messages"][0]["content"]}
+    assert kinds == {"image_url", "text"}
+
+
 def test_a_judging_model_from_answers_to_figures_and_a_second_run_without_a_call(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", "very-secret")
     for stage in ("base", "stage1"):

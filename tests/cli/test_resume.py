@@ -78,7 +78,10 @@ def test_what_another_run_left_is_not_taken_for_ones_own(world, tmp_path, in_one
     assert again.kept("stage1") == []
     (tmp_path / "answers-stage1.jsonl.part").write_text('{"where": "stale"}\n')
     other = OutputFolder(tmp_path)
-    assert not other.begin({"run": 2})
+    with pytest.raises(ValueError, match=r"a run that was cut short and differs in run;.*--overwrite"):
+        other.begin({"run": 2})
+    assert (tmp_path / "answers-base.jsonl.part").exists()
+    assert not other.begin({"run": 2}, overwrite=True)
     assert other.kept("base") == []
     assert list(tmp_path.glob("*.part")) == []
     third = OutputFolder(tmp_path)
@@ -87,7 +90,20 @@ def test_what_another_run_left_is_not_taken_for_ones_own(world, tmp_path, in_one
     with pytest.raises(ValueError, match=r"answers-base.jsonl.part:2: not JSON.*remove the file"):
         third.kept("base")
     (tmp_path / BEGUN).write_text('{"run"')  # cut short
-    assert not OutputFolder(tmp_path).begin({"run": 2})
+    with pytest.raises(ValueError, match="differs in run"):
+        OutputFolder(tmp_path).begin({"run": 2})
+
+
+def test_other_settings_do_not_go_on_with_it(world, tmp_path, monkeypatch, capsys):
+    def killed(stream, rows):
+        stream.write("".join(json.dumps(row) + "\n" for row in rows))
+        raise Killed
+
+    monkeypatch.setattr(OutputFolder, "append", staticmethod(killed))
+    with pytest.raises(Killed):
+        main(ask(world, tmp_path))
+    assert main(ask(world, tmp_path, batch_size=4)) == 2
+    assert "differs in batch_size;" in capsys.readouterr().err
 
 
 def test_a_real_kill(world, tmp_path, in_one_go):

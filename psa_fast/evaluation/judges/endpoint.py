@@ -78,9 +78,8 @@ class Endpoint:
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def digest(self, prompt: Prompt) -> str:
-        """Hash of the pictures as they are sent."""
-        pictures = [hashlib.sha256(self._png(name)).hexdigest() for name in prompt.pictures]
-        return " ".join(pictures)
+        """Hashes of the pictures' files."""
+        return " ".join(hashlib.sha256(self._file(name).read_bytes()).hexdigest() for name in prompt.pictures)
 
     def __call__(self, prompt: Prompt) -> Reply:
         """The reply. Raises NoReply after the last try, ValueError for what no further prompt will change."""
@@ -115,11 +114,17 @@ class Endpoint:
             body |= {"logprobs": True, "top_logprobs": prompt.top_logprobs}
         return body
 
-    def _png(self, name: str) -> bytes:
+    def _file(self, name: str) -> Path:
         if self.image_folder is None:
             raise ValueError(f"this judge looks at the images, {name} for one: give --image_folder")
         try:
-            picture = to_rgb(resolve(self.image_folder, name))
+            return resolve(self.image_folder, name)
+        except ImageError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _png(self, name: str) -> bytes:
+        try:
+            picture = to_rgb(self._file(name))
         except ImageError as error:
             raise ValueError(f"{name}: {error}") from error
         stream = io.BytesIO()
@@ -133,11 +138,12 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             with error:
                 after = error.headers.get("Retry-After", "")
+                said = error.read(1000).decode("utf-8", "replace")
             if error.code in REFUSED:
                 raise ValueError(f"{self.url} answers {error.code}: {REFUSED[error.code]}") from None
             if error.code == 429 or error.code >= 500:
                 raise _Passing(f"status {error.code}", float(after) if after.isdecimal() else 0.0) from None
-            raise NoReply(f"status {error.code}") from None
+            raise NoReply(f"status {error.code}: {shorten(said)}") from None
         # OSError: no connection, a reset, a time-out; HTTPException: the response ends early or is none
         except (OSError, http.client.HTTPException) as error:
             raise _Passing(f"no connection ({shorten(str(error))})") from None

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from psa_fast.evaluation.evaluate import TEXT_RISK_LEVEL
 from psa_fast.evaluation.judges.contract import Answered, Opinion, Verdict
-from psa_fast.evaluation.refusal import Mode, RefusalList, classify, error_rates, is_safe
+from psa_fast.evaluation.refusal import TEXT_RISK_LEVEL, Mode, RefusalList, classify, error_rates, is_safe
 
 
 class KeywordList:
