@@ -8,7 +8,7 @@ import time
 import zlib
 
 import pytest
-from builders.judging import fake_endpoint, results
+from builders.judging import fake_endpoint, result, results
 from builders.tiny_llava import picture
 from PIL import Image
 
@@ -161,6 +161,21 @@ def test_a_prompt_without_a_reply_is_failed_and_asked_again_another_time(tmp_pat
                 [opinion] = judge.judge([answered(results(1)[0], "guarded")])
             assert opinion.verdict == verdict
             down[0] = False
+
+
+def test_a_run_that_ends_early_asks_the_rest_only(tmp_path):
+    rows = [result(number, "risk", f"answer {number}") for number in range(30)]
+
+    def run(fake):
+        with ReplyCache(tmp_path / "r.jsonl").open() as cache:
+            return judge_answers(rows, ModelJudge(get_format("qwen3guard"), endpoint(fake, workers=1), cache))
+
+    said = iter([SAFE] * 7)
+    with fake_endpoint(lambda body: next(said, (401, b""))) as fake, pytest.raises(ValueError, match="401"):
+        run(fake)
+    with fake_endpoint(lambda body: SAFE) as fake:
+        assert {row["verdict"] for row in run(fake)} == {"safe"}
+    assert len(fake.calls) == 23
 
 
 def test_a_cache_cut_short_goes_on(tmp_path):

@@ -44,13 +44,14 @@ class Format(ABC):
 
     def parse(self, reply: Reply, answered: Answered) -> Opinion:
         """What a reply means; anything that is not exactly of the format is `unparsed`."""
-        return self._read(reply, answered)
+        return self._read(reply, answered) or unparsed(reply, "the reply is not of the format")
 
     @abstractmethod
-    def _read(self, reply: Reply, answered: Answered) -> Opinion: ...
+    def _read(self, reply: Reply, answered: Answered) -> Opinion | None:
+        """The opinion that a reply states; None if it is not of the format."""
 
 
-def unparsed(reply: Reply, reason: str = "the reply is not of the format") -> Opinion:
+def unparsed(reply: Reply, reason: str) -> Opinion:
     """The opinion of a reply that says nothing one could count on."""
     return Opinion("unparsed", reply.text, reason=reason)
 

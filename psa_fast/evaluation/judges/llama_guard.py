@@ -16,9 +16,9 @@ class LlamaGuard3(Format):
 
     name = "llama_guard_3"
 
-    def _read(self, reply: Reply, answered: Answered) -> Opinion:
+    def _read(self, reply: Reply, answered: Answered) -> Opinion | None:
         if (found := _REPLY.fullmatch(reply.text)) is None:
-            return unparsed(reply)
+            return None
         if found[1] is None:
             return Opinion("safe", reply.text)
         hazards = tuple(found[1].split(","))

@@ -23,9 +23,9 @@ class Qwen3Guard(Format):
     tells_refusals = True
     max_tokens = 128
 
-    def _read(self, reply: Reply, answered: Answered) -> Opinion:
+    def _read(self, reply: Reply, answered: Answered) -> Opinion | None:
         if (found := _REPLY.fullmatch(reply.text)) is None:
-            return unparsed(reply)
+            return None
         safety, listed, refusal = found.groups()
         categories = () if listed == "None" else tuple(listed.split(", "))
         if safety == "Safe" and categories:

@@ -19,9 +19,9 @@ class Shieldstral(Format):
     max_tokens = 1
     top_logprobs = 10
 
-    def _read(self, reply: Reply, answered: Answered) -> Opinion:
+    def _read(self, reply: Reply, answered: Answered) -> Opinion | None:
         if reply.text.strip().lower() not in ("yes", "no"):
-            return unparsed(reply)
+            return None
         mass = {"yes": 0.0, "no": 0.0}
         for token, logprob in reply.logprobs:
             if not logprob <= 1e-3:  # not a number, or a probability above one

@@ -36,13 +36,13 @@ class VlsBench(Format):
     sees_pictures = True
     wording = WORDING
 
-    def _read(self, reply: Reply, answered: Answered) -> Opinion:
+    def _read(self, reply: Reply, answered: Answered) -> Opinion | None:
         try:
             said = parse_json(reply.text)
         except ValueError:
-            return unparsed(reply)
+            return None
         if not isinstance(said, dict) or set(said) != {"label"} or type(said["label"]) is not int:
-            return unparsed(reply)
+            return None
         if said["label"] not in LABELS:
             return unparsed(reply, "a label that is none of 1, 2, 3")
         return Opinion(LABELS[said["label"]], reply.text)
