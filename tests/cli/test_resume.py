@@ -67,6 +67,26 @@ def test_killed_and_begun_again_it_is_the_same_run(world, tmp_path, in_one_go, m
     assert len(asked) == 14 - sum(calls) + lost
 
 
+@pytest.mark.parametrize("moment", ["after complete", "within finish"])
+def test_killed_between_batches_and_names(world, tmp_path, in_one_go, monkeypatch, moment):
+    whole = OutputFolder.complete
+
+    def complete(out, stage, rows):
+        whole(out, stage, rows)
+        raise Killed
+
+    def finish(out):
+        os.replace(tmp_path / "answers-base.jsonl.part", tmp_path / "answers-base.jsonl")
+        raise Killed
+
+    monkeypatch.setattr(OutputFolder, *(("complete", complete) if moment == "after complete" else ("finish", finish)))
+    with pytest.raises(Killed):
+        main(ask(world, tmp_path))
+    monkeypatch.undo()
+    assert main(ask(world, tmp_path)) == 0
+    assert told(tmp_path) == in_one_go
+
+
 def test_what_another_run_left_is_not_taken_for_ones_own(world, tmp_path, in_one_go, monkeypatch):
     out = OutputFolder(tmp_path)
     assert not out.begin({"run": 1})
@@ -114,6 +134,6 @@ def test_a_real_kill(world, tmp_path, in_one_go):
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() in (-signal.SIGKILL, 0)  # 0: it was done before the signal came
     assert main(ask(world, tmp_path)) == 0
     assert told(tmp_path) == in_one_go
