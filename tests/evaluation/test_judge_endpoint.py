@@ -83,6 +83,11 @@ def test_what_may_pass_is_tried_again(trouble):
     assert len(fake.calls) == 2
 
 
+def test_what_the_endpoint_says_of_a_bad_request_is_told():
+    with fake_endpoint(lambda body: (400, b"too long")) as fake, pytest.raises(NoReply, match="400: 'too long'"):
+        endpoint(fake)(ASK)
+
+
 @pytest.mark.parametrize(("status", "error"), [(400, NoReply), (302, NoReply), (401, ValueError), (404, ValueError)])
 def test_what_will_not_pass_is_asked_once(status, error):
     with fake_endpoint(lambda body: (status, b"")) as fake, pytest.raises(error, match=str(status)):
@@ -105,6 +110,12 @@ def test_no_server_and_a_slow_one():
 def test_urls_that_are_none(url):
     with pytest.raises(ValueError, match="--judge_url"):
         Endpoint(url, "m")
+
+
+def test_a_key_that_cannot_be_sent_is_not_shown():
+    with pytest.raises(ValueError, match="no header") as caught:
+        Endpoint("http://h/v1", "m", key="very-secret\n")
+    assert "secret" not in str(caught.value)
 
 
 def test_every_answer_is_asked_about_once_and_never_again(tmp_path):

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Endpoint:
         workers: prompts under way at once.
 
     Raises:
-        ValueError: the URL is none of http or https, or holds a password.
+        ValueError: the URL is none of http or https, or holds a password; the key cannot be sent.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Endpoint:
             raise ValueError(f"--judge_url {shorten(url)}: expected http://HOST/v1 or https://HOST/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError("--judge_url: leave out user, password, query and fragment; a key has its own option")
+        if key and not (key.isascii() and key.isprintable()):
+            raise ValueError("the key of the endpoint holds a character that no header can, a line's end for one")
         self.url, self.model, self._key = url.rstrip("/"), model, key
         self.image_folder, self.timeout, self.tries = image_folder, timeout, tries
         self.workers, self.pause = workers, pause
@@ -136,8 +139,8 @@ class Endpoint:
             with self._opener.open(request, timeout=self.timeout) as response:
                 body = response.read(LONGEST_BODY + 1)
         except urllib.error.HTTPError as error:
-            with error:
-                after = error.headers.get("Retry-After", "")
+            after, said = error.headers.get("Retry-After", ""), ""
+            with error, suppress(OSError, http.client.HTTPException):  # what it says is a courtesy
                 said = error.read(1000).decode("utf-8", "replace")
             if error.code in REFUSED:
                 raise ValueError(f"{self.url} answers {error.code}: {REFUSED[error.code]}") from None

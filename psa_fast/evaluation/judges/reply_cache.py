@@ -31,9 +31,10 @@ class ReplyCache:
         with named(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         busy = f"another run is writing to {self.path}; give this one a --cache of its own"
-        with lock(self.path.with_name(f".{self.path.name}.lock"), busy), named(self.path):
-            self._read()
-            self._stream = self.path.open("a", encoding="utf-8", newline="\n")
+        with lock(self.path.with_name(f".{self.path.name}.lock"), busy):
+            with named(self.path):
+                self._read()
+                self._stream = self.path.open("a", encoding="utf-8", newline="\n")
             with self._stream:
                 yield self
 
@@ -61,6 +62,6 @@ class ReplyCache:
         """Keep a reply; any thread may."""
         line = json.dumps({"key": key, "text": reply.text, "logprobs": reply.logprobs}) + "\n"
         with self._writing, named(self.path):
-            self._replies[key] = reply
             self._stream.write(line)
             self._stream.flush()
+            self._replies[key] = reply
