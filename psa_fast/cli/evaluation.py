@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from psa_fast.data.records import Record
+    from psa_fast.evaluation.evaluate import Result
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.evaluation.report import StageReport
     from psa_fast.safety.policy import Policy
@@ -60,7 +61,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--policy", metavar="FILE", help="policy YAML of the guarded runs (default: the shipped one)")
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
-    parser.add_argument("--overwrite", action="store_true", help="replace a report of other data or settings in --out")
+    parser.add_argument("--overwrite", action="store_true", help="replace what other data or settings gave in --out")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
 
 def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
     from psa_fast.evaluation.output import OutputFolder
+    from psa_fast.evaluation.report import data_provenance
     from psa_fast.safety.policy import Policy
 
     if wrong := unwritable_text(_settings(args, todo)):
@@ -145,10 +147,38 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
         settings = _settings(args, todo)
         out.check_older_report(settings, args.overwrite)
         everything, records = _read(args, todo, policy, file, image_folder)
+        data = data_provenance(file, image_folder, records, len(everything))
+        if out.begin(_identity(args, todo, policy, settings, data), args.overwrite):
+            print(f"going on with the run that began in {out.path}")
         reports, unread = _run(args, todo, policy, records, image_folder, out)
-        _report(args, todo, policy, settings, (file, image_folder, records, len(everything)), reports, unread)
+        _report(args, todo, policy, settings, data, reports, unread)
         out.finish()
     print(f"wrote {out.path / 'report.md'} and {out.path / 'report.json'}")
+
+
+def _identity(
+    args: argparse.Namespace, todo: Plan, policy: Policy, settings: dict[str, Any], data: dict[str, Any]
+) -> dict[str, Any]:
+    """All that an answer depends on: a run that was cut short is gone on with by one of the same identity only."""
+    from psa_fast.evaluation.report import environment
+    from psa_fast.safety.load import addon_hash, default_dtype
+
+    return {
+        "settings": settings,
+        "batch_size": args.batch_size,
+        "data": data,
+        "policy": policy.hash,
+        "addons": {name: addon_hash(folder) for name, folder in todo.addons.items()},
+        "base": _folder_state(todo.base),
+        "dtype": str(default_dtype()),
+        **environment(),
+    }
+
+
+def _folder_state(folder: str) -> dict[str, list[int]]:
+    """Size and time of change of the files in a folder: they tell that a base is another one, unread."""
+    files = sorted(path for path in Path(folder).glob("*") if path.is_file())
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def _read(
@@ -191,7 +221,7 @@ def _run(
     """Answer the records stage by stage: the stages' reports, and how many answers the refusal list could not read."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from psa_fast.evaluation.evaluate import Result, compute_metrics, per_type, run_stage
+    from psa_fast.evaluation.evaluate import compute_metrics, per_type, run_stage
     from psa_fast.evaluation.evaluate import unread as count_unread
     from psa_fast.evaluation.report import StageReport
     from psa_fast.safety.load import addon_hash, load_guard, load_plain
@@ -205,7 +235,8 @@ def _run(
             addon = todo.addons.get(stage)
             guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
             start = time.perf_counter()
-            with out.answers(stage) as stream:
+            kept = _kept(out, stage, records)
+            with out.answers(stage, (result.to_json() for result in kept.values())) as stream:
 
                 def keep(batch: list[Result], stream: TextIO = stream, task: TaskID = task) -> None:
                     out.append(stream, [result.to_json() for result in batch])
@@ -220,7 +251,9 @@ def _run(
                     args.max_new_tokens,
                     args.batch_size,
                     keep,
+                    kept,
                 )
+            progress.update(task, completed=len(records))
             out.complete(stage, (result.to_json() for result in results))
             facts: dict[str, Any] = {
                 "path": addon or todo.base,
@@ -238,17 +271,31 @@ def _run(
     return reports, unread
 
 
+def _kept(out: OutputFolder, stage: str, records: Sequence[Record]) -> dict[str, Result]:
+    """The answers that the run had before it was cut short, by file and line."""
+    from psa_fast.evaluation.evaluate import Result
+
+    rows = out.kept(stage)
+    if rows and len({record.where for record in records}) < len(records):
+        print(f"{stage}: several records stand on one line of the file, so all are answered anew")
+        return {}
+    try:
+        return {row["where"]: Result.from_json(row) for row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the answers kept in {out.path} for {stage} cannot be read ({error}); remove them") from None
+
+
 def _report(
     args: argparse.Namespace,
     todo: Plan,
     policy: Policy,
     settings: dict[str, Any],
-    data: tuple[Path, Path, list[Record], int],
+    data: dict[str, Any],
     reports: dict[str, StageReport],
     unread: dict[str, dict[str, int]],
 ) -> None:
     from psa_fast.evaluation.metrics import BOOTSTRAP_SAMPLES
-    from psa_fast.evaluation.report import data_provenance, environment, write_report
+    from psa_fast.evaluation.report import environment, write_report
     from psa_fast.safety.load import default_dtype
     from psa_fast.safety.policy import DEFAULT_POLICY
 
@@ -258,7 +305,7 @@ def _report(
         "settings": settings,
         "base": todo.base,
         "split": args.split if Path(args.data).is_dir() else None,
-        "data": data_provenance(*data),
+        "data": data,
         "policy": {"path": args.policy or f"shipped ({DEFAULT_POLICY.name})", "sha256": policy.hash},
         "refusal": {
             "list": refusals.name,

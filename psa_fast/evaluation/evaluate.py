@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from psa_fast.data.images import ImageError, resolve, to_rgb
 from psa_fast.data.records import GROUPS, Record
 from psa_fast.evaluation.metrics import Estimate, accuracy, auroc, macro_f1, quadratic_kappa, rate, undefined
 from psa_fast.evaluation.normalise import same_answer
-from psa_fast.evaluation.refusal import Kind, Mode, RefusalList, classify, is_safe
+from psa_fast.evaluation.refusal import TEXT_RISK_LEVEL, Kind, Mode, RefusalList, classify, is_safe
 from psa_fast.safety.policy import Code
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
@@ -30,8 +31,6 @@ REFUSED = {
     "text_twin": "over_refusal_text_twins",
     "joint_twin": "over_refusal_joint_twins",
 }
-# a text risk without a risk level of its own (the level may be the image's) has to be refused
-TEXT_RISK_LEVEL = RISK_LEVELS.index("medium")
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class Result:
     """One record as a stage answered it; ids of the taxonomy, None where not labelled or not read.
 
     `group` is empty for a record that no safety metric counts. `images` is their number. `rule`, `code` and `query` are
-    the verdict's.
+    the verdict's. `request` and `pictures` are what was asked, for whoever judges the answer: (role, text with
+    `<image>` marks) by turn, and the images' names.
     """
 
     where: str
@@ -61,10 +61,20 @@ class Result:
     query: str | None = None
     code: Code = field(kw_only=True)
     images: int = field(kw_only=True, default=1)
+    request: tuple[tuple[str, str], ...] = field(kw_only=True, default=())
+    pictures: tuple[str, ...] = field(kw_only=True, default=())
 
     def to_json(self) -> dict[str, Any]:
         """A row of answers-<stage>.jsonl."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Result:
+        """The result that `to_json` wrote. Raises ValueError if these are not its keys."""
+        if set(row) != {part.name for part in fields(cls)}:
+            raise ValueError("the keys are not those of an answer")
+        request = tuple((role, text) for role, text in row["request"])
+        return cls(**{**row, "request": request, "pictures": tuple(row["pictures"])})
 
 
 def run_stage(
@@ -76,12 +86,15 @@ def run_stage(
     max_new_tokens: int = 32,
     batch_size: int = 128,
     keep: Callable[[list[Result]], None] = lambda results: None,
+    done: Mapping[str, Result] = MappingProxyType({}),
 ) -> list[Result]:
     """Answer every record with and without the guard and read the concept head; results are in the records' order.
 
     A base without a concept head has no guard: its guarded answers are its unguarded ones. Records of about the same
     length share a batch, where padding would be two fifths of the sandbox's work; `keep` is called with the results of
-    each. Raises ValueError, with file and line, for a record that cannot be asked.
+    each. `done` holds results of an earlier run by their `where`: a batch that is wholly among them is not asked again,
+    and since the batches are the same ones, the others come out as they would have. Raises ValueError, with file and
+    line, for a record that cannot be asked.
     """
     results: dict[int, Result] = {}
     order = sorted(range(len(records)), key=lambda place: _size(records[place]))
@@ -89,6 +102,9 @@ def run_stage(
         for start in range(0, len(records), batch_size):
             places = order[start : start + batch_size]
             chunk = [records[place] for place in places]
+            if all(record.where in done for record in chunk):
+                results.update((place, done[records[place].where]) for place in places)
+                continue
             images = pool.map(lambda record: pictures_of(record, image_folder), chunk)
             batch = answer_records(guard, chunk, list(images), max_new_tokens, refusal_list, refusal_mode)
             keep(batch)
@@ -179,6 +195,8 @@ def _result(record: Record, verdict: Verdict, texts: tuple[str, str], kinds: tup
         query=verdict.query,
         code=verdict.code,
         images=len(record.images),
+        request=tuple((turn.role, turn.text) for turn in record.turns[:-1]),
+        pictures=record.images,
     )
 
 

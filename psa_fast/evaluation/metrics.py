@@ -68,6 +68,11 @@ def quadratic_kappa(targets: Sequence[int], predictions: Sequence[int], classes:
     return _from_confusion(targets, predictions, classes, _quadratic_kappa, seed, reason)
 
 
+def cohen_kappa(first: Sequence[int], second: Sequence[int], classes: int, seed: int = 0) -> Estimate:
+    """Cohen's kappa of two raters over classes without order; undefined if all is one class."""
+    return _from_confusion(first, second, classes, _plain_kappa, seed, "both say one and the same class of every row")
+
+
 def auroc(unsafe: Sequence[bool], scores: Sequence[float], seed: int = 0) -> Estimate:
     """Area under the ROC curve: P(score of an unsafe row > score of a safe one), ties counted half.
 
@@ -137,7 +142,14 @@ def _macro_f1(confusion: np.ndarray) -> np.ndarray:  # [samples, target, predict
 
 def _quadratic_kappa(confusion: np.ndarray) -> np.ndarray:
     classes = confusion.shape[1]
-    weights = np.subtract.outer(np.arange(classes), np.arange(classes)).astype(np.float64) ** 2
+    return _kappa(confusion, np.subtract.outer(np.arange(classes), np.arange(classes)).astype(np.float64) ** 2)
+
+
+def _plain_kappa(confusion: np.ndarray) -> np.ndarray:
+    return _kappa(confusion, 1.0 - np.eye(confusion.shape[1]))
+
+
+def _kappa(confusion: np.ndarray, weights: np.ndarray) -> np.ndarray:  # [samples, c, c], [c, c] cost -> [samples]
     observed = (confusion * weights).sum((1, 2)) * confusion.sum((1, 2))
     by_chance = np.einsum("bi,bj,ij->b", confusion.sum(2), confusion.sum(1), weights)
     return 1.0 - np.divide(observed, by_chance, out=np.full_like(observed, np.nan), where=by_chance > 0)

@@ -9,24 +9,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from psa_fast.files import lock, named, read_json, refuse_pipe_or_folder, write_text
+from psa_fast.files import lock, named, parse_json, read_json, refuse_pipe_or_folder, write_text
 
 LOCK = ".evaluate.lock"
 REPORT = "report.json"
+BEGUN = ".evaluate.json"
 
 
 class OutputFolder:
     """The folder --out, claimed by this run for as long as `claim` lasts.
 
     Answers are appended to `answers-STAGE.jsonl.part` batch by batch, so that a run which ends early leaves what it
-    had; `complete` puts them into the order of the records, and `finish` gives all of them their names at once, when
-    every stage is complete.
+    had, and the same run begun again goes on from there (`begin`, `kept`). `complete` puts them into the order of the
+    records, and `finish` gives all of them their names at once, when every stage is complete.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stages: list[str] = []
         self._old_stages: list[str] = []
+        self._resumes = False
 
     @contextmanager
     def claim(self) -> Iterator[OutputFolder]:
@@ -58,13 +60,70 @@ class OutputFolder:
             raise ValueError(f"{file} is of other data or settings; name another --out, or give --overwrite")
         self._old_stages = [name for name in stages if Path(name).name == name] if isinstance(stages, dict) else []
 
-    @contextmanager
-    def answers(self, stage: str) -> Iterator[TextIO]:
-        """The open file of a stage's answers; write to it with `append`."""
+    def begin(self, run: Mapping[str, Any], overwrite: bool = False) -> bool:
+        """Note which run this is; return whether the same one began here before and did not end.
+
+        Args:
+            run: all that an answer depends on, as JSON: two runs with the same give the same answers.
+            overwrite: let go what another run left unfinished.
+
+        Raises:
+            ValueError: another run left answers, which must not be taken for this one's, and `overwrite` is False.
+        """
+        note = self.path / BEGUN
+        wanted = json.loads(json.dumps(run))
+        try:
+            begun = read_json(note, "note of the run")
+        except ValueError:  # absent or cut short: nothing can be said of the answers that lie here
+            begun = {}
+        self._resumes = begun == wanted
+        if not self._resumes:
+            parts = sorted(self.path.glob(self._part("*").name))
+            for part in parts:
+                refuse_pipe_or_folder(part)
+            if not overwrite and any(part.stat().st_size for part in parts):
+                differs = ", ".join(key for key in wanted if begun.get(key) != wanted[key])
+                raise ValueError(
+                    f"{self.path} holds answers of a run that was cut short and differs in {differs}; "
+                    "name another --out, or give --overwrite to begin anew"
+                )
+            with named(self.path):
+                for part in parts:
+                    part.unlink()
+            write_text(note, json.dumps(wanted) + "\n")
+        return self._resumes
+
+    def kept(self, stage: str) -> list[dict[str, Any]]:
+        """The rows of a stage that the run which `begin` found had kept; a last line that was cut short is none.
+
+        Raises ValueError, naming the file, for anything else that is no row.
+        """
         part = self._part(stage)
+        if not self._resumes or not part.exists():
+            return []
         refuse_pipe_or_folder(part)
         with named(part):
-            stream = part.open("w", encoding="utf-8", newline="\n")
+            *lines, _ = part.read_bytes().split(b"\n")
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = parse_json(line.decode("utf-8"), constants=True)
+            except ValueError as error:
+                raise ValueError(f"{part}:{number}: {error}; remove the file to begin anew") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{part}:{number}: not an answer; remove the file to begin anew")
+            rows.append(row)
+        return rows
+
+    @contextmanager
+    def answers(self, stage: str, kept: Iterable[Mapping[str, Any]] = ()) -> Iterator[TextIO]:
+        """The open file of a stage's answers, which begins with the rows `kept`; write to it with `append`."""
+        part = self._part(stage)
+        refuse_pipe_or_folder(part)
+        if rows := list(kept):
+            write_text(part, _lines(rows))  # whole or not at all: a kill here loses none of them
+        with named(part):
+            stream = part.open("a" if rows else "w", encoding="utf-8", newline="\n")
         self._stages.append(stage)
         try:
             yield stream
@@ -93,6 +152,7 @@ class OutputFolder:
                 (self.path / self._name(stage)).unlink(missing_ok=True)
             for stage in self._stages:
                 os.replace(self._part(stage), self.path / self._name(stage))
+            (self.path / BEGUN).unlink(missing_ok=True)
 
     @staticmethod
     def _name(stage: str) -> str:

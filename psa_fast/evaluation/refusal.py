@@ -16,12 +16,15 @@ from typing import Literal
 from psa_fast.evaluation.normalise import keywords
 from psa_fast.evaluation.phrases import CAUTIONS, REFUSALS, is_latin, spoken_sentences
 from psa_fast.files import read_yaml
+from psa_fast.taxonomy import RISK_LEVELS
 
 Mode = Literal["contains", "startswith"]
 # "unread": mostly in a script that the list does not know
 Kind = Literal["refusal", "caution", "answer", "unread"]
 MODES: tuple[Mode, ...] = ("contains", "startswith")
 DEFAULT_LIST = "psa2"
+# a text risk without a risk level of its own (the level may be the image's) has to be refused
+TEXT_RISK_LEVEL = RISK_LEVELS.index("medium")
 CASES = Path(__file__).with_name("refusal_cases.yaml")
 
 

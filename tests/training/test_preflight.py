@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from psa_fast.data.records import fingerprint
-from psa_fast.training import loop
+from psa_fast.training import loop, run_setup
 from psa_fast.training.config import check_warmup, parse_args
 
 LONG = (3, 7, 40)
@@ -39,8 +39,8 @@ def unloaded(monkeypatch):
     def load(*_, **__):
         raise Loaded
 
-    monkeypatch.setattr(loop, "build_model", load)
-    monkeypatch.setattr(loop, "shared_matrix_rate", lambda dtype: 1.0)
+    monkeypatch.setattr(run_setup, "build_model", load)
+    monkeypatch.setattr(run_setup, "shared_matrix_rate", lambda dtype: 1.0)
     return Loaded
 
 
@@ -85,7 +85,7 @@ def test_rows_that_cannot_be_encoded_are_all_named_before_the_first_step(rows, s
 @pytest.mark.parametrize("mode", MODES)
 def test_they_are_dropped_counted_and_named_where_the_run_may_skip_them(rows, start, unloaded, monkeypatch, mode):
     path, seen = rows(), []
-    monkeypatch.setattr(loop, "fingerprint", lambda records: seen.append(records) or fingerprint(records))
+    monkeypatch.setattr(run_setup, "fingerprint", lambda records: seen.append(records) or fingerprint(records))
     said = start(path, "--max_length", 120, "--on_bad_sample", "skip", *mode, expect=unloaded)
     assert "skipped 3 row(s) that cannot be encoded:" in said
     for index in LONG:
@@ -96,7 +96,7 @@ def test_they_are_dropped_counted_and_named_where_the_run_may_skip_them(rows, st
 
 def test_the_fingerprint_is_that_of_the_rows_that_are_left(rows, start, unloaded, monkeypatch):
     digests = []
-    monkeypatch.setattr(loop, "fingerprint", lambda records: digests.append(fingerprint(records)) or digests[-1])
+    monkeypatch.setattr(run_setup, "fingerprint", lambda records: digests.append(fingerprint(records)) or digests[-1])
     options = ["--max_length", 120, "--on_bad_sample", "skip"]
     path = rows()
     start(path, *options, expect=unloaded)
@@ -108,8 +108,8 @@ def test_the_fingerprint_is_that_of_the_rows_that_are_left(rows, start, unloaded
 
 def test_the_lengths_survive_dropping_and_balancing(rows, start, unloaded, monkeypatch):
     kept = []
-    prepared = loop.prepare_dataset
-    monkeypatch.setattr(loop, "prepare_dataset", lambda *a: kept.append(prepared(*a)) or kept[-1])
+    prepared = run_setup.prepare_dataset
+    monkeypatch.setattr(run_setup, "prepare_dataset", lambda *a: kept.append(prepared(*a)) or kept[-1])
     start(rows(), "--max_length", 120, "--on_bad_sample", "skip", "--clean_samples", 4, expect=unloaded)
     (dataset,) = kept
     assert sum(record.safe_type == 6 for record in dataset.records) == 4
