@@ -31,7 +31,7 @@ from .ranks import alike
 from .reporters import BOARD, check_reporters
 from .stages import optimizer_groups, prepare, print_table
 from .supervision import unlearnt_readings
-from .validation import Validation, check_validation
+from .validation import Validation, check_validation, overlap_warning
 from .vision_tower import keep_whole
 
 HintFor = Callable[[int, int], "str | None"]
@@ -114,6 +114,8 @@ def set_up(
         return None
     # before the model, so that a bad record costs seconds
     records = _read_records(config, checked, hint_for, console)
+    if validation is not None and (warning := overlap_warning(config, validation, records.dataset.records)):
+        console.print(warning, soft_wrap=True)
     claimed = claim(config, console)
     best = None
     if config.keep_best is not None and validation is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, Protocol
@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from psa_fast.data.overlap import shared_records
+from psa_fast.data.records import Record
 from psa_fast.models import PsaVLM
 
 from .config import TrainConfig
@@ -22,11 +24,13 @@ class Validation(Protocol):
     """A fixed evaluation in batches, which the ranks share.
 
     Attributes:
-        digest: fingerprint of its records.
+        records: what is asked.
+        digest: their fingerprint.
         batches: how many there are; what one holds depends on nothing but the records.
         defined: the figures that have a value on these records.
     """
 
+    records: Sequence[Record]
     digest: str
     batches: int
     defined: frozenset[str]
@@ -53,6 +57,19 @@ def check_validation(config: TrainConfig, validation: Validation, processor: Any
             f"--keep_best {config.keep_best} has no value on the rows of --eval_data_path {config.eval_data_path}; "
             f"they have {', '.join(sorted(validation.defined)) or 'none'}"
         )
+
+
+def overlap_warning(config: TrainConfig, validation: Validation, trained_on: Sequence[Record]) -> str | None:
+    """What of the evaluation's rows is trained on, as a sentence; None where nothing is. No image is opened."""
+    same_folder = config.eval_image_folder in (None, config.image_folder)
+    shared = shared_records(trained_on, validation.records, same_folder)
+    if not shared:
+        return None
+    return (
+        f"warning: --eval_data_path {config.eval_data_path} shares with the rows that are trained on: {shared.requests} "
+        f"request(s), the images of {shared.images} row(s), the twins of {shared.twins} (first: {shared.example}); its "
+        f"figures flatter the model. psa-fast data overlap names all of them"
+    )
 
 
 def validate(engine: Any, validation: Validation, processor: Any) -> Figures:

@@ -1,5 +1,6 @@
 """Evaluation during training: no weight changes, the best add-on is kept, any number of ranks finds the same."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -9,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from psa_fast.data.records import Record, Turn
 from psa_fast.evaluation import during_training
 from psa_fast.training import best as best_module
 from psa_fast.training import options, reporters
 from psa_fast.training.best import Best
 from psa_fast.training.config import TrainConfig
+from psa_fast.training.validation import overlap_warning
 
 ZERO2 = ["--deepspeed_config", "zero2", "--query_window", 0]
 REPORTED = ("loss", "loss_lm", "loss_type", "loss_level", "grad_norm", "lr")
@@ -56,6 +59,7 @@ def test_evaluation_leaves_training_as_it_is_to_the_bit_and_ranks_agree(direct, 
     direct(plain, *ZERO2)
     said = direct(evaluated, *ZERO2, *dev, "--eval_every", 2, "--keep_best", "unsafe_auroc", "--save_steps", 2)
     assert "step 2/4 evaluation: attack_success " in said
+    assert "shares with the rows that are trained on: " in said  # the dev rows are some of them
     assert_equal_weights(plain / "stage1", evaluated / "stage1")
     (left, nothing), (right, rows) = rows_of(plain / "stage1"), rows_of(evaluated / "stage1")
     assert not nothing
@@ -192,3 +196,21 @@ def test_a_tracker_gets_the_options_and_the_figures(name, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match=rf"needs the package {name}: pip install 'psa-fast\[{name}\]'"):
         reporters.check_reporters(config)
+
+
+def test_rows_that_are_trained_on_are_counted_and_others_are_not():
+    def record(line, image, text, twin=None):
+        turns = (Turn("user", f"<image>\n{text}"), Turn("assistant", "yes"))
+        return Record((image,), 6, 0, turns, path="dev.jsonl", line=line, twin=twin)
+
+    trained = [record(1, "a.png", "what?", "t1"), record(2, "b.png", "who?")]
+    config = TrainConfig(eval_data_path="dev.jsonl", image_folder="pictures")
+    fresh = SimpleNamespace(records=[record(7, "c.png", "what?")])
+    assert overlap_warning(config, fresh, trained) is None
+    same = SimpleNamespace(records=[*fresh.records, record(8, "a.png", "What?"), record(9, "d.png", "x", "t1")])
+    said = overlap_warning(config, same, trained)
+    assert "1 request(s), the images of 1 row(s), the twins of 1 (first: dev.jsonl:8)" in said
+    elsewhere = dataclasses.replace(config, eval_image_folder="other")
+    assert "0 request(s), the images of 0 row(s), the twins of 1 (first: dev.jsonl:9)" in overlap_warning(
+        elsewhere, same, trained
+    )
