@@ -38,7 +38,7 @@ class BaseRecipe:
     heads: int = 4
     tower: TowerRecipe = field(default_factory=TowerRecipe)
     pictures: int = 4000
-    language_steps: int = 640
+    language_steps: int = 660
     # of them the first, on plain questions alone: look-ups are learned sooner with nothing around them
     plain_steps: int = 150
     language_batch: int = 32
