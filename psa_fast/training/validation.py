@@ -66,9 +66,9 @@ def overlap_warning(config: TrainConfig, validation: Validation, trained_on: Seq
     if not shared:
         return None
     return (
-        f"warning: --eval_data_path {config.eval_data_path} shares with the rows that are trained on: {shared.requests} "
-        f"request(s), the images of {shared.images} row(s), the twins of {shared.twins} (first: {shared.example}); its "
-        f"figures flatter the model. psa-fast data overlap names all of them"
+        f"warning: --eval_data_path {config.eval_data_path} shares with the rows that are trained on: "
+        f"{shared.requests} request(s), the images of {shared.images} row(s), the twins of {shared.twins} "
+        f"(first: {shared.example}); its figures flatter the model. psa-fast data overlap names all of them"
     )
 
 
