@@ -27,8 +27,8 @@ IMAGES: dict[str, dict[str, int]] = {
 # Rows per file and kind; a picture serves several rows where there are more rows than pictures.
 ROWS: dict[str, dict[str, int]] = {
     "stage1": {
-        "clean": 700, "benign_twin": 1050, "risk": 1300, "text_risk": 500, "text_twin": 800,
-        "joint_risk": 1550, "joint_twin": 2450, "clean_several": 200, "risk_several": 250,
+        "clean": 650, "benign_twin": 1000, "risk": 1250, "text_risk": 480, "text_twin": 720,
+        "joint_risk": 1500, "joint_twin": 2440, "clean_several": 200, "risk_several": 250,
     },
     "stage2": {
         "clean": 1800, "benign_twin": 1700, "risk": 2100, "text_risk": 250, "text_twin": 450,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch.distributed as dist
@@ -68,19 +69,17 @@ def _run(
     log = _open_log(run) if rank == 0 else None
     stop, batches, launched = StopFlag(), _batches(run), Launched(log)
     run.engine.train()
-    try:
-        last = _steps(run, batches, launched, stop, log)
-    except Exception:  # a second Ctrl-C waits for nothing
+    with ExitStack() as ending:  # the last comes first, and each whatever another raises
         if log:
-            _log_unread(log, launched.unread, console)
-        raise
-    finally:
-        stop.restore()
+            ending.callback(log.close)
+        ending.callback(batches.close)
+        ending.callback(stop.restore)
         try:
-            batches.close()
-        finally:
+            last = _steps(run, batches, launched, stop, log)
+        except Exception:  # a second Ctrl-C waits for nothing
             if log:
-                log.close()
+                _log_unread(log, launched.unread, console)
+            raise
     if last is None:
         return
     if rank == 0:

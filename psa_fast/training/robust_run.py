@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -75,15 +76,12 @@ def _run(config: TrainConfig, console: Console, rank: int, world_size: int) -> N
     schedule = Schedule(run.sampler, config, rank, world_size, run.start, total_steps)
     batches = micro_batches(run.dataset, schedule, config, run.processor)
     run.engine.train()
-    try:
+    with ExitStack() as ending:  # the last comes first, and each whatever another raises
+        if log:
+            ending.callback(log.close)
+        ending.callback(batches.close)
+        ending.callback(stop.restore)
         last = _steps(run, config, console, batches, log, stop)
-    finally:
-        stop.restore()
-        try:
-            batches.close()
-        finally:
-            if log:
-                log.close()
     if last is None:
         return
     from_rank_0(lambda: finish(config, last))

@@ -63,6 +63,8 @@ def test_the_first_stage_has_its_forms_and_the_concept_step_of_another_size(caps
     check_stage(measured, "stage1")
     assert "LLM forward" not in measured["parts"]["stage1"]["B0 concept"]
     assert {"padded", "recomputed"} <= set(measured["steps"]["stage1"])
+    memory = measured["peak_memory"]["stage1"]
+    assert memory["stage1_joint"]["total_mb"] < memory["B0"]["total_mb"]
     assert CUDA or measured["concept_7b"]["flops"] > 0
     assert set(speed_tables.timed_levers(result)) == set(speed_tables.LEVERS)
 

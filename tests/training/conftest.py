@@ -61,7 +61,7 @@ def run():
     return go
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def direct(base, world):
     """Run train.py to its end without the launcher, on any number of ranks, and return the output."""
 

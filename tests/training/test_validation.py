@@ -49,15 +49,20 @@ def assert_equal_weights(left, right):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+EVALUATED = [*ZERO2, "--eval_every", 2, "--keep_best", "unsafe_auroc", "--save_steps", 2]
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return tmp_path_factory.mktemp("evaluated")
+def evaluated(direct, dev, tmp_path_factory):
+    """The folder of a run that evaluates and keeps its best add-on, and what it said."""
+    out = tmp_path_factory.mktemp("evaluated")
+    return out, direct(out, *EVALUATED, *dev)
 
 
-def test_evaluation_leaves_training_as_it_is_to_the_bit_and_ranks_agree(direct, finished, dev):
-    plain, evaluated, two = finished / "plain", finished / "evaluated", finished / "two"
+def test_evaluation_leaves_training_as_it_is_to_the_bit_and_ranks_agree(direct, evaluated, dev, tmp_path):
+    plain, two = tmp_path / "plain", tmp_path / "two"
     direct(plain, *ZERO2)
-    said = direct(evaluated, *ZERO2, *dev, "--eval_every", 2, "--keep_best", "unsafe_auroc", "--save_steps", 2)
+    evaluated, said = evaluated
     assert "step 2/4 evaluation: attack_success " in said
     assert "shares with the rows that are trained on: " in said  # the dev rows are some of them
     assert_equal_weights(plain / "stage1", evaluated / "stage1")
@@ -75,13 +80,11 @@ def test_evaluation_leaves_training_as_it_is_to_the_bit_and_ranks_agree(direct, 
     assert last["eval/attack_success"] == rows[-1]["eval/attack_success"]
 
 
-def test_the_best_add_on_says_what_it_is_and_survives_a_resume(direct, finished, dev, base):
+def test_the_best_add_on_says_what_it_is_and_survives_a_resume(direct, evaluated, dev, tmp_path):
     from psa_fast.safety.load import load_guard
 
-    out = finished / "evaluated"
+    out = shutil.copytree(evaluated[0], tmp_path / "run")
     stage = out / "stage1"
-    if not stage.exists():
-        pytest.skip("needs the run of the test above")
     _, rows = rows_of(stage)
     about = json.loads((stage / "best" / "best.json").read_text())
     wanted = max(rows, key=lambda row: (row["eval/unsafe_auroc"], -row["step"]))
@@ -95,7 +98,7 @@ def test_the_best_add_on_says_what_it_is_and_survives_a_resume(direct, finished,
     for path in stage.iterdir():
         if path.is_file() and path.name != "metrics.jsonl":
             path.unlink()
-    direct(out, *ZERO2, *dev, "--eval_every", 2, "--keep_best", "unsafe_auroc", "--save_steps", 2, "--resume", "auto")
+    direct(out, *EVALUATED, *dev, "--resume", "auto")
     assert rows_of(stage)[1] == rows
     assert json.loads((stage / "best" / "best.json").read_text()) == about
     assert not (stage / ".best.old").exists()
