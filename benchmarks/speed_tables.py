@@ -1,9 +1,9 @@
-"""The tables of docs/speed.md and README's figures, from committed results: nothing is timed, no number is typed.
+"""The pages' tables of speed and of the guard's cost, from committed results: nothing is timed, no number is typed.
 
     python benchmarks/speed_tables.py            # print them
     python benchmarks/speed_tables.py --write    # put them into the pages, between their marks
 
-A test holds the pages against what this prints. The results are those of compare_step.py and levers.py.
+A test holds the pages against what this prints. The results are those of compare_step.py, levers.py and guard_cost.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "speed.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "speed.md", ROOT / "docs" / "robustness.md", ROOT / "README.md")
 MARK = re.compile(r"(<!-- table (\w+)[^>]*-->\n).*?(<!-- end -->)", re.DOTALL)
 
 NAMES = {
@@ -30,6 +30,8 @@ SIZE_NAMES = {"7b": "7B", "13b": "13B"}
 ALLOCATOR_NAMES = {"default": "glibc's default", "keep": "keeping what is freed", "cuda": "CUDA", "as_is": "as set"}
 #: timed over FLOP ratio: within it nothing is explained
 ALIKE = 0.15
+#: words of guard_cost.py's questions
+GUARD_WORDS = {"short": 12, "long": 250}
 LEVERS = {
     "packing": "no padding: rows end to end",
     "no_recomputation": "no recomputation, where memory allows",
@@ -213,6 +215,27 @@ def fit_table(levers: Result) -> list[str]:
     return _table(rows)
 
 
+def guard_table(cost: Result) -> list[str]:
+    """What a guarded answer takes beside a plain one, and a verdict beside a generative guard: medians [quartiles]."""
+    kinds = {"guarded / plain": 3, "guarded / one reading": 3, "generative guard / verdict": 1}
+    rows = [["question", "a plain answer", "a verdict", *kinds]]
+    for name, found in cost["prompts"].items():
+        seconds = (f"{found['seconds']['plain']:.2f} s", f"{1e3 * found['seconds']['verdict']:.0f} ms")
+        ratios = []
+        for kind, digits in kinds.items():
+            low, median, high = (f"{value:.{digits}f}" for value in found["ratios"][kind])
+            ratios.append(f"{median} [{low}, {high}]")
+        rows.append([f"{GUARD_WORDS[name]} words", *seconds, *ratios])
+    dtype = str(cost["dtype"]).removeprefix("torch.")
+    told = [str(cost["device"]), f"{cost['threads']} threads", dtype, f"torch {cost['torch']}", f"model {cost['size']}"]
+    told += [f"answers of {cost['answer_tokens']} tokens, a generative guard's of {cost['verdict_tokens']}"]
+    return [
+        *_table(rows),
+        "",
+        f"{', '.join(told)}, commit {str(cost['commit'])[:10]}; medians, [quartiles] of the ratios.",
+    ]
+
+
 def readme_lines(result: Result) -> list[str]:
     """The figures of README.md: timed ratios, and in brackets those of FLOPs at 7B."""
     measured, at_7b = next(iter(result["allocators"].values())), result["flops"]["7b"]
@@ -266,9 +289,9 @@ def fill(text: str, found: Mapping[str, Sequence[str]]) -> str:
 
 def committed() -> dict[str, list[str]]:
     """The tables of the committed results."""
-    names = ("compare_step_cpu.json", "levers_7b.json")
-    result, levers = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names)
-    return tables(result, levers)
+    names = ("compare_step_cpu.json", "levers_7b.json", "guard_cost_cpu.json")
+    result, levers, cost = (json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in names)
+    return {**tables(result, levers), "guard": guard_table(cost)}
 
 
 def _size(name: str) -> str:
