@@ -10,7 +10,6 @@ import numpy as np
 
 Z95 = 1.959963984540054
 BOOTSTRAP_SAMPLES = 1000
-BOOTSTRAP_CHUNK = 4_000_000  # resampled weights held at once
 
 
 @dataclass(frozen=True)
@@ -68,41 +67,6 @@ def quadratic_kappa(targets: Sequence[int], predictions: Sequence[int], classes:
     return _from_confusion(targets, predictions, classes, _quadratic_kappa, seed, reason)
 
 
-def auroc(unsafe: Sequence[bool], scores: Sequence[float], seed: int = 0) -> Estimate:
-    """Area under the ROC curve: P(score of an unsafe row > score of a safe one), ties counted half.
-
-    Undefined if only one of the two kinds occurs. Raises ValueError for a score that is not finite.
-    """
-    label, score = np.asarray(unsafe, dtype=bool), np.asarray(scores, dtype=np.float64)
-    if label.shape != score.shape:
-        raise ValueError(f"{label.size} labels and {score.size} scores")
-    if not np.isfinite(score).all():
-        raise ValueError("a score is not finite")
-    n = label.size
-    if label.all() or not label.any():
-        return undefined(n, "no rows" if n == 0 else "only one of unsafe and safe occurs")
-    order = np.argsort(score, kind="stable")
-    label, score = label[order], score[order]
-    starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # first row of each run of equal scores
-
-    def area(weights: np.ndarray) -> np.ndarray:  # [samples, n] how often each row was drawn -> [samples]
-        positive = np.add.reduceat(weights * label, starts, axis=1)
-        negative = np.add.reduceat(weights * ~label, starts, axis=1)
-        below = np.cumsum(negative, axis=1) - negative
-        pairs = positive.sum(1) * negative.sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (positive * (below + 0.5 * negative)).sum(1) / pairs
-
-    rng = np.random.default_rng(seed)
-    samples = []
-    left = BOOTSTRAP_SAMPLES
-    while left:
-        size = max(1, min(left, BOOTSTRAP_CHUNK // n))
-        samples.append(area(rng.multinomial(n, np.full(n, 1.0 / n), size=size).astype(np.float64)))
-        left -= size
-    return _percentiles(float(area(np.ones((1, n)))[0]), np.concatenate(samples), n)
-
-
 def _from_confusion(
     targets: Sequence[int],
     predictions: Sequence[int],
@@ -125,7 +89,7 @@ def _from_confusion(
         return undefined(n, reason)
     # drawing n rows with replacement is drawing the confusion matrix from a multinomial
     draws = np.random.default_rng(seed).multinomial(n, cells / n, size=BOOTSTRAP_SAMPLES).astype(np.float64)
-    return _percentiles(value, metric(draws.reshape(-1, classes, classes)), n)
+    return percentiles(value, metric(draws.reshape(-1, classes, classes)), n)
 
 
 def _macro_f1(confusion: np.ndarray) -> np.ndarray:  # [samples, target, prediction] -> [samples]
@@ -143,7 +107,8 @@ def _quadratic_kappa(confusion: np.ndarray) -> np.ndarray:
     return 1.0 - np.divide(observed, by_chance, out=np.full_like(observed, np.nan), where=by_chance > 0)
 
 
-def _percentiles(value: float, samples: np.ndarray, n: int) -> Estimate:
+def percentiles(value: float, samples: np.ndarray, n: int) -> Estimate:
+    """A value on `n` rows with the interval of its bootstrap samples [samples]."""
     # a resample without one of the classes has no value; it says nothing about the interval
     low, high = np.nanpercentile(samples, [2.5, 97.5])
     return Estimate(value, float(low), float(high), n)

@@ -208,6 +208,15 @@ def worst(policy: Policy, readings: Sequence[Reading]) -> tuple[Reading, Decisio
     return max(decided, key=lambda pair: _strictness(pair[1]))
 
 
+def highest_score(policy: Policy, readings: Sequence[Reading]) -> float | None:
+    """The highest unsafe score of all readings: a request is flagged at every threshold up to it, if no type is off.
+
+    None if a reading is not a number. The reading that decides need not have it: a stricter action comes first.
+    """
+    scores = [policy.decide(reading.type_probs, reading.level_probs).unsafe_score for reading in readings]
+    return None if None in scores else max(score for score in scores if score is not None)
+
+
 def _strictness(decision: Decision) -> tuple[bool, bool, int, int, float]:
     level = decision.level if decision.code == "unsafe" and decision.level is not None else 0
     score = decision.unsafe_score or 0.0
