@@ -144,9 +144,7 @@ def render_page(
 
 def _finalize(value: Any) -> Any:
     """A text as a page can hold it: control characters and lone surrogates as their escapes."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    if value.isprintable():  # which no surrogate is
+    if type(value) is not str or value.isprintable():  # what a macro made is a subclass; no surrogate is printable
         return value
     return "".join(c if c.isprintable() or c in "\n\t " else c.encode("unicode_escape").decode() for c in value)
 
