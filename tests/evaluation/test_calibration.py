@@ -73,6 +73,6 @@ def test_the_command_writes_a_policy(tmp_path, capsys):
     assert main([*command, "over_refusal=0.005", "--overwrite"]) == 2
     assert "598" in capsys.readouterr().err
     assert Policy.load(out) == policy
-    assert main(["calibrate", "--answers", str(answers(tmp_path, highest_score=None)), *command[3:], "over_refusal=0.05",
-                 "--overwrite"]) == 2  # fmt: skip
+    old = str(answers(tmp_path, highest_score=None))
+    assert main(["calibrate", "--answers", old, *command[3:], "over_refusal=0.05", "--overwrite"]) == 2
     assert "older version" in capsys.readouterr().err
