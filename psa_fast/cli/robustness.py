@@ -57,6 +57,7 @@ def robustness(args: argparse.Namespace) -> int:
     from psa_fast.attacks import conditions as plain
     from psa_fast.attacks import white_box
     from psa_fast.attacks.pixels import BUDGETS
+    from psa_fast.attacks.target import require_one_threshold
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.load import addon_hash
     from psa_fast.safety.policy import Policy
@@ -76,6 +77,10 @@ def robustness(args: argparse.Namespace) -> int:
     surrogates = _surrogates(args.surrogate, chosen)
     todo = plan(args.run, args.base, stages)  # type: ignore[arg-type]
     policy = Policy.load(args.policy)
+    if set(chosen) & set(white_box.SUITES):
+        require_one_threshold(policy)
+    for folder in todo.addons.values():
+        policy.require_model(addon_hash(folder))
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     limit = args.limit
     if limit is None:

@@ -41,7 +41,7 @@ class Reading:
         picture: place, from 0, of the one picture that was shown, None for all of the request's.
         number: of the turn or window, from 0; None for the other queries.
         span: the prompt's tokens from the first to behind the last that asked, for a turn or window.
-        logits: the 7 + 4 numbers that the probabilities come from.
+        logits: the 7 + 4 numbers that the probabilities come from, before the policy's temperatures.
         words_alone: whether no picture was shown: the words were read by themselves.
     """
 
@@ -114,13 +114,16 @@ def read_head(
     questions: Sequence[Question],
     features: Any,
     pad: Callable[[Sequence[Sequence[int]], int], torch.Tensor],
+    temperatures: tuple[float, float] = (1.0, 1.0),
 ) -> list[Reading]:
     """Ask the concept head each question; per question the reading by `query`, then those by its parts.
 
-    Arguments as for `read_logits`, whose rows these are.
+    Arguments as for `read_logits`, whose rows these are; the logits of types and levels are divided by `temperatures`
+    for the probabilities.
     """
     logits = read_logits(model, questions, features, pad).double()
     types, levels = logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
+    types, levels = types / temperatures[0], levels / temperatures[1]
     asked = [(question, part) for question in questions for part in (Part(question.query, ()), *question.parts)]
     rows = zip(asked, types.softmax(-1).tolist(), levels.softmax(-1).tolist(), logits.tolist(), strict=True)
     return [
@@ -206,6 +209,15 @@ def worst(policy: Policy, readings: Sequence[Reading]) -> tuple[Reading, Decisio
     """
     decided = [(reading, policy.decide(reading.type_probs, reading.level_probs)) for reading in readings]
     return max(decided, key=lambda pair: _strictness(pair[1]))
+
+
+def highest_score(policy: Policy, readings: Sequence[Reading]) -> float | None:
+    """The highest unsafe score of all readings: a request is flagged at every threshold up to it, if no type is off.
+
+    None if a reading is not a number. The reading that decides need not have it: a stricter action comes first.
+    """
+    scores = [policy.decide(reading.type_probs, reading.level_probs).unsafe_score for reading in readings]
+    return None if None in scores else max(score for score in scores if score is not None)
 
 
 def _strictness(decision: Decision) -> tuple[bool, bool, int, int, float]:
