@@ -168,7 +168,7 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
         answered = _run(args, todo, policy, records, image_folder, out)
         _report(args, todo, policy, settings, data, answered)
         out.finish()
-        page = write_page(out.path, image_folder)
+        page = write_page(out.path, image_folder).path
     print(f"wrote {out.path / 'report.md'}, {out.path / 'report.json'} and {page}")
 
 

@@ -32,5 +32,9 @@ def report(args: argparse.Namespace) -> int:
         raise ValueError(f"{folder} is no folder")
     if images is not None and not Path(images).is_dir():
         raise ValueError(f"--image_folder {images}: there is no such folder")
-    print(f"wrote {write_page(folder, None if images is None else Path(images))}")
+    page = write_page(folder, None if images is None else Path(images))
+    print(f"wrote {page.path}")
+    if page.missing:
+        found = f"{page.missing} pictures were not found" if page.found else "no picture was found"
+        print(f"{found} in {page.image_folder}; --image_folder names another place")
     return 0

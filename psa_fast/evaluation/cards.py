@@ -38,6 +38,7 @@ class Cards:
 
     def __init__(self, results: Mapping[str, Sequence[Result]], image_folder: Path) -> None:
         self._results, self._folder = results, image_folder
+        self.found = self.missing = 0  # pictures of the cards made so far
         self._first, self._last = next(iter(results.values())), list(results.values())[-1]
 
     def examples(self) -> dict[str, Any]:
@@ -90,7 +91,9 @@ class Cards:
         try:
             picture = to_rgb(resolve(self._folder, name))
         except ImageError:
+            self.missing += 1
             return None
+        self.found += 1
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG", optimize=True)

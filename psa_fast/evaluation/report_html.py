@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -98,14 +98,23 @@ class Kept(BaseModel):
         return kept, content["provenance"]
 
 
-def write_page(folder: Path, image_folder: Path | None = None) -> Path:
+class Written(NamedTuple):
+    """A page that was written: the file, where its pictures were looked for, and how many were found and were not."""
+
+    path: Path
+    image_folder: Path
+    found: int
+    missing: int
+
+
+def write_page(folder: Path, image_folder: Path | None = None) -> Written:
     """Write `folder`/report.html from the report and the answers there.
 
     Args:
         folder: of `psa-fast evaluate`.
         image_folder: where image paths start; None: where the evaluation found them.
 
-    Returns the file. Raises ValueError for a report or answers that are damaged or do not belong together.
+    Raises ValueError for a report or answers that are damaged or do not belong together.
     """
     kept, provenance = Kept.load(folder)
     results = {stage: read_results(folder / f"answers-{stage}.jsonl") for stage in kept.stages}
@@ -115,11 +124,12 @@ def write_page(folder: Path, image_folder: Path | None = None) -> Path:
     if image_folder is None:
         given = kept.provenance.settings.get("image_folder")
         image_folder = Path(given) if isinstance(given, str) else Path(kept.provenance.data.path).parent
-    write_text(folder / PAGE, render_page(kept, provenance, results, image_folder))
-    return folder / PAGE
+    cards = Cards(results, image_folder)
+    write_text(folder / PAGE, render_page(kept, provenance, results, cards))
+    return Written(folder / PAGE, image_folder, cards.found, cards.missing)
 
 
-def render_page(kept: Kept, provenance: Any, results: _Results, image_folder: Path) -> str:
+def render_page(kept: Kept, provenance: Any, results: _Results, cards: Cards) -> str:
     """The page as text. Everything that comes from records, answers and the report is escaped by the template."""
     environment = Environment(
         loader=PackageLoader("psa_fast.evaluation"),
@@ -130,7 +140,6 @@ def render_page(kept: Kept, provenance: Any, results: _Results, image_folder: Pa
         finalize=_finalize,
     )
     stage = list(results)[-1]  # the single rows are the last one's
-    cards = Cards(results, image_folder)
     story = {name: overall(rows) for name, rows in results.items()}
     tables = [
         _table("Every metric", "", {"": kept.stages}, kept.stages),
