@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import yaml
-from builders.tiny_llava import picture
+from builders.tiny_llava import build_addon, picture
 
 from psa_fast.cli import main
 from psa_fast.cli.calibrate import MARK, with_values
@@ -68,10 +68,10 @@ def test_the_policy_is_of_the_add_on_and_the_guard_applies_it(world, data, tmp_p
         assert verdict.unsafe == (max(scores) >= policy.unsafe_threshold)
 
     with pytest.raises(ValueError, match="was calibrated on the add-on of sha256"):
-        load_guard(world / "run" / "stage2", policy=policy)
+        load_guard(other := build_addon(world / "base", tmp_path / "other", seed=1), policy=policy)
     with pytest.raises(ValueError, match="without a model_hash"):
         Guard(plain.model, plain.processor, policy)
-    evaluate = ("evaluate", "--data", world / "data", "--run", world / "run", "--policy", out, "--out", tmp_path / "e")
+    evaluate = ("evaluate", "--data", world / "data", "--stage1", other, "--policy", out, "--out", tmp_path / "e")
     assert main([*map(str, evaluate)]) == 2
     assert "was calibrated on the add-on" in capsys.readouterr().err
     with pytest.raises(ValueError, match="calibrated on a finished add-on"):
