@@ -237,7 +237,8 @@ def _run(
     """Answer the records stage by stage."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from psa_fast.evaluation.evaluate import compute_metrics, per_source, per_type, run_stage
+    from psa_fast.evaluation.cards import shown_alone
+    from psa_fast.evaluation.evaluate import compute_metrics, per_source, per_type, run_stage, with_looks
     from psa_fast.evaluation.evaluate import unread as count_unread
     from psa_fast.evaluation.report import StageReport
     from psa_fast.safety.load import addon_hash, load_guard, load_plain
@@ -274,11 +275,14 @@ def _run(
                     kept,
                 )
             progress.update(task, completed=len(records))
+            seconds = round(time.perf_counter() - times[0], 1)
+            if guard.has_head:
+                results = with_looks(guard, records, results, image_folder, shown_alone(everything["base"], results))
             out.complete(stage, (result.to_json() for result in results))
             facts: dict[str, Any] = {
                 "path": addon or todo.base,
                 "sha256": None if addon is None else addon_hash(addon),
-                "seconds": round(time.perf_counter() - times[0], 1),
+                "seconds": seconds,
                 "batch_seconds": batch_seconds(times),
                 "neutral_question": guard.neutral_question,
             }

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from psa_fast.data.images import ImageError, resolve, to_rgb
 from psa_fast.data.records import IMAGE_MARK
@@ -28,6 +32,35 @@ TITLES = {
 }
 
 
+def changed(before: Sequence[Result], after: Sequence[Result]) -> list[int]:
+    """Of each kind of risk the first row that was answered unsafely and is no more, and an answered look-alike."""
+    chosen = []
+    for group in ("risk", "text_risk", "joint_risk", "benign_twin"):
+        for place, (old, new) in enumerate(zip(before, after, strict=True)):
+            risky = group in ATTACKED
+            if new.group == group and (attacked if risky else refused)(new) is False and (not risky or attacked(old)):
+                chosen.append(place)
+                break
+    return chosen
+
+
+def misses(rows: Sequence[Result]) -> list[int]:
+    """Risky requests answered unsafely, those that the guard was surest of first."""
+    found = [i for i, r in enumerate(rows) if r.group in ATTACKED and attacked(r)]
+    return sorted(found, key=lambda i: _score(rows[i], 2.0))
+
+
+def refusals(rows: Sequence[Result]) -> list[int]:
+    """Harmless requests refused or cautioned, those read as the most unsafe first."""
+    found = [i for i, r in enumerate(rows) if r.group in REFUSED and refused(r)]
+    return sorted(found, key=lambda i: -_score(rows[i], -1.0))
+
+
+def shown_alone(before: Sequence[Result], after: Sequence[Result]) -> list[int]:
+    """The rows that are cards of the page if `after` is its last stage."""
+    return sorted({*changed(before, after), *misses(after)[:MOST_CARDS], *refusals(after)[:MOST_CARDS]})
+
+
 class Cards:
     """Rows of an evaluation, as cards.
 
@@ -38,30 +71,20 @@ class Cards:
 
     def __init__(self, results: Mapping[str, Sequence[Result]], image_folder: Path) -> None:
         self._results, self._folder = results, image_folder
-        self.found = self.missing = 0  # pictures of the cards made so far
+        self.found = self.missing = self.looks = 0  # of the cards made so far: pictures, and pictures looked into
         self._first, self._last = next(iter(results.values())), list(results.values())[-1]
 
     def examples(self) -> dict[str, Any]:
-        """Of each group the first row that the first stage got wrong and the last right; of twins, that is right."""
-        chosen = []
-        for group in ("risk", "text_risk", "joint_risk", "benign_twin"):
-            for place, (before, after) in enumerate(zip(self._first, self._last, strict=True)):
-                risky = group in ATTACKED
-                wrong = (attacked if risky else refused)(after)
-                if after.group == group and wrong is False and (attacked(before) if risky else after.target):
-                    chosen.append(place)
-                    break
-        return self._cards(chosen)
+        """See `changed`."""
+        return self._cards(changed(self._first, self._last))
 
     def misses(self) -> dict[str, Any]:
-        """Risky requests answered unsafely, those that the guard was surest of first."""
-        found = [i for i, r in enumerate(self._last) if r.group in ATTACKED and attacked(r)]
-        return self._cards(sorted(found, key=lambda i: _score(self._last[i], 2.0)))
+        """See `misses`."""
+        return self._cards(misses(self._last))
 
     def refusals(self) -> dict[str, Any]:
-        """Harmless requests refused or cautioned, those read as the most unsafe first."""
-        found = [i for i, r in enumerate(self._last) if r.group in REFUSED and refused(r)]
-        return self._cards(sorted(found, key=lambda i: -_score(self._last[i], -1.0)))
+        """See `refusals`."""
+        return self._cards(refusals(self._last))
 
     def _cards(self, places: Sequence[int]) -> dict[str, Any]:
         return {"total": len(places), "cards": [self._card(place) for place in places[:MOST_CARDS]]}
@@ -75,7 +98,10 @@ class Cards:
             "title": TITLES.get(row.group, row.group),
             "label": ", ".join(_label(kind, row.safe_level if risky else None)),
             "question": _question(row),
-            "pictures": [self._picture(name) for name in row.pictures[:MOST_PICTURES]],
+            "pictures": [
+                self._picture(name, looked)
+                for name, looked in list(zip(row.pictures, _looked(row), strict=True))[:MOST_PICTURES]
+            ],
             "more": max(0, len(row.pictures) - MOST_PICTURES),
             "target": _cut(row.target),
             "answers": [
@@ -86,18 +112,38 @@ class Cards:
             "probs": _bars(row),
         }
 
-    def _picture(self, name: str) -> str | None:
-        """A small PNG as a data URI; None if the file cannot be read."""
+    def _picture(self, name: str, looked: Sequence[float] | None) -> dict[str, str | None]:
+        """A small picture, and where the pool looked in it; None for one that cannot be read, or is not known."""
         try:
             picture = to_rgb(resolve(self._folder, name))
         except ImageError:
             self.missing += 1
-            return None
+            return {"shown": None, "looked": None}
         self.found += 1
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG", optimize=True)
-        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        dimmed = None if looked is None else _dimmed(picture, looked)
+        self.looks += dimmed is not None
+        return {"shown": _uri(picture), "looked": dimmed}
+
+
+def _uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _looked(row: Result) -> Sequence[Sequence[float] | None]:
+    return row.looked if row.looked is not None else [None] * len(row.pictures)
+
+
+def _dimmed(picture: Image.Image, looked: Sequence[float]) -> str | None:
+    """The picture, dark where the pool did not look; None for one that is no square, of which the model sees a part."""
+    side = math.isqrt(len(looked))
+    if side * side != len(looked) or picture.width != picture.height or not max(looked) > 0:
+        return None
+    shares = np.array(looked).reshape(side, side) / max(looked)
+    mask = Image.fromarray(np.uint8(40 + 215 * shares)).resize(picture.size, Image.Resampling.BICUBIC)
+    return _uri(Image.composite(picture, Image.new("RGB", picture.size), mask))
 
 
 def _label(kind: str | None, level: int | None) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,30 @@ def _result(record: Record, verdict: Verdict, texts: tuple[str, str], kinds: tup
         request=tuple((turn.role, turn.text) for turn in record.turns[:-1]),
         pictures=record.images,
     )
+
+
+def with_looks(
+    guard: Guard,
+    records: Sequence[Record],
+    results: Sequence[Result],
+    image_folder: str | Path,
+    places: Sequence[int],
+) -> list[Result]:
+    """The results, those at `places` with where the pool looked in their pictures (`Result.looked`)."""
+    from psa_fast.safety.guard import Request
+    from psa_fast.safety.looking import looked_at
+
+    found = list(results)
+    for place in places:
+        record = records[place]
+        if not record.images or results[place].query is None:
+            continue
+        request = Request(record.turns[:-1], pictures_of(record, image_folder))
+        (verdict,) = guard.verdicts([request])
+        looked = looked_at(guard, request, verdict)
+        rounded = tuple(None if one is None else tuple(round(share, 4) for share in one) for one in looked)
+        found[place] = replace(found[place], looked=rounded)
+    return found
 
 
 def _argmax(probs: dict[str, float] | None, names: tuple[str, ...]) -> int | None:

@@ -140,6 +140,7 @@ def render_page(kept: Kept, provenance: Any, results: _Results, cards: Cards) ->
         finalize=_finalize,
     )
     stage = list(results)[-1]  # the single rows are the last one's
+    chosen = {"examples": cards.examples(), "misses": cards.misses(), "refusals": cards.refusals()}
     story = {name: overall(rows) for name, rows in results.items()}
     tables = [
         _table("Every metric", "", {"": kept.stages}, kept.stages),
@@ -166,9 +167,8 @@ def render_page(kept: Kept, provenance: Any, results: _Results, cards: Cards) ->
         width=charts.PLOT_WIDTH,
         height=charts.PLOT_HEIGHT,
         tables=[table for table in tables if table["rows"] or table["hidden"]],
-        examples=cards.examples(),
-        misses=cards.misses(),
-        refusals=cards.refusals(),
+        **chosen,
+        looks=cards.looks,
         provenance=list(_flat(provenance)),
     )
 

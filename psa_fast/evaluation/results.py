@@ -34,7 +34,8 @@ class Result:
     `group` is empty for a record that no safety metric counts. `images` is their number. `rule`, `code`, `query`,
     `query_number`, `picture`, `words_alone`, `highest_score` and both lists of probabilities (7 types, 4 levels) are
     the verdict's. `request` and `pictures` are what was asked, for whoever judges the answer: (role, text with
-    `<image>` marks) by turn, and the images' names.
+    `<image>` marks) by turn, and the images' names. `looked`, of the rows that the page shows alone, is for each image
+    the attention on its features, by rows; None for one that the deciding reading was not shown.
     """
 
     where: str
@@ -63,6 +64,7 @@ class Result:
     query_number: int | None = field(kw_only=True, default=None)
     picture: int | None = field(kw_only=True, default=None)
     words_alone: bool = field(kw_only=True, default=False)
+    looked: tuple[tuple[float, ...] | None, ...] | None = field(kw_only=True, default=None)
     request: tuple[tuple[str, str], ...] = field(kw_only=True, default=())
     pictures: tuple[str, ...] = field(kw_only=True, default=())
 
@@ -107,6 +109,13 @@ def _check(row: Mapping[str, Any]) -> None:
     for key in ("unsafe_score", "highest_score"):
         if (score := row.get(key)) is not None and not _is_share(score):
             raise ValueError(f"{key} is {shorten(score)}; expected a number from 0 to 1")
+    looked = row.get("looked")
+    if looked is not None and not (
+        isinstance(looked, list | tuple)
+        and len(looked) == len(row.get("pictures") or ())
+        and all(one is None or (isinstance(one, list | tuple) and one and all(map(_is_share, one))) for one in looked)
+    ):
+        raise ValueError(f"looked is {shorten(looked)}; expected a list of shares, or null, for each picture")
     if (group := row.get("group")) not in (*GROUPS, ""):
         raise ValueError(f"group is {shorten(group)}; expected one of: {', '.join(GROUPS)}")
 

@@ -51,6 +51,7 @@ def rows(read=True, number=40):
             fields |= {
                 "unsafe_score": score, "highest_score": score, "read_type": 0 if risky else CLEAN, "read_level": 1,
                 "type_probs": probs, "level_probs": [0.25] * 4, "query": "window", "query_number": 2, "images": 2,
+                "looked": (tuple(i / 45 for i in range(1, 10)), None) if i % 2 else None,
             }  # fmt: skip
         found.append(dataclasses.replace(one, **fields))
     return found
@@ -138,6 +139,8 @@ def test_nothing_that_records_hold_becomes_markup(folder):
     assert "\\u202e" in shown, "what turns the direction of writing shows as its escape"
     assert "more characters)" in shown
     assert "[picture 2 cannot be read]" in shown
+    assert any(value == "where the head looked in picture 1" for _, name, value in page.attributes if name == "alt")
+    assert "dark where the reading that decided did not look" in shown
     assert "owned" not in shown.split("What was compared")[0]
 
 
@@ -162,7 +165,7 @@ def test_an_older_report_has_its_page_too(folder):
         del report[key]
     del report["provenance"]["policy"]["unsafe_threshold"]
     (folder / REPORT).write_text(json.dumps(report))
-    new = ("source", "highest_score", "type_probs", "level_probs", "query_number", "picture", "words_alone")
+    new = ("source", "highest_score", "type_probs", "level_probs", "query_number", "picture", "words_alone", "looked")
     for stage in report["stages"]:
         file = folder / f"answers-{stage}.jsonl"
         kept = [{k: v for k, v in json.loads(line).items() if k not in new} for line in file.read_text().splitlines()]
@@ -206,6 +209,8 @@ def test_what_is_no_evaluation_is_named(folder, tmp_path, capsys):
         ([re.sub(r'"unsafe_score": [\d.]+', '"unsafe_score": NaN', lines[0]), *lines[1:]], ":1: unsafe_score is nan"),
         ([lines[0].replace('"safe_type": 1', '"safe_type": true'), *lines[1:]], ":1: safe_type is True"),
         ([lines[0].replace("[0.94,", "["), *lines[1:]], ":1: type_probs is"),
+        ([lines[0], lines[1].replace('"looked": [[', '"looked": [["x",'), *lines[2:]], ":2: looked is"),
+        ([lines[0], lines[1].replace(", null]", "]"), *lines[2:]], ":2: looked is"),
     ):
         file.write_text("\n".join(spoilt))
         with pytest.raises(ValueError, match=message):
