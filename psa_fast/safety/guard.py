@@ -15,7 +15,7 @@ from psa_fast.files import shorten
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.prepared import Prepared
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, highest_score, parts_of, read_head, take, worst
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take, weigh
 from psa_fast.safety.request import Prompter, Request, keep_mark, text_positions
 from psa_fast.safety.verdict import Answer, Verdict, read_verdict, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
@@ -328,9 +328,8 @@ class Guard:
                 response = self.policy.responses.unchecked if self.policy and action == "block" else None
                 decision = Decision(action, None, None, verdict.rule, None, response=response, code=verdict.code)
             else:
-                reading, decision = worst(self.policy, readings[request.number])
-                highest = highest_score(self.policy, readings[request.number])
-                verdict = read_verdict(reading, decision, highest)
+                reading, decision, highest_score = weigh(self.policy, readings[request.number])
+                verdict = read_verdict(reading, decision, highest_score)
             rows.append((self._signed(verdict), decision))
         return rows
 

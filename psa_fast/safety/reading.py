@@ -202,22 +202,32 @@ def take(features: Any, images: Sequence[int]) -> Any:
     return type(features)(*(tensor[list(images)] for tensor in features))
 
 
-def worst(policy: Policy, readings: Sequence[Reading]) -> tuple[Reading, Decision]:
-    """The reading that the policy treats most strictly, and its decision; the first of equal ones.
+class Weighed(NamedTuple):
+    """The reading that the policy treats most strictly, its decision, and the highest unsafe score of all readings.
+
+    A request is flagged at every threshold up to that score, if no type is off; the reading that decides need not have
+    it, since a stricter action comes first. It is None if a reading is not a number.
+    """
+
+    reading: Reading
+    decision: Decision
+    highest_score: float | None
+
+
+def weigh(policy: Policy, readings: Sequence[Reading]) -> Weighed:
+    """Let the policy decide on each reading; the strictest counts, the first of equal ones.
 
     No number anywhere comes before a risk, a risk before none, then the stricter action, the higher level, the score.
     """
     decided = [(reading, policy.decide(reading.type_probs, reading.level_probs)) for reading in readings]
-    return max(decided, key=lambda pair: _strictness(pair[1]))
+    scores = [decision.unsafe_score for _, decision in decided]
+    highest = None if None in scores else max(score for score in scores if score is not None)
+    return Weighed(*max(decided, key=lambda pair: _strictness(pair[1])), highest)
 
 
-def highest_score(policy: Policy, readings: Sequence[Reading]) -> float | None:
-    """The highest unsafe score of all readings: a request is flagged at every threshold up to it, if no type is off.
-
-    None if a reading is not a number. The reading that decides need not have it: a stricter action comes first.
-    """
-    scores = [policy.decide(reading.type_probs, reading.level_probs).unsafe_score for reading in readings]
-    return None if None in scores else max(score for score in scores if score is not None)
+def worst(policy: Policy, readings: Sequence[Reading]) -> tuple[Reading, Decision]:
+    """The first two of `weigh`."""
+    return weigh(policy, readings)[:2]
 
 
 def _strictness(decision: Decision) -> tuple[bool, bool, int, int, float]:
