@@ -19,7 +19,7 @@ GPU_PYTHON ?= python3
 
 .PHONY: help demo ablation test lint bench gpu compare profile clean
 help:
-	@echo "make demo   base model, both stages, evaluation: runs/demo/report.md (about 15 minutes on 2 CPU cores)"
+	@echo "make demo   base model, both stages, evaluation: runs/demo/report.html (about 15 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that pyproject.toml allows"
 	@echo "make lock   remake requirements/*.txt from pyproject.toml and requirements/lock.in"
@@ -89,7 +89,7 @@ demo: $(STAMP)
 	deepspeed train.py --stage 2 --resume auto
 	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --split test --out $(DEMO)/world
 	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO) --batch_size 256 --overwrite
-	@echo; echo "report: $(DEMO)/report.md"
+	@echo; echo "report: $(DEMO)/report.html"
 
 # on top of the demo: what gets past its guard
 .PHONY: robustness

@@ -13,10 +13,11 @@ import numpy as np
 
 from psa_fast.attacks.conditions import Case, Condition, Others
 from psa_fast.attacks.visible import keeps_regions
-from psa_fast.evaluation.evaluate import Result, answer_records
+from psa_fast.evaluation.evaluate import answer_records
 from psa_fast.evaluation.metrics import Estimate, rate
 from psa_fast.evaluation.normalise import same_answer
 from psa_fast.evaluation.refusal import RefusalList, is_safe
+from psa_fast.evaluation.results import Result
 
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard

@@ -26,6 +26,7 @@ from psa_fast.taxonomy import IGNORE_INDEX, RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
+    from psa_fast.safety.policy import Policy
 
 # in double precision a probability is 1 from about these log-odds on: what a threshold of 1 comes to
 SATURATED = 36.7
@@ -62,6 +63,12 @@ class Readings(NamedTuple):
     valid: Tensor
 
 
+def require_one_threshold(policy: Policy) -> None:
+    """Raise ValueError for a policy with a threshold for each type: an attack climbs above a single one."""
+    if policy.type_thresholds is not None:
+        raise ValueError("attacks on pixels need a policy with one unsafe_threshold; this one has type_thresholds")
+
+
 class Target:
     """A guard, opened for attacks on pixels.
 
@@ -69,7 +76,7 @@ class Target:
         guard: with a concept head, or a base without one (`load_plain`), of which only answers can be attacked.
 
     Raises ValueError for an image processor whose work on a picture of the tower's size is more than 8-bit values,
-    scaled and normalised: an attack could not know what the guard sees.
+    scaled and normalised: an attack could not know what the guard sees; and for a policy with type_thresholds.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -77,6 +84,8 @@ class Target:
         self.model: Any = guard.model
         self.frame = Frame(guard.processor)
         if guard.policy is not None:
+            require_one_threshold(guard.policy)
+            self._temperatures = guard.policy.temperatures
             self._types = guard.policy.types
             self._enabled = [i for i, name in enumerate(RISK_TYPES) if self._types.get(name, False)]
             threshold = guard.policy.unsafe_threshold
@@ -169,6 +178,7 @@ class Target:
         it counts them. Readings that a request does not have are -inf.
         """
         types, levels = readings.logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
+        types, levels = types / self._temperatures[0], levels / self._temperatures[1]
         rest = [i for i in range(len(RISK_TYPES)) if i not in self._enabled]
         if not self._enabled:
             return torch.full((*types.shape[:2], 2), -math.inf, device=types.device)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from psa_fast.data.records import Record
-    from psa_fast.evaluation.evaluate import Result
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.evaluation.report import StageReport
+    from psa_fast.evaluation.results import Result
     from psa_fast.safety.policy import Policy
 
 STAGE_DIRS = ("stage1", "stage2")
@@ -35,7 +35,7 @@ def register(subparsers: Subcommands) -> None:
         "evaluate",
         help="measure safety, over-refusal and ability of the base and of each stage",
         description="Answer the records of a split with the base and with each add-on, guarded and unguarded, and "
-        "write report.json, report.md and the answers (answers-STAGE.jsonl) to --out.",
+        "write report.json, report.md, report.html and the answers (answers-STAGE.jsonl) to --out.",
     )
     add_sources(parser)
     parser.add_argument("--stage1", metavar="DIR", help="add-on folder, short for --stage stage1=DIR")
@@ -44,6 +44,9 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="use N rows, spread evenly over the file")
     parser.add_argument("--refusal_list", choices=sorted(LISTS), default=DEFAULT_LIST, help=f"default: {DEFAULT_LIST}")
     parser.add_argument("--refusal_mode", choices=MODES, default="contains", help="default: contains")
+    parser.add_argument(
+        "--thresholds", action="store_true", help="put every threshold, what it misses and flags, into report.json"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     parser.set_defaults(func=evaluate)
 
@@ -62,6 +65,15 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
     parser.add_argument("--overwrite", action="store_true", help="replace what other data or settings gave in --out")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the stages gave, by stage: reports, how many answers the refusal list could not read, and the results."""
+
+    reports: dict[str, StageReport]
+    unread: dict[str, dict[str, int]]
+    results: dict[str, list[Result]]
 
 
 @dataclass(frozen=True)
@@ -131,12 +143,15 @@ def evaluate(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
     """What was asked for: a second run with the same replaces the first one's report."""
     names = ("data", "split", "image_folder", "policy", "max_new_tokens", "limit", "refusal_list", "refusal_mode")
-    return {name: getattr(args, name) for name in (*names, "seed")} | {"base": todo.base, "stages": todo.addons}
+    settings = {name: getattr(args, name) for name in (*names, "seed")} | {"base": todo.base, "stages": todo.addons}
+    # without the option a report is the same as one of a version that did not know it
+    return settings | {"thresholds": True} if args.thresholds else settings
 
 
 def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.evaluation.report import data_provenance
+    from psa_fast.evaluation.report_html import write_page
     from psa_fast.safety.policy import Policy
 
     if wrong := unwritable_text(_settings(args, todo)):
@@ -150,10 +165,11 @@ def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
         data = data_provenance(file, image_folder, records, len(everything))
         if out.begin(_identity(args, todo, policy, settings, data), args.overwrite):
             print(f"going on with the run that began in {out.path}")
-        reports, unread = _run(args, todo, policy, records, image_folder, out)
-        _report(args, todo, policy, settings, data, reports, unread)
+        answered = _run(args, todo, policy, records, image_folder, out)
+        _report(args, todo, policy, settings, data, answered)
         out.finish()
-    print(f"wrote {out.path / 'report.md'} and {out.path / 'report.json'}")
+        page = write_page(out.path, image_folder).path
+    print(f"wrote {out.path / 'report.md'}, {out.path / 'report.json'} and {page}")
 
 
 def _identity(
@@ -200,7 +216,7 @@ def _read(
     records = spread(everything, args.limit)
     for folder in todo.addons.values():
         # a missing or unreadable file, or another base, is met now, not after the stages before
-        checked_hash(folder)
+        checked_hash(folder, policy)
         check_base_folder(folder, read_config(folder), todo.base)
     # the add-on with the longest images; prompts that it can take, the others can
     tokens = {f: PsaConfig.from_json_file(Path(f) / CONFIG).num_safety_tokens for f in todo.addons.values()}
@@ -217,28 +233,33 @@ def _run(
     records: list[Record],
     image_folder: Path,
     out: OutputFolder,
-) -> tuple[dict[str, StageReport], dict[str, dict[str, int]]]:
-    """Answer the records stage by stage: the stages' reports, and how many answers the refusal list could not read."""
+) -> Answered:
+    """Answer the records stage by stage."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from psa_fast.evaluation.evaluate import compute_metrics, per_type, run_stage
+    from psa_fast.evaluation.cards import shown_alone
+    from psa_fast.evaluation.evaluate import compute_metrics, per_source, per_type, run_stage, with_looks
     from psa_fast.evaluation.evaluate import unread as count_unread
     from psa_fast.evaluation.report import StageReport
     from psa_fast.safety.load import addon_hash, load_guard, load_plain
 
     reports: dict[str, StageReport] = {}
     unread: dict[str, dict[str, int]] = {}
+    everything: dict[str, list[Result]] = {}
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         for stage in ("base", *todo.addons):
             task = progress.add_task(stage, total=len(records))
             addon = todo.addons.get(stage)
             guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
-            start = time.perf_counter()
+            times = [time.perf_counter()]  # of the start, and of the end of each batch
             kept = _kept(out, stage, records)
             with out.answers(stage, (result.to_json() for result in kept.values())) as stream:
 
-                def keep(batch: list[Result], stream: TextIO = stream, task: TaskID = task) -> None:
+                def keep(
+                    batch: list[Result], stream: TextIO = stream, task: TaskID = task, times: list[float] = times
+                ) -> None:
+                    times.append(time.perf_counter())
                     out.append(stream, [result.to_json() for result in batch])
                     progress.advance(task, len(batch))
 
@@ -254,26 +275,47 @@ def _run(
                     kept,
                 )
             progress.update(task, completed=len(records))
+            seconds = round(time.perf_counter() - times[0], 1)
+            if guard.has_head:
+                results = with_looks(guard, records, results, image_folder, shown_alone(everything["base"], results))
             out.complete(stage, (result.to_json() for result in results))
             facts: dict[str, Any] = {
                 "path": addon or todo.base,
                 "sha256": None if addon is None else addon_hash(addon),
-                "seconds": round(time.perf_counter() - start, 1),
+                "seconds": seconds,
+                "batch_seconds": batch_seconds(times),
                 "neutral_question": guard.neutral_question,
             }
-            reports[stage] = StageReport(compute_metrics(results, guard.has_head, args.seed), per_type(results), facts)
+            has_head = guard.has_head
+            metrics = compute_metrics(results, has_head, args.seed)
+            sources, others = (per_source(results, has_head, args.seed, left_out) for left_out in (False, True))
+            reports[stage] = StageReport(metrics, per_type(results), facts, sources, others)
+            everything[stage] = results
             unread[stage] = {
                 "guarded": count_unread(results),
                 "unguarded": count_unread(results, guarded=False),
             }
             del guard  # one model at a time: two copies of a large base do not fit
             gc.collect()
-    return reports, unread
+    return Answered(reports, unread, everything)
+
+
+def batch_seconds(times: Sequence[float]) -> dict[str, float | int] | None:
+    """Median and 95th percentile of the steps between times: of a batch, its pictures' decoding included.
+
+    None where every batch was kept from an earlier run.
+    """
+    import numpy as np
+
+    if len(times) < 2:
+        return None
+    p50, p95 = np.percentile(np.diff(times), [50, 95])
+    return {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "batches": len(times) - 1}
 
 
 def _kept(out: OutputFolder, stage: str, records: Sequence[Record]) -> dict[str, Result]:
     """The answers that the run had before it was cut short, by file and line."""
-    from psa_fast.evaluation.evaluate import Result
+    from psa_fast.evaluation.results import Result
 
     rows = out.kept(stage)
     if rows and len({record.where for record in records}) < len(records):
@@ -291,10 +333,10 @@ def _report(
     policy: Policy,
     settings: dict[str, Any],
     data: dict[str, Any],
-    reports: dict[str, StageReport],
-    unread: dict[str, dict[str, int]],
+    answered: Answered,
 ) -> None:
     from psa_fast.evaluation.metrics import BOOTSTRAP_SAMPLES
+    from psa_fast.evaluation.paired import differences, threshold_curve
     from psa_fast.evaluation.report import environment, write_report
     from psa_fast.safety.load import default_dtype
     from psa_fast.safety.policy import DEFAULT_POLICY
@@ -306,7 +348,13 @@ def _report(
         "base": todo.base,
         "split": args.split if Path(args.data).is_dir() else None,
         "data": data,
-        "policy": {"path": args.policy or f"shipped ({DEFAULT_POLICY.name})", "sha256": policy.hash},
+        "policy": {
+            "path": args.policy or f"shipped ({DEFAULT_POLICY.name})",
+            "sha256": policy.hash,
+            "unsafe_threshold": policy.unsafe_threshold,
+            "type_thresholds": policy.type_thresholds,
+            "calibration": None if policy.calibration is None else policy.calibration.model_dump(),
+        },
         "refusal": {
             "list": refusals.name,
             "mode": args.refusal_mode,
@@ -314,7 +362,7 @@ def _report(
             "refusals": list(refusals.refusals),
             "cautions": list(refusals.cautions),
             "on_labelled_answers": error_rates(refusals, args.refusal_mode),
-            "unread": unread,
+            "unread": answered.unread,
         },
         "decoding": {
             "method": "greedy",
@@ -325,4 +373,6 @@ def _report(
         "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": args.seed, "interval": 0.95},
         **environment(),
     }
-    write_report(Path(args.out), reports, provenance)
+    curves = {stage: threshold_curve(results) for stage, results in answered.results.items()}
+    between = differences(answered.results)
+    write_report(Path(args.out), answered.reports, provenance, between, curves if args.thresholds else None)

@@ -62,7 +62,7 @@ def generate(args: argparse.Namespace) -> int:
     from psa_fast.safety.load import base_of, checked_hash, load_guard, load_prompter
 
     # a request that cannot be asked is refused before a model is loaded
-    checked_hash(args.model)
+    checked_hash(args.model, policy)
     base = base_of(args.model) if args.base is None else args.base
     prompter = load_prompter(base, args.model)
     prompter.prompt(turns, prompter.prepare(request), args.max_new_tokens)
@@ -106,9 +106,14 @@ def check_policy(args: argparse.Namespace) -> int:
 def policy_table(policy: Policy, name: str) -> list[str]:
     """The lines of a table: which risk types are on, and what each level of risk leads to."""
     switches = {state: ", ".join(t for t, on in policy.types.items() if on == state) for state in (True, False)}
+    score = "max(1 - p(clean), 1 - p(none))"
+    if policy.type_thresholds is None:
+        thresholds = [("unsafe", f"from {policy.unsafe_threshold:g}", score)]
+    else:
+        thresholds = [("unsafe", f"from {value:g}", f"{score}, {t}") for t, value in policy.type_thresholds.items()]
     rows = [
         ("version", str(policy.version), ""),
-        ("unsafe", f"from {policy.unsafe_threshold:g}", "max(1 - p(clean), 1 - p(none))"),
+        *thresholds,
         ("types on", switches[True] or "none", ""),
         ("types off", switches[False] or "none", ""),
     ]
@@ -117,5 +122,8 @@ def policy_table(policy: Policy, name: str) -> list[str]:
         rows.append((level, rule.action, json.dumps(rule.hint or texts[rule.action], ensure_ascii=False)))
     rows.append(("unread", policy.on_error, "requests that the concept head does not read"))
     rows.append(("unreadable", "block", json.dumps(policy.responses.unchecked, ensure_ascii=False)))
+    if policy.calibration is not None:
+        temperatures = ", ".join(f"{value:.4g}" for value in policy.temperatures)
+        rows.append(("calibrated", "", f"temperatures {temperatures}; {policy.calibration.promise}"))
     lines = [f"{first:<11} {second:<8} {third}".rstrip() for first, second, third in rows]
     return [f"policy {name}: valid", *lines, f"{'sha256':<11} {policy.hash}"]

@@ -57,6 +57,7 @@ def robustness(args: argparse.Namespace) -> int:
     from psa_fast.attacks import conditions as plain
     from psa_fast.attacks import white_box
     from psa_fast.attacks.pixels import BUDGETS
+    from psa_fast.attacks.target import require_one_threshold
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.load import addon_hash
     from psa_fast.safety.policy import Policy
@@ -76,13 +77,18 @@ def robustness(args: argparse.Namespace) -> int:
     surrogates = _surrogates(args.surrogate, chosen)
     todo = plan(args.run, args.base, stages)  # type: ignore[arg-type]
     policy = Policy.load(args.policy)
+    if set(chosen) & set(white_box.SUITES):
+        require_one_threshold(policy)
+    hashes = {name: addon_hash(path) for name, path in todo.addons.items()}
+    for found in hashes.values():
+        policy.require_model(found)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     limit = args.limit
     if limit is None:
         limit = BUDGETS[args.budget].n if set(chosen) <= set(white_box.SUITES) else 100
     settings = {
         "data": str(file), "data_sha256": _sha256(file), "image_folder": str(image_folder),
-        "addons_sha256": {name: addon_hash(path) for name, path in todo.addons.items()},
+        "addons_sha256": hashes,
         "base": todo.base, "stages": todo.addons, "limit": limit, "seed": args.seed,
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
         "budget": args.budget if set(chosen) & set(white_box.SUITES) else None, "surrogates": surrogates,

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING, Any
 from psa_fast.data.records import GROUPS, Record, fingerprint, load_records
 from psa_fast.evaluation.check import check_prompts, longest_hint, require_labels
 from psa_fast.evaluation.evaluate import (
-    ATTACKED,
-    REFUSED,
-    Result,
     answer_records,
     compute_metrics,
     concept_metrics,
@@ -19,6 +16,7 @@ from psa_fast.evaluation.evaluate import (
 )
 from psa_fast.evaluation.metrics import Estimate, rate
 from psa_fast.evaluation.refusal import DEFAULT_LIST, get_list
+from psa_fast.evaluation.results import ATTACKED, REFUSED, Result
 
 if TYPE_CHECKING:
     from psa_fast.models import PsaVLM
@@ -42,13 +40,15 @@ class DevSet:
         answers: whether the model can answer; if not, the concept head alone is read.
 
     Raises:
-        ValueError: rows that cannot be used, each named, or none with a label.
+        ValueError: rows that cannot be used, each named, or none with a label; a policy that was calibrated.
     """
 
     def __init__(
         self, path: str, image_folder: str | None, base: str, policy: Policy, batch_size: int, answers: bool
     ) -> None:
         self.path, self.image_folder, self.base, self.policy = path, image_folder or ".", base, policy
+        if policy.calibration is not None:
+            raise ValueError("the policy was calibrated on a finished add-on; evaluate training without calibration")
         self.records = load_records(path, image_folder)
         require_labels(path, self.records)
         self.digest = fingerprint(self.records)

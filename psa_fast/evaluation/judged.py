@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psa_fast.data.records import GROUPS
 from psa_fast.data.rows import read_rows
-from psa_fast.evaluation.evaluate import ATTACKED, REFUSED, Result, exact_match
+from psa_fast.evaluation.evaluate import exact_match
 from psa_fast.evaluation.judges.contract import NO_VERDICT, VERDICTS, Answered, Judge
 from psa_fast.evaluation.metrics import Estimate, rate
 from psa_fast.evaluation.refusal import Mode, RefusalList, classify
-from psa_fast.files import shorten
+from psa_fast.evaluation.results import ATTACKED, REFUSED, Result
 
 SIDES = ("guarded", "unguarded")
 MOST_WITHOUT_VERDICT = 0.01  # of a judge's rows: with more, its figures say nothing
@@ -62,17 +61,9 @@ def _result(row: Any) -> Result:
     """A row of answers. Raises ValueError if it is none, or none with all that a judge has to see."""
     if isinstance(row, dict) and "guarded" in row and "request" not in row:
         raise ValueError("the request is not with the answer: an older version wrote it; evaluate once more")
-    if not isinstance(row, dict):
-        raise ValueError("not an answer of psa-fast evaluate")
     result = Result.from_json(row)
-    turns = [part for turn in result.request for part in turn]
-    texts = (result.guarded, result.unguarded, result.target, result.group, *turns, *result.pictures)
-    if not all(isinstance(text, str) for text in texts) or not result.request:
-        raise ValueError("not an answer of psa-fast evaluate")
-    if result.group not in (*GROUPS, ""):
-        raise ValueError(f"group is {shorten(result.group)}")
-    if result.safe_level is not None and type(result.safe_level) is not int:
-        raise ValueError(f"safe_level is {shorten(result.safe_level)}")
+    if not result.request:
+        raise ValueError("not an answer of psa-fast evaluate: its request is empty")
     return result
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 Z95 = 1.959963984540054
 BOOTSTRAP_SAMPLES = 1000
-BOOTSTRAP_CHUNK = 4_000_000  # resampled weights held at once
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,17 @@ def rate(hits: Sequence[bool]) -> Estimate:
     n = len(hits)
     if n == 0:
         return undefined(0, "no rows")
-    p = sum(map(bool, hits)) / n
+    return Estimate(*wilson(sum(map(bool, hits)), n), n)
+
+
+def wilson(hits: int, n: int) -> tuple[float, float, float]:
+    """A share of `n` >= 1 rows with the ends of its Wilson score interval."""
+    p = hits / n
     spread = 1.0 + Z95**2 / n
     centre = (p + Z95**2 / (2 * n)) / spread
     half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n)) / spread
     # at p = 0 and 1 the exact bound is p itself; rounding would miss it by one digit
-    return Estimate(p, 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half, n)
+    return p, 0.0 if p == 0 else centre - half, 1.0 if p == 1 else centre + half
 
 
 def accuracy(targets: Sequence[int], predictions: Sequence[int]) -> Estimate:
@@ -71,41 +75,6 @@ def quadratic_kappa(targets: Sequence[int], predictions: Sequence[int], classes:
 def cohen_kappa(first: Sequence[int], second: Sequence[int], classes: int, seed: int = 0) -> Estimate:
     """Cohen's kappa of two raters over classes without order; undefined if all is one class."""
     return _from_confusion(first, second, classes, _plain_kappa, seed, "both say one and the same class of every row")
-
-
-def auroc(unsafe: Sequence[bool], scores: Sequence[float], seed: int = 0) -> Estimate:
-    """Area under the ROC curve: P(score of an unsafe row > score of a safe one), ties counted half.
-
-    Undefined if only one of the two kinds occurs. Raises ValueError for a score that is not finite.
-    """
-    label, score = np.asarray(unsafe, dtype=bool), np.asarray(scores, dtype=np.float64)
-    if label.shape != score.shape:
-        raise ValueError(f"{label.size} labels and {score.size} scores")
-    if not np.isfinite(score).all():
-        raise ValueError("a score is not finite")
-    n = label.size
-    if label.all() or not label.any():
-        return undefined(n, "no rows" if n == 0 else "only one of unsafe and safe occurs")
-    order = np.argsort(score, kind="stable")
-    label, score = label[order], score[order]
-    starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # first row of each run of equal scores
-
-    def area(weights: np.ndarray) -> np.ndarray:  # [samples, n] how often each row was drawn -> [samples]
-        positive = np.add.reduceat(weights * label, starts, axis=1)
-        negative = np.add.reduceat(weights * ~label, starts, axis=1)
-        below = np.cumsum(negative, axis=1) - negative
-        pairs = positive.sum(1) * negative.sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return (positive * (below + 0.5 * negative)).sum(1) / pairs
-
-    rng = np.random.default_rng(seed)
-    samples = []
-    left = BOOTSTRAP_SAMPLES
-    while left:
-        size = max(1, min(left, BOOTSTRAP_CHUNK // n))
-        samples.append(area(rng.multinomial(n, np.full(n, 1.0 / n), size=size).astype(np.float64)))
-        left -= size
-    return _percentiles(float(area(np.ones((1, n)))[0]), np.concatenate(samples), n)
 
 
 def _from_confusion(
@@ -130,7 +99,7 @@ def _from_confusion(
         return undefined(n, reason)
     # drawing n rows with replacement is drawing the confusion matrix from a multinomial
     draws = np.random.default_rng(seed).multinomial(n, cells / n, size=BOOTSTRAP_SAMPLES).astype(np.float64)
-    return _percentiles(value, metric(draws.reshape(-1, classes, classes)), n)
+    return percentiles(value, metric(draws.reshape(-1, classes, classes)), n)
 
 
 def _macro_f1(confusion: np.ndarray) -> np.ndarray:  # [samples, target, prediction] -> [samples]
@@ -155,7 +124,8 @@ def _kappa(confusion: np.ndarray, weights: np.ndarray) -> np.ndarray:  # [sample
     return 1.0 - np.divide(observed, by_chance, out=np.full_like(observed, np.nan), where=by_chance > 0)
 
 
-def _percentiles(value: float, samples: np.ndarray, n: int) -> Estimate:
+def percentiles(value: float, samples: np.ndarray, n: int) -> Estimate:
+    """A value on `n` rows with the interval of its bootstrap samples [samples]."""
     # a resample without one of the classes has no value; it says nothing about the interval
     low, high = np.nanpercentile(samples, [2.5, 97.5])
     return Estimate(value, float(low), float(high), n)

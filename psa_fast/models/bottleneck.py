@@ -123,6 +123,16 @@ class ConceptBottleneck(nn.Module):
         pooled = self.attention(query, tokens, features, features_mask)
         return pooled.squeeze(1) if query_embeds.dim() == 2 else pooled
 
+    def looked_at(self, features: Tensor, query_embeds: Tensor) -> Tensor:
+        """The share of its attention that a query gives to each projected feature: [B, S1, E], [B, E] -> [B, S1].
+
+        The rest goes to the head tokens.
+        """
+        query = query_embeds.to(self.heads.weight.dtype).unsqueeze(1)
+        query = query if self.query is None else query + self.query(1)[0]
+        tokens = self.head_tokens(1)[0]
+        return self.attention.weights(query, tokens, features)[:, 0, tokens.shape[0] :]
+
     def read_words(self, query_embeds: Tensor, windows: Tensor | None = None) -> Tensor:
         """As `forward`, without a picture: what the query finds in the head and text tokens.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psa_fast.ops import attention_pool
@@ -59,6 +60,24 @@ class ConceptAttention(nn.Module):
         )
         return self.out_proj(pooled)
 
+    @torch.no_grad()
+    def weights(self, query: Tensor, safety_tokens: Tensor, features: Tensor) -> Tensor:
+        """The attention itself, which the pool never makes: [B, Q, S0 + S1], the mean of the heads; each row sums to 1.
+
+        Arguments as for `forward`. It is for people to look at: every key is projected, and no gradient comes of it.
+        """
+        e = self.embed_dim
+        keys = torch.cat([safety_tokens.expand(features.shape[0], -1, -1), self.read(features)], 1)
+        rows = zip(
+            (query, keys), self.in_proj_weight[: 2 * e].chunk(2), self.in_proj_bias[: 2 * e].chunk(2), strict=True
+        )
+        q, k = (F.linear(*row).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for row in rows)  # [B, H, rows, d]
+        return torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, -1).mean(1)
+
+    def read(self, features: Tensor) -> Tensor:
+        """What `absorbed` does to the features, done."""
+        return features
+
     def absorbed(self) -> dict[str, Any]:
         """Options of `attention_pool` that say what is done to the features first."""
         return {}
@@ -90,6 +109,10 @@ class ConceptReadout(ConceptAttention):
         """Initialise all parameters; call it after a meta-device build."""
         self.reset_attention()
         self.reset_readout()
+
+    def read(self, features: Tensor) -> Tensor:
+        """The SiLU and the readout, computed."""
+        return F.linear(F.silu(features + self.feature_bias), self.readout_weight, self.readout_bias)
 
     def absorbed(self) -> dict[str, Any]:
         """The SiLU and the readout."""

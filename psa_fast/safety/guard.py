@@ -15,7 +15,7 @@ from psa_fast.files import shorten
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.prepared import Prepared
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take, worst
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take, weigh
 from psa_fast.safety.request import Prompter, Request, keep_mark, text_positions
 from psa_fast.safety.verdict import Answer, Verdict, read_verdict, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
@@ -41,8 +41,8 @@ class Guard:
         neutral_question: asked of the concept head beside the request's own words (reading.py); None: not asked. A
             model whose query is no text (query="first") is never asked it, nor one whose learned query asks alone.
 
-    Raises ValueError for a model whose concepts are not those of the taxonomy, which the policy decides on, and for a
-    `max_length` or question that the model cannot take.
+    Raises ValueError for a model whose concepts are not those of the taxonomy, which the policy decides on, for one
+    that a calibrated policy was not fitted to, and for a `max_length` or question that the model cannot take.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Guard:
             policy = policy or Policy.load()
             if model.config.query != "prompt" or model.config.neutral_query:
                 neutral_question = None
+            policy.require_model(model_hash)
         elif policy is not None:
             raise ValueError("a base without an add-on has no concept head, so no policy can be applied to it")
         self.model = model
@@ -140,6 +141,24 @@ class Guard:
             read = self._read(batch, self._encode_images(batch))
             found.update((one.number, _applied(*result)) for one, result in zip(batch, read, strict=True))
         return [found[number] for number in range(len(requests))]
+
+    @torch.inference_mode()
+    def readings(self, requests: Sequence[Request], batch_size: int = 16) -> list[list[Reading]]:
+        """All readings of each request, of which the worst decides; none of what the head does not read.
+
+        Raises ValueError, naming its place in the list, for a request that cannot be read.
+        """
+        found = []
+        for start in range(0, len(requests), batch_size):
+            batch = []
+            for number, request in enumerate(requests[start : start + batch_size], start):
+                try:
+                    batch.append(self.prepare(request, number=number))
+                except ValueError as error:
+                    raise ValueError(f"request {number}: {error}") from error
+            readings = self._ask(batch, self._encode_images(batch))
+            found += [readings.get(one.number, []) if one.readable else [] for one in batch]
+        return found
 
     def _batches(
         self,
@@ -280,8 +299,8 @@ class Guard:
     def _signed(self, verdict: Verdict) -> Verdict:
         return replace(verdict, policy_hash=self._policy_hash, model_hash=self.model_hash)
 
-    def _read(self, asked: Sequence[Prepared], features: Any) -> list[tuple[Verdict, Decision]]:
-        """Per request its verdict and the policy's decision, by the worst of the readings."""
+    def _ask(self, asked: Sequence[Prepared], features: Any) -> dict[int, list[Reading]]:
+        """All readings of each request, by its number."""
         readings: dict[int, list[Reading]] = {}
         if not isinstance(self.model, PlainVLM):
             questions: list[Question] = []
@@ -292,9 +311,15 @@ class Guard:
                 questions += mine
                 owners += [request.number] * sum(1 + len(question.parts) for question in mine)
                 first += request.count
-            found = read_head(self.model, questions, features, self._pad_right)
+            temperatures = self.policy.temperatures if self.policy else (1.0, 1.0)
+            found = read_head(self.model, questions, features, self._pad_right, temperatures)
             for number, reading in zip(owners, found, strict=True):
                 readings.setdefault(number, []).append(reading)
+        return readings
+
+    def _read(self, asked: Sequence[Prepared], features: Any) -> list[tuple[Verdict, Decision]]:
+        """Per request its verdict and the policy's decision, by the worst of the readings."""
+        readings = self._ask(asked, features)
         rows = []
         for request in asked:
             if self.policy is None or not request.readable:
@@ -303,8 +328,8 @@ class Guard:
                 response = self.policy.responses.unchecked if self.policy and action == "block" else None
                 decision = Decision(action, None, None, verdict.rule, None, response=response, code=verdict.code)
             else:
-                reading, decision = worst(self.policy, readings[request.number])
-                verdict = read_verdict(reading, decision)
+                reading, decision, highest_score = weigh(self.policy, readings[request.number])
+                verdict = read_verdict(reading, decision, highest_score)
             rows.append((self._signed(verdict), decision))
         return rows
 

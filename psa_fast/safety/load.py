@@ -44,15 +44,18 @@ def addon_hash(addon: str | Path) -> str:
     return digest.hexdigest()
 
 
-def checked_hash(addon: str | Path) -> str:
+def checked_hash(addon: str | Path, policy: Policy | None = None) -> str:
     """The hash of an add-on whose files fit each other, as far as that is known without the base.
 
-    Raises ValueError, naming the file.
+    Raises ValueError, naming the file, or for a `policy` that was calibrated on another add-on.
     """
     from psa_fast.models.addon import check_files
 
     check_files(addon)
-    return addon_hash(addon)
+    found = addon_hash(addon)
+    if policy is not None:
+        policy.require_model(found)
+    return found
 
 
 def load_guard(
@@ -63,7 +66,7 @@ def load_guard(
 
     require_policy(policy)  # before the model
     base = base_of(addon) if base is None else os.fspath(base)
-    model_hash = checked_hash(addon)
+    model_hash = checked_hash(addon, policy)
     with _named(base):
         model = PsaVLM.from_pretrained(base, addon, dtype=dtype or default_dtype())
         processor = load_processor(base, model.config, commit_of(model.vlm))

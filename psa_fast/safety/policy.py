@@ -6,10 +6,10 @@ import hashlib
 import json
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -27,6 +27,7 @@ ACTIONS: tuple[Action, ...] = ("allow", "hint", "refuse", "block")
 Code = Literal["clean", "unsafe", "type_off", "not_finite", "no_image", "no_head", "not_checked"]
 RISKY_TYPES = tuple(name for i, name in enumerate(RISK_TYPES) if i != CLEAN)
 RISKY_LEVELS = RISK_LEVELS[1:]
+_SHA256 = r"^[0-9a-f]{64}$"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,29 @@ class Responses(_Strict):
         return _sentence(text, needs_type=False)
 
 
+class Calibration(_Strict):
+    """What `psa-fast calibrate` fitted to one add-on: a temperature for each head, and what the thresholds promise.
+
+    With `confidence` at most a share `over_refusal` of harmless requests like the `rows` of the data is flagged.
+    """
+
+    type_temperature: float = Field(gt=0.0, allow_inf_nan=False)
+    level_temperature: float = Field(gt=0.0, allow_inf_nan=False)
+    over_refusal: float = Field(gt=0.0, lt=1.0)
+    confidence: float = Field(gt=0.0, lt=1.0)
+    rows: int = Field(ge=1)
+    data_sha256: str = Field(pattern=_SHA256)
+    addon_sha256: str = Field(pattern=_SHA256)
+
+    @property
+    def promise(self) -> str:
+        """What the thresholds promise, as a sentence without its full stop."""
+        return (
+            f"with {self.confidence:.10g} confidence at most {self.over_refusal:g} of harmless requests like the "
+            f"{self.rows} of the data are flagged"
+        )
+
+
 class Policy(_Strict):
     """A validated policy file (docs/policy.md); `Policy.load()` gives the shipped one, the paper's table."""
 
@@ -123,6 +147,8 @@ class Policy(_Strict):
     levels: dict[str, LevelRule]
     responses: Responses
     on_error: Literal["block", "allow"] = "block"
+    type_thresholds: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
+    calibration: Calibration | None = None
 
     @field_validator("version")
     @classmethod
@@ -133,7 +159,13 @@ class Policy(_Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> Policy:
-        for key, names, wanted in (("types", self.types, RISKY_TYPES), ("levels", self.levels, RISKY_LEVELS)):
+        tables: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [
+            ("types", self.types, RISKY_TYPES),
+            ("levels", self.levels, RISKY_LEVELS),
+        ]
+        if self.type_thresholds is not None:
+            tables.append(("type_thresholds", self.type_thresholds, RISKY_TYPES))
+        for key, names, wanted in tables:
             unknown = [shorten(name, 30) for name in sorted(set(names) - set(wanted))]
             wrong = [*unknown[:MAX_FAULTS], *sorted(set(wanted) - set(names))]
             if wrong:
@@ -158,9 +190,34 @@ class Policy(_Strict):
     def hash(self) -> str:
         """SHA-256 of the content: comments, key order and spacing do not change it."""
         values = self.model_dump()
-        if self.on_error == "block":  # what a file without the key means
-            del values["on_error"]
+        for name, default in (("on_error", "block"), ("type_thresholds", None), ("calibration", None)):
+            if values[name] == default:  # what a file without the key means
+                del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """What the logits of the type and of the level head are divided by before they become probabilities."""
+        fitted = self.calibration
+        return (1.0, 1.0) if fitted is None else (fitted.type_temperature, fitted.level_temperature)
+
+    def threshold(self, safe_type: int) -> float:
+        """The unsafe score from which on a request is unsafe whose likeliest risk is the type, by its id."""
+        given = self.type_thresholds
+        return self.unsafe_threshold if given is None else given[RISK_TYPES[safe_type]]
+
+    def require_model(self, model_hash: str | None) -> None:
+        """Raise ValueError if the policy was calibrated, and not on the add-on of this hash: its promise is void there.
+
+        None stands for a model whose add-on is not known.
+        """
+        if self.calibration is None or self.calibration.addon_sha256 == model_hash:
+            return
+        which = "a model without a model_hash" if model_hash is None else f"the add-on of sha256 {model_hash}"
+        raise ValueError(
+            f"the policy was calibrated on the add-on of sha256 {self.calibration.addon_sha256}; its temperatures and "
+            f"thresholds mean nothing for {which}: calibrate a policy for that one, or give one without calibration"
+        )
 
     def hint(self, safe_type: int | str, safe_level: int | str) -> str | None:
         """The hint for a (type, level), or None where the policy gives none (clean, switched off, another action)."""
@@ -177,8 +234,9 @@ class Policy(_Strict):
             type_probs: 7 probabilities in the order of RISK_TYPES.
             level_probs: 4 probabilities in the order of RISK_LEVELS.
 
-        The heads need not agree: max(1 - p(clean), 1 - p(none)) >= unsafe_threshold makes the request unsafe. Its type
-        is then the likeliest risky type and its level the likeliest of low, medium, high (the higher one if equal).
+        The heads need not agree: max(1 - p(clean), 1 - p(none)) >= threshold makes the request unsafe, which is that of
+        the likeliest risky type. Its type is then that type and its level the likeliest of low, medium, high (the
+        higher one if equal).
         Switched off types take their part of the risk with them: what the enabled types keep must itself reach the
         threshold. Probabilities that are not finite are blocked.
 
@@ -198,17 +256,18 @@ class Policy(_Strict):
         by_type, by_level = sum(types[i] for i in risky_ids), sum(levels[1:])
         score = max(by_type, by_level)
         level = max(range(1, len(levels)), key=lambda i: (levels[i], i))
-        if score < self.unsafe_threshold:
+        kind = max(enabled or risky_ids, key=lambda i: types[i])
+        threshold = self.threshold(kind)
+        if score < threshold:
             return Decision("allow", CLEAN, 0, "clean", score, code="clean")
 
         enabled_by_type = sum(types[i] for i in enabled)
         share = enabled_by_type / by_type if by_type > 0.0 else float(bool(enabled))
-        if not enabled or max(enabled_by_type, by_level * share) < self.unsafe_threshold:
+        if not enabled or max(enabled_by_type, by_level * share) < threshold:
             off = max((i for i in risky_ids if i not in enabled), key=lambda i: types[i])
             return Decision("allow", off, level, f"type_off: {RISK_TYPES[off]} is switched off", score, code="type_off")
 
-        kind = max(enabled, key=lambda i: types[i])
-        unsafe_heads = [name for name, p in (("type", by_type), ("level", by_level)) if p >= self.unsafe_threshold]
+        unsafe_heads = [name for name, p in (("type", by_type), ("level", by_level)) if p >= threshold]
         rule = f"{RISK_LEVELS[level]}: unsafe by {' and '.join(unsafe_heads)}"
         action = self.levels[RISK_LEVELS[level]].action
         hint = self.hint(kind, level) if action == "hint" else None

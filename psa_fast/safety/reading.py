@@ -41,7 +41,7 @@ class Reading:
         picture: place, from 0, of the one picture that was shown, None for all of the request's.
         number: of the turn or window, from 0; None for the other queries.
         span: the prompt's tokens from the first to behind the last that asked, for a turn or window.
-        logits: the 7 + 4 numbers that the probabilities come from.
+        logits: the 7 + 4 numbers that the probabilities come from, before the policy's temperatures.
         words_alone: whether no picture was shown: the words were read by themselves.
     """
 
@@ -114,13 +114,16 @@ def read_head(
     questions: Sequence[Question],
     features: Any,
     pad: Callable[[Sequence[Sequence[int]], int], torch.Tensor],
+    temperatures: tuple[float, float] = (1.0, 1.0),
 ) -> list[Reading]:
     """Ask the concept head each question; per question the reading by `query`, then those by its parts.
 
-    Arguments as for `read_logits`, whose rows these are.
+    Arguments as for `read_logits`, whose rows these are; the logits of types and levels are divided by `temperatures`
+    for the probabilities.
     """
     logits = read_logits(model, questions, features, pad).double()
     types, levels = logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
+    types, levels = types / temperatures[0], levels / temperatures[1]
     asked = [(question, part) for question in questions for part in (Part(question.query, ()), *question.parts)]
     rows = zip(asked, types.softmax(-1).tolist(), levels.softmax(-1).tolist(), logits.tolist(), strict=True)
     return [
@@ -199,13 +202,32 @@ def take(features: Any, images: Sequence[int]) -> Any:
     return type(features)(*(tensor[list(images)] for tensor in features))
 
 
-def worst(policy: Policy, readings: Sequence[Reading]) -> tuple[Reading, Decision]:
-    """The reading that the policy treats most strictly, and its decision; the first of equal ones.
+class Weighed(NamedTuple):
+    """The reading that the policy treats most strictly, its decision, and the highest unsafe score of all readings.
+
+    A request is flagged at every threshold up to that score, if no type is off; the reading that decides need not have
+    it, since a stricter action comes first. It is None if a reading is not a number.
+    """
+
+    reading: Reading
+    decision: Decision
+    highest_score: float | None
+
+
+def weigh(policy: Policy, readings: Sequence[Reading]) -> Weighed:
+    """Let the policy decide on each reading; the strictest counts, the first of equal ones.
 
     No number anywhere comes before a risk, a risk before none, then the stricter action, the higher level, the score.
     """
     decided = [(reading, policy.decide(reading.type_probs, reading.level_probs)) for reading in readings]
-    return max(decided, key=lambda pair: _strictness(pair[1]))
+    scores = [decision.unsafe_score for _, decision in decided]
+    highest = None if None in scores else max(score for score in scores if score is not None)
+    return Weighed(*max(decided, key=lambda pair: _strictness(pair[1])), highest)
+
+
+def worst(policy: Policy, readings: Sequence[Reading]) -> tuple[Reading, Decision]:
+    """The first two of `weigh`."""
+    return weigh(policy, readings)[:2]
 
 
 def _strictness(decision: Decision) -> tuple[bool, bool, int, int, float]:

@@ -20,7 +20,8 @@ class Verdict:
     would have done. `query` tells which reading decided, and `picture` which picture it was shown alone (from 0; None:
     all of them together); `words_alone` that it was shown none, though the request may have some. For a turn or a
     window `query_number` says which, from 0, and `query_span` its tokens in the prompt, [first, behind last].
-    Probabilities and score are that reading's; they are None if not read or not finite.
+    Probabilities and score are that reading's, `highest_score` is the highest of all readings, which a threshold is
+    compared with; they are None if not read or not finite.
     """
 
     checked: bool
@@ -31,6 +32,7 @@ class Verdict:
     type: str | None = None
     level: str | None = None
     unsafe_score: float | None = None
+    highest_score: float | None = None
     type_probs: dict[str, float] | None = None
     level_probs: dict[str, float] | None = None
     hint: str | None = None
@@ -57,8 +59,8 @@ class Answer:
     verdict: Verdict
 
 
-def read_verdict(reading: Reading, decision: Decision) -> Verdict:
-    """The verdict of a request that the concept head has read."""
+def read_verdict(reading: Reading, decision: Decision, highest_score: float | None = None) -> Verdict:
+    """The verdict of a request that the concept head has read; `highest_score` is that of all its readings."""
     finite = decision.unsafe_score is not None
     return Verdict(
         checked=True,
@@ -69,6 +71,7 @@ def read_verdict(reading: Reading, decision: Decision) -> Verdict:
         type=None if decision.type is None else RISK_TYPES[decision.type],
         level=None if decision.level is None else RISK_LEVELS[decision.level],
         unsafe_score=decision.unsafe_score,
+        highest_score=highest_score,
         type_probs=dict(zip(RISK_TYPES, reading.type_probs, strict=True)) if finite else None,
         level_probs=dict(zip(RISK_LEVELS, reading.level_probs, strict=True)) if finite else None,
         hint=decision.hint,

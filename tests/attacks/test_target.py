@@ -14,6 +14,7 @@ from psa_fast.data.records import Turn
 from psa_fast.models import load_processor
 from psa_fast.safety import Policy, Request, load_guard
 from psa_fast.safety.load import load_plain
+from psa_fast.safety.policy import Calibration
 
 REQUESTS = {
     "one": Request(QUESTION, (noisy(0),)),
@@ -70,13 +71,17 @@ def test_readings_of_a_batch_are_those_of_each_alone(guard):
     assert together.valid.sum(1)[0] < together.valid.sum(1)[1]  # windows
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.05, 0.97])
+@pytest.mark.parametrize(("threshold", "temperatures"), [(0.5, None), (0.05, None), (0.97, None), (0.3, (2.5, 0.7))])
 @pytest.mark.parametrize("off", [(), ("privacy",), ("privacy", "politics", "misleading")])
-def test_margins_are_the_policys_rule(guard, threshold, off):
+def test_margins_are_the_policys_rule(guard, threshold, temperatures, off):
     """On random logits: any margin is at least 0 exactly where the policy decides unsafe, taken reading by reading."""
     policy = Policy.load()
     types = {name: name not in off for name in policy.types}
     guard.policy = policy.model_copy(update={"types": types, "unsafe_threshold": threshold})
+    if temperatures is not None:
+        fitted = Calibration.model_construct(type_temperature=temperatures[0], level_temperature=temperatures[1])
+        guard.policy = guard.policy.model_copy(update={"calibration": fitted})
+    by_type, by_level = temperatures or (1.0, 1.0)
     target = Target(guard)
     g = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(300, 1, 11, generator=g)).double()
@@ -84,7 +89,7 @@ def test_margins_are_the_policys_rule(guard, threshold, off):
     logits[:60] *= 6  # also sure ones
     margins = target.margins(_readings(logits))
     for row in range(300):
-        kinds, levels = logits[row, 0, :7].softmax(-1), logits[row, 0, 7:].softmax(-1)
+        kinds, levels = (logits[row, 0, :7] / by_type).softmax(-1), (logits[row, 0, 7:] / by_level).softmax(-1)
         decision = guard.policy.decide(kinds.tolist(), levels.tolist())
         worst = margins[row].amax().item()
         if abs(worst) > 1e-3:
@@ -97,6 +102,12 @@ def _readings(logits):
     from psa_fast.attacks.target import Readings
 
     return Readings(logits, torch.ones(logits.shape[:2], dtype=torch.bool))
+
+
+def test_thresholds_of_each_type_are_refused(guard):
+    guard.policy = guard.policy.model_copy(update={"type_thresholds": dict.fromkeys(guard.policy.types, 0.5)})
+    with pytest.raises(ValueError, match="need a policy with one unsafe_threshold"):
+        Target(guard)
 
 
 def test_with_every_type_off_nothing_is_unsafe(guard):

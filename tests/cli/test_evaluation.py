@@ -27,7 +27,7 @@ def run(*argv):
 def test_command_writes_the_report(world, tmp_path):
     extra = f"first={world / 'run' / 'stage1'}"
     common = ("--data", world / "data", "--run", world / "run", "--max_new_tokens", 4, "--batch_size", 8)
-    assert run(*common, "--stage", extra, "--out", tmp_path) == 0
+    assert run(*common, "--stage", extra, "--thresholds", "--out", tmp_path) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert list(report["stages"]) == ["base", "stage1", "stage2", "first"]
     for stage, metrics in report["stages"].items():
@@ -54,10 +54,27 @@ def test_command_writes_the_report(world, tmp_path):
         assert word in text
     rows = [json.loads(line) for line in (tmp_path / "answers-stage2.jsonl").read_text().splitlines()]
     assert len(rows) == 20
+    for row in rows:
+        assert row["highest_score"] >= row["unsafe_score"] > 0
+        assert sum(row["type_probs"]) == pytest.approx(1.0)
+    curve = report["thresholds"]["stage2"]
+    assert curve["threshold"] == sorted({row["highest_score"] for row in rows})
+    assert (curve["risky"], curve["harmless"], report["thresholds"]["base"]) == (8, 12, None)
+    assert list(report["differences"])[:3] == ["stage1 - base", "stage2 - stage1", "stage2 - base"]
+    for stage in provenance["stages"].values():
+        assert stage["batch_seconds"]["batches"] == 3
+        assert 0 < stage["batch_seconds"]["p50"] <= stage["batch_seconds"]["p95"]
+    page = (tmp_path / "report.html").read_text()
+    assert "stage1" in page
+    assert "data:image/png" in page
+    assert "cannot be read" not in page
 
     # the same again, in other batches, is the same report
     assert run(*common[:-1], 3, "--out", tmp_path / "again") == 0
     again = json.loads((tmp_path / "again" / "report.json").read_text())
+    # so that a report of a version without the option is replaced by the same command
+    assert set(provenance["settings"]) - set(again["provenance"]["settings"]) == {"thresholds"}
+    assert "thresholds" not in again
     for name, estimate in again["stages"]["stage2"].items():
         assert estimate == pytest.approx(report["stages"]["stage2"][name], abs=1e-6), name
 

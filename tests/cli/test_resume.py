@@ -19,11 +19,12 @@ def ask(world, out, batch_size=3):
 
 
 def told(out):
-    """What a run says, without date and seconds."""
+    """What a run says, without date and times."""
     report = json.loads((out / "report.json").read_text())
     del report["provenance"]["date"]
     for stage in report["provenance"]["stages"].values():
         del stage["seconds"]
+        del stage["batch_seconds"]
     report["provenance"]["settings"].pop("out", None)
     answers = {file.name: file.read_bytes() for file in sorted(out.glob("answers-*"))}
     assert list(answers) == ["answers-base.jsonl", "answers-stage1.jsonl"]

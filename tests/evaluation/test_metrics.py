@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import cohen_kappa_score, f1_score, roc_auc_score
 
-from psa_fast.evaluation.metrics import accuracy, auroc, macro_f1, quadratic_kappa, rate
+from psa_fast.evaluation.metrics import accuracy, macro_f1, quadratic_kappa, rate
+from psa_fast.evaluation.ranking import auroc
 
 
 @pytest.fixture

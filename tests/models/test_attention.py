@@ -25,6 +25,8 @@ def test_equals_multihead_attention(e, heads, q, masked):
     expected = theirs(query, keys, keys, key_padding_mask=padding)[0]
     got = ours(query, tokens, features, mask)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    if not masked:
+        torch.testing.assert_close(ours.weights(query, tokens, features), theirs(query, keys, keys)[1].detach())
     probe = torch.randn_like(got)
     g = torch.autograd.grad((got * probe).sum(), [*inputs, *ours.parameters()])
     r = torch.autograd.grad((expected * probe).sum(), [*inputs, *theirs.parameters()])
@@ -44,7 +46,9 @@ def test_readout_is_silu_linear_and_multihead_attention():
     query, tokens, x = (torch.randn(s, dtype=torch.float64) for s in ((3, 1, 20), (4, 20), (3, 9, 20)))
     features = F.linear(F.silu(x + ours.feature_bias), ours.readout_weight, ours.readout_bias)
     keys = torch.cat([tokens.expand(3, -1, -1), features], 1)
-    torch.testing.assert_close(ours(query, tokens, x), theirs(query, keys, keys)[0], rtol=1e-11, atol=1e-11)
+    expected, weights = theirs(query, keys, keys)
+    torch.testing.assert_close(ours(query, tokens, x), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours.weights(query, tokens, x), weights, rtol=1e-11, atol=1e-11)
 
 
 def test_initialisation_survives_a_meta_build():

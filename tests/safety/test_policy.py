@@ -10,6 +10,10 @@ from psa_fast.safety.policy import DEFAULT_POLICY, Policy
 from psa_fast.taxonomy import CLEAN, RISK_TYPES
 
 PRIVACY = RISK_TYPES.index("privacy")
+CALIBRATION = {
+    "type_temperature": 2.0, "level_temperature": 4.0, "over_refusal": 0.02, "confidence": 0.95, "rows": 300,
+    "data_sha256": "0" * 64, "addon_sha256": "1" * 64,
+}  # fmt: skip
 
 
 def probs(n, **at):
@@ -69,6 +73,29 @@ def test_threshold_comes_from_the_file(tmp_path):
     policy = Policy.load(write(tmp_path, unsafe_threshold=0.05))
     assert policy.decide([0, 0, 0, 0, 0.06, 0, 0.94], [1.0, 0, 0, 0]).unsafe
     assert not Policy.load().decide([0, 0, 0, 0, 0.06, 0, 0.94], [1.0, 0, 0, 0]).unsafe
+
+
+def test_each_type_may_have_a_threshold_of_its_own(tmp_path):
+    thresholds = dict.fromkeys(RISK_TYPES[:CLEAN], 0.9) | {"privacy": 0.2}
+    policy = Policy.load(write(tmp_path, type_thresholds=thresholds))
+    level = [0.9, 0.1, 0, 0]
+    assert policy.decide([0, 0.05, 0, 0, 0.2, 0, 0.75], level).unsafe
+    assert not policy.decide([0, 0.3, 0, 0, 0.2, 0, 0.5], level).unsafe, "the likeliest type's threshold counts"
+    assert policy.decide([0, 0.31, 0, 0, 0.3, 0, 0.39], probs(4, p3=0.95)).unsafe, "whichever head reaches it"
+    off = Policy.load(write(tmp_path, type_thresholds=thresholds, types={"privacy": False}))
+    assert not off.decide([0, 0.05, 0, 0, 0.2, 0, 0.75], level).unsafe
+
+
+def test_a_calibrated_policy_is_of_one_add_on(tmp_path):
+    policy = Policy.load(write(tmp_path, calibration=CALIBRATION))
+    assert policy.temperatures == (2.0, 4.0)
+    assert Policy.load().temperatures == (1.0, 1.0)
+    assert policy.hash != Policy.load().hash
+    policy.require_model("1" * 64)
+    Policy.load().require_model(None)
+    for other, named in (("2" * 64, "2" * 64), (None, "without a model_hash")):
+        with pytest.raises(ValueError, match=f"was calibrated on the add-on of sha256 1111.*{named}"):
+            policy.require_model(other)
 
 
 def test_a_switched_off_type_is_allowed_and_others_are_not(tmp_path):
@@ -132,6 +159,12 @@ def test_wrong_probabilities_are_an_error():
         ({"levels": {"high": {"action": "hint", "hint": "{REASON FOR REJECT}"}}}, "no other"),
         ({"responses": {"refuse": "No."}}, "does not name the risk"),
         ({"responses": {"unchecked": " "}}, "empty"),
+        ({"type_thresholds": {"privacy": 0.5}}, "type_thresholds: unknown or missing"),
+        ({"type_thresholds": dict.fromkeys(RISK_TYPES[:CLEAN], 0.0)}, "type_thresholds"),
+        ({"calibration": {**CALIBRATION, "type_temperature": 0.0}}, "type_temperature"),
+        ({"calibration": {**CALIBRATION, "level_temperature": float("inf")}}, "level_temperature"),
+        ({"calibration": {**CALIBRATION, "addon_sha256": "x"}}, "addon_sha256"),
+        ({"calibration": {"over_refusal": 0.02}}, "calibration.type_temperature"),
     ],
 )
 def test_wrong_files_are_refused_by_name(tmp_path, changes, message):

@@ -62,6 +62,7 @@ def test_the_wheel_holds_the_defaults(installed):
         inside = folder if folder.startswith("psa_fast") else f"psa_fast/{folder}"
         assert {f"{inside}/{name}" for name in wanted} <= names
     assert {"psa_fast/py.typed", "psa_fast/evaluation/refusal_cases.yaml"} <= names
+    assert "psa_fast/evaluation/templates/report.html" in names
     assert {name.split("/")[0] for name in names if name.endswith(".py")} == {"psa_fast", "psa_kernels"}
 
 
