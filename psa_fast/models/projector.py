@@ -71,11 +71,11 @@ class RegBlock(nn.Module):
         return F.silu(self.norm3(self.conv3(y)) + self.downsample(x))
 
 
-class RegStage(nn.Sequential):
+class RegStage(nn.ModuleList):
     """Blocks one after the other, all on the grids of one box."""
 
     def __init__(self, in_channels: int, channels: int, depth: int, eps: float = LAYER_NORM_EPS):
-        super().__init__(*(RegBlock(in_channels if i == 0 else channels, channels, eps) for i in range(depth)))
+        super().__init__(RegBlock(in_channels if i == 0 else channels, channels, eps) for i in range(depth))
 
     def forward(self, x: Tensor, box: Box) -> Tensor:
         """[N, H, W, in_channels] -> [N, H, W, channels]."""
