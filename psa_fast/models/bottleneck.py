@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from psa_fast.models.concept_attention import ConceptReadout
+from psa_fast.models.grids import Grid
 from psa_fast.models.projector import SafetyProjector
 from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.queries import unsafe_log_odds
@@ -82,8 +83,8 @@ class ConceptBottleneck(nn.Module):
         Args:
             vision_features: h_o, [B, S1, Dv]; S1 = images per row times image_tokens.
             query_embeds: [B, E], a summary of the prompt; the learned query is added to it. Or [B, Q, E], several.
-            features_mask: bool [B, S1], True = valid; None: all are. Masks whole images of rows that have fewer. A row
-                without any is read from the head tokens alone.
+            features_mask: bool [B, S1], True = valid; None: all are. Masks whole images of rows that have fewer, or
+                single cells of grids. A row without any is read from the head tokens alone.
             windows: [B, W, E], further queries, of which the row's worst, the one that the heads call risky most
                 strongly, is pooled after the others; it is chosen without a gradient. Needs query_embeds [B, Q, E].
 
@@ -94,9 +95,13 @@ class ConceptBottleneck(nn.Module):
         features = self.project(vision_features.reshape(-1, self.image_tokens, width)).reshape(b, s1, -1)
         return self.pool(features, query_embeds, features_mask, windows)
 
-    def project(self, vision_features: Tensor) -> Tensor:
-        """h_o [N, S, Dv] of images -> their features [N, S, E]; an image that is read several times needs it once."""
-        return self.projector(vision_features.to(self.heads.weight.dtype))
+    def project(self, vision_features: Tensor, grids: Sequence[Grid] | None = None) -> Tensor:
+        """h_o [N, S, Dv] of images -> their features [N, S, E]; an image that is read several times needs it once.
+
+        With `grids`, flat: [cells, Dv] -> [cells, E] (see SafetyProjector); `pool` takes rows of them, padded, with a
+        mask of their cells.
+        """
+        return self.projector(vision_features.to(self.heads.weight.dtype), grids)
 
     def pool(
         self,

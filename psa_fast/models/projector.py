@@ -8,11 +8,14 @@ over channels: every 1x1 convolution is a Linear here, every norm a plain LayerN
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import isqrt
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from psa_fast.models.grids import Box, Grid
 
 # the official network's: timm's ConvNormAct makes LayerNormAct2d of the LayerNorm2d it is given, which has this default
 LAYER_NORM_EPS = 1e-5
@@ -26,9 +29,9 @@ class SqueezeExcite(nn.Module):
         self.fc1 = nn.Linear(channels, reduced)
         self.fc2 = nn.Linear(reduced, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, box: Box) -> Tensor:
         """[N, H, W, C] -> [N, H, W, C]."""
-        gate = self.fc2(F.silu(self.fc1(x.mean(dim=(1, 2)))))
+        gate = self.fc2(F.silu(self.fc1(box.mean(x))))
         return x * torch.sigmoid(gate)[:, None, None, :]
 
 
@@ -61,11 +64,24 @@ class RegBlock(nn.Module):
                 nn.Linear(in_channels, channels, bias=False), nn.LayerNorm(channels, eps=eps)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, H, W, in_channels] -> [N, H, W, channels]."""
+    def forward(self, x: Tensor, box: Box) -> Tensor:
+        """[N, H, W, in_channels] -> [N, H, W, channels]; what lies outside the grids changes no cell of them."""
         y = F.silu(self.norm1(self.conv1(x)))
-        y = self.se(F.silu(self.norm2(self.conv2(y))))
+        y = self.se(F.silu(self.norm2(self.conv2(box.clear(y)))), box)
         return F.silu(self.norm3(self.conv3(y)) + self.downsample(x))
+
+
+class RegStage(nn.ModuleList):
+    """Blocks one after the other, all on the grids of one box."""
+
+    def __init__(self, in_channels: int, channels: int, depth: int, eps: float = LAYER_NORM_EPS):
+        super().__init__(RegBlock(in_channels if i == 0 else channels, channels, eps) for i in range(depth))
+
+    def forward(self, x: Tensor, box: Box) -> Tensor:
+        """[N, H, W, in_channels] -> [N, H, W, channels]."""
+        for block in self:
+            x = block(x, box)
+        return x
 
 
 class SafetyProjector(nn.Module):
@@ -83,19 +99,31 @@ class SafetyProjector(nn.Module):
         self, vision_hidden_size: int, hidden_size: int, width: int, depth: int = 3, eps: float = LAYER_NORM_EPS
     ):
         super().__init__()
-        self.stage1 = _stage(vision_hidden_size, width, depth, eps)
-        self.stage2 = _stage(width, width, depth, eps)
+        self.stage1 = RegStage(vision_hidden_size, width, depth, eps)
+        self.stage2 = RegStage(width, width, depth, eps)
         self.expand = nn.Linear(width, hidden_size, bias=False)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[N, S, Dv] -> [N, S, E], before bias and SiLU; S must be a square grid."""
-        n, s, width = features.shape
-        side = isqrt(s)
-        if side * side != s:
-            raise ValueError(f"the safety projector needs a square grid of features, got {s}")
-        x = self.stage2(self.stage1(features.reshape(n, side, side, width)))
-        return self.expand(x.reshape(n, s, x.shape[-1]))
+    def forward(self, features: Tensor, grids: Sequence[Grid] | None = None) -> Tensor:
+        """g(h_o), before bias and SiLU.
 
+        Args:
+            features: [N, S, Dv], S a square grid; with `grids`, flat: [cells, Dv], grid after grid, row by row.
+            grids: height and width of each grid. Every grid comes out as it does alone.
 
-def _stage(in_channels: int, channels: int, depth: int, eps: float) -> nn.Sequential:
-    return nn.Sequential(*(RegBlock(in_channels if i == 0 else channels, channels, eps) for i in range(depth)))
+        Returns:
+            [N, S, E]; with `grids`, [cells, E].
+
+        Raises:
+            ValueError: S is not a square, or the grids have other cells than the features.
+        """
+        if grids is None:
+            n, s, width = features.shape
+            side = isqrt(s)
+            if side * side != s:
+                raise ValueError(f"the safety projector needs a square grid of features, got {s}")
+            box, laid = Box([(side, side)]), features.reshape(n, side, side, width)  # all alike: one speaks for all
+            x = self.stage2(self.stage1(laid, box), box)
+            return self.expand(x.reshape(n, s, x.shape[-1]))
+        box = Box(grids, features.device)
+        x = self.stage2(self.stage1(box.lay(features), box), box)
+        return self.expand(box.take(x))

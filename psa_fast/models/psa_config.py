@@ -50,7 +50,8 @@ class PsaConfig:
         num_safety_tokens: tokens before an image's tokens in the language model's input (s_llm).
         num_head_tokens: tokens only the concept attention sees (s_head).
         num_attention_heads: heads of the concept attention; divides hidden_size.
-        projector_hidden_size: width inside the safety projector; None: vision_hidden_size + 64.
+        projector_hidden_size: width inside the safety projector; None: min(vision_hidden_size, 1024) + 64, as
+            features of several layers or patches side by side would make it explode.
         projector_depth: blocks in each of the projector's two stages.
         query: "prompt" = mean of the prompt's text embeddings plus a learned vector; "first" = embedding of the first
             token (BOS), as in the paper's code (the text then never reaches the concept head).
@@ -104,7 +105,7 @@ class PsaConfig:
         _one_of("query", self.query, QUERIES)
         _check_integer("vision_hidden_size", self.vision_hidden_size)
         if self.projector_hidden_size is None:
-            self.projector_hidden_size = self.vision_hidden_size + 64
+            self.projector_hidden_size = min(self.vision_hidden_size, 1024) + 64
         asks = self.query == "prompt"
         if self.neutral_query is None:
             self.neutral_query = asks

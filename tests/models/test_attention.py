@@ -131,6 +131,8 @@ def test_projector_size_at_7b():
 def test_config_round_trip_and_refusals(tmp_path):
     config = PsaConfig(vision_hidden_size=24, hidden_size=40, image_tokens=16, num_attention_heads=5)
     assert config.projector_hidden_size == 88
+    widths = {dv: PsaConfig(dv, 40, 16, num_attention_heads=5).projector_hidden_size for dv in (1024, 1152, 5120)}
+    assert widths == {1024: 1088, 1152: 1088, 5120: 1088}
     config.to_json_file(tmp_path / "c.json")
     assert PsaConfig.from_json_file(tmp_path / "c.json") == config
     (tmp_path / "bad.json").write_text('{"hidden_size": 8, "colour": 1}')
