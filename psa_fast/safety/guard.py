@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -27,6 +27,15 @@ __all__ = ["Answer", "Guard", "Request", "Verdict"]
 
 UNCHECKED = "I am sorry, but this request cannot be answered, because it could not be read."
 OnError = Literal["block", "raise"]
+
+
+class _Generated(NamedTuple):
+    """A text of the language model, with the fields of `Answer`."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    complete: bool
 
 
 class Guard:
@@ -207,7 +216,7 @@ class Guard:
             except ValueError as error:
                 refuse(one.number, error)
         keys = [key for key in jobs if asked[key[0]].number not in answers]
-        texts: dict[tuple[int, str | None], str] = {}
+        texts: dict[tuple[int, str | None], _Generated] = {}
         for start in range(0, len(keys), batch_size):
             chunk = keys[start : start + batch_size]
             prompts, rows = [jobs[key] for key in chunk], [row for row, _ in chunk]
@@ -217,9 +226,11 @@ class Guard:
         for row, (one, (verdict, decision)) in enumerate(zip(asked, readings, strict=True)):
             if one.number not in answers:
                 answers[one.number] = tuple(
-                    Answer(
-                        (decision.response if guarded else None) or texts[row, decision.hint if guarded else None],
-                        _applied(verdict, decision) if guarded else replace(verdict, applied=False),
+                    Answer(decision.response, _applied(verdict, decision))
+                    if guarded and decision.response
+                    else Answer(
+                        verdict=_applied(verdict, decision) if guarded else replace(verdict, applied=False),
+                        **texts[row, decision.hint if guarded else None]._asdict(),
                     )
                     for guarded in modes
                 )
@@ -310,7 +321,7 @@ class Guard:
 
     def _generate(
         self, encoded: Sequence[Encoded], rows: list[int], counts: list[int], features: Any, max_new_tokens: int
-    ) -> list[str]:
+    ) -> list[_Generated]:
         ids = self._pad([e.input_ids for e in encoded], self._pad_id, "left")
         mask = self._pad([[1] * len(e.input_ids) for e in encoded], 0, "left")
         first = [sum(counts[:row]) for row in range(len(counts))]
@@ -327,7 +338,11 @@ class Guard:
             eos_token_id=self._stop_ids,
         )
         texts = self.processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        generated = []
+        for text, new, prompt in zip(texts, new_ids.tolist(), encoded, strict=True):
+            end = next((place for place, token in enumerate(new, 1) if token in self._stop_ids), None)
+            generated.append(_Generated(text.strip(), len(prompt.input_ids), end or len(new), end is not None))
+        return generated
 
     @property
     def _pad_id(self) -> int:

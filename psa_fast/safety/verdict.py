@@ -51,10 +51,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer and the verdict it was given under."""
+    """The answer and the verdict it was given under.
+
+    `prompt_tokens` and `new_tokens` count what the language model read and wrote, hint and end included; both are 0
+    where it was not asked. `complete` is False for an answer that the limit of new tokens cut.
+    """
 
     text: str
     verdict: Verdict
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    complete: bool = True
 
 
 def read_verdict(reading: Reading, decision: Decision) -> Verdict:
