@@ -42,6 +42,6 @@ class ServerSettings:
             raise ValueError(f"--model_name is {shorten(self.model_name)}; expected a name")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float | int) and not (math.isfinite(value) and value >= (field.name != "max_wait")):
-                least = "0" if field.name == "max_wait" else "1"
-                raise ValueError(f"--{field.name} is {shorten(value)}; expected at least {least}")
+            least = {"max_wait": 0.0, "timeout": 0.1}.get(field.name, 1)
+            if isinstance(value, float | int) and not (math.isfinite(value) and value >= least):
+                raise ValueError(f"--{field.name} is {shorten(value)}; expected at least {least:g}")

@@ -180,7 +180,7 @@ def test_forty_at_once_are_answered_as_alone(strict_guard, open_client):
     expected = strict_guard.answer(
         [Request(f"<image>\n{QUESTION}", (png(seed),)) for seed in range(10)], max_new_tokens=6, batch_size=1
     )
-    damaged = png(0)[:60]
+    damaged = png(0)[:50]
     start = threading.Barrier(40)
 
     def ask(number):
