@@ -30,6 +30,10 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-on's config names)")
     parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
     parser.add_argument("--shadow", metavar="FILE", help="a second policy, which is counted and logged, never applied")
+    parser.add_argument("--audit", metavar="FILE", help="log of every verdict, with hashes in the place of content")
+    parser.add_argument(
+        "--audit_mb", type=int, default=100, metavar="N", help="size at which the log is renamed (default: 100)"
+    )
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: 8000)")
     parser.add_argument("--api_keys", metavar="FILE", help="keys, one a line; more may be in PSA_FAST_API_KEYS")
@@ -63,11 +67,14 @@ def serve(args: argparse.Namespace) -> int:
     """Serve until a signal ends it. Raises ValueError, with a sentence, for what cannot be served."""
     from psa_fast.safety.policy import Policy
     from psa_fast.serve.api_keys import ApiKeys
+    from psa_fast.serve.audit_log import AuditLog
     from psa_fast.serve.settings import ServerSettings
 
     settings = ServerSettings(**{field.name: getattr(args, field.name) for field in fields(ServerSettings)})
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port is {args.port}; expected 0 to 65535")
+    if args.audit_mb < 1:
+        raise ValueError(f"--audit_mb is {args.audit_mb}; expected at least 1")
     keys = ApiKeys.load(args.api_keys)
     if not keys and not args.open and not _is_loopback(args.host):
         raise ValueError(
@@ -80,7 +87,9 @@ def serve(args: argparse.Namespace) -> int:
     from psa_fast.safety.load import load_guard
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    app = server.Server(load_guard(args.model, args.base, policy), settings, keys, shadow).app
+    guard = load_guard(args.model, args.base, policy)
+    audit = None if args.audit is None else AuditLog(args.audit, args.audit_mb)
+    app = server.Server(guard, settings, keys, shadow, audit).app
     # the log of requests names paths and addresses alone; uvicorn's own handlers would print everything twice
     uvicorn.run(
         app, host=args.host, port=args.port, log_config=None, timeout_graceful_shutdown=max(1, int(settings.timeout))

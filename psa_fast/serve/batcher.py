@@ -50,7 +50,7 @@ class Batcher:
         guard: what answers; nobody else may ask it meanwhile.
         settings: `max_batch`, `max_wait` and `max_queue` count here.
         shadow: a guard of the same model under another policy, which reads every request after it is answered.
-        on_shadow: told the verdict that counted and the shadow's.
+        on_shadow: told the request, the verdict that counted and the shadow's.
         on_batch: told the size of every batch.
     """
 
@@ -59,7 +59,7 @@ class Batcher:
         guard: Guard,
         settings: ServerSettings,
         shadow: Guard | None = None,
-        on_shadow: Callable[[Verdict, Verdict], object] = lambda verdict, shadow: None,
+        on_shadow: Callable[[Request, Verdict, Verdict], object] = lambda request, verdict, shadow: None,
         on_batch: Callable[[int], object] = lambda size: None,
     ) -> None:
         self.guard, self.settings, self.shadow = guard, settings, shadow
@@ -180,7 +180,7 @@ class Batcher:
             return
         try:
             found = self.shadow.verdicts([job.request for job in jobs], batch_size=self.settings.max_batch)
-            for verdict, other in zip(verdicts, found, strict=True):
-                self._on_shadow(verdict, other)
+            for job, verdict, other in zip(jobs, verdicts, found, strict=True):
+                self._on_shadow(job.request, verdict, other)
         except Exception as error:  # it must never change an answer
             _log.error("the shadow policy's reading failed: %s", type(error).__name__, exc_info=error)

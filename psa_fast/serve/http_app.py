@@ -21,6 +21,7 @@ from psa_fast.safety.policy import Policy
 from psa_fast.safety.request import Request
 from psa_fast.safety.verdict import Verdict
 from psa_fast.serve.api_keys import ApiKeys
+from psa_fast.serve.audit_log import AuditLog, audit_row
 from psa_fast.serve.batcher import Batcher, Result
 from psa_fast.serve.chat_completions import completion, events, read_chat
 from psa_fast.serve.litellm_guardrail import guardrail, read_guardrail
@@ -44,6 +45,7 @@ class Server:
         settings: names and limits.
         keys: who may ask; everybody where there are none.
         shadow: a policy that reads every request besides and is only counted and logged.
+        audit: where every verdict is written before it is answered.
 
     Raises ValueError for a guard that cannot guard.
     """
@@ -54,11 +56,13 @@ class Server:
         settings: ServerSettings | None = None,
         keys: ApiKeys | None = None,
         shadow: Policy | None = None,
+        audit: AuditLog | None = None,
     ) -> None:
         if guard.policy is None or isinstance(guard.model, PlainVLM):
             raise ValueError("this model has no concept head, so nothing it answers would be guarded")
         self.guard, self.policy = guard, guard.policy
-        self.settings, self.keys, self.shadow = settings or ServerSettings(), keys or ApiKeys(), shadow
+        self.settings, self.keys = settings or ServerSettings(), keys or ApiKeys()
+        self.shadow, self.audit = shadow, audit
         # whether the concept head asks with the request's words, or sees the picture alone
         self.reads_words = guard.model.config.query == "prompt"
         self.metrics = ServerMetrics(lambda: self.batcher.waiting if self.batcher else 0)
@@ -86,8 +90,12 @@ class Server:
         finally:
             # what was taken is answered before the process ends
             await run_in_threadpool(self.batcher.close, self.settings.timeout)
+            if self.audit is not None:
+                self.audit.close()
 
-    def _on_shadow(self, verdict: Verdict, shadow: Verdict) -> None:
+    def _on_shadow(self, request: Request, verdict: Verdict, shadow: Verdict) -> None:
+        if self.audit is not None:
+            self.audit.write(audit_row("", None, request, shadow, {}, shadow=True))
         self.metrics.count_shadow(verdict, shadow)
         if (verdict.action, verdict.type, verdict.level) != (shadow.action, shadow.type, shadow.level):
             _log.info(
@@ -120,7 +128,7 @@ class Server:
 
     async def _chat(self, request: HttpRequest) -> Response:
         call = await self._read(request, CHAT, read_chat)
-        (result,) = await self._ask(CHAT, [call.request], call.new_tokens)
+        (result,) = await self._ask(request, CHAT, [call.request], call.new_tokens)
         if result.verdict.error is not None:
             raise bad(result.verdict.error, "messages", result.verdict.code)
         assert result.answer is not None
@@ -133,7 +141,7 @@ class Server:
 
     async def _moderate(self, request: HttpRequest) -> Response:
         requests = await self._read(request, MODERATIONS, read_moderation)
-        verdicts = [result.verdict for result in await self._ask(MODERATIONS, requests, None)]
+        verdicts = [result.verdict for result in await self._ask(request, MODERATIONS, requests, None)]
         found = moderation(requests, verdicts, self.reads_words, self.settings)
         return JSONResponse(found, headers=self._headers(None))
 
@@ -145,7 +153,7 @@ class Server:
             return read_guardrail(body, settings)
 
         asked = await self._read(request, GUARDRAIL, read)
-        (result,) = await self._ask(GUARDRAIL, [asked], None)
+        (result,) = await self._ask(request, GUARDRAIL, [asked], None)
         return JSONResponse(guardrail(kept, result.verdict, self.policy), headers=self._headers(result.verdict))
 
     async def _models(self, request: HttpRequest) -> Response:
@@ -173,7 +181,9 @@ class Server:
         self.metrics.latency.labels(path, "parse").observe(time.monotonic() - start)
         return found
 
-    async def _ask(self, path: str, requests: Sequence[Request], new_tokens: int | None) -> list[Result]:
+    async def _ask(
+        self, http: HttpRequest, path: str, requests: Sequence[Request], new_tokens: int | None
+    ) -> list[Result]:
         """The guard's results. Raises ApiError where it has none in time."""
         if self.batcher is None:
             raise ApiError(503, "the server is starting", "server_error", code="starting", retry_after=1)
@@ -185,8 +195,11 @@ class Server:
         except asyncio.TimeoutError:
             message = f"not answered within {self.settings.timeout:g} seconds; the server has more to do than it can"
             raise ApiError(503, message, "server_error", code="timeout", retry_after=5) from None
-        for result in results:
+        for request, result in zip(requests, results, strict=True):
             self.metrics.count_verdict(result.verdict)
+            if self.audit is not None:  # an answer that cannot be logged is not given
+                seconds = {"queue": result.queue_seconds, "model": result.model_seconds}
+                self.audit.write(audit_row(path, http.state.key, request, result.verdict, seconds))
             self.metrics.latency.labels(path, "queue").observe(result.queue_seconds)
             self.metrics.latency.labels(path, "model").observe(result.model_seconds)
         return results

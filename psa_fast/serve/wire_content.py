@@ -66,10 +66,8 @@ class Content:
             if not isinstance(inner, dict):
                 raise bad(f"{param} is {shorten(inner, 40)}; expected an object with a url", param)
             only(inner, ("url", "detail"), param)
-            if inner.get("detail") not in (None, "auto"):
-                raise bad(
-                    f"{param}.detail is {shorten(inner['detail'], 40)}; only auto is known here", f"{param}.detail"
-                )
+            if (detail := inner.get("detail")) not in (None, "auto"):
+                raise bad(f"{param}.detail is {shorten(detail, 40)}; only auto is known here", f"{param}.detail")
             return self.image(inner.get("url"), f"{param}.url")
         raise bad(f"{param} is of type {shorten(kind, 40)}; known are text and image_url", param)
 

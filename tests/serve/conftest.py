@@ -50,7 +50,7 @@ def open_client():
     clients = []
 
     def start(guard, keys=(), shadow=None, audit=None, **limits):
-        server = Server(guard, ServerSettings(**limits), ApiKeys(keys), shadow)
+        server = Server(guard, ServerSettings(**limits), ApiKeys(keys), shadow, audit)
         client = TestClient(server.app)
         client.server = server
         clients.append(client.__enter__())
