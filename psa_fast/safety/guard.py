@@ -315,7 +315,7 @@ class Guard:
                 decision = Decision(action, None, None, verdict.rule, None, response=response, code=verdict.code)
             else:
                 reading, decision = worst(self.policy, readings[request.number])
-                verdict = read_verdict(reading, decision)
+                verdict = replace(read_verdict(reading, decision), readings=tuple(readings[request.number]))
             rows.append((self._signed(verdict), decision))
         return rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from psa_fast.safety.policy import Action, Code, Decision
@@ -20,7 +20,8 @@ class Verdict:
     would have done. `query` tells which reading decided, and `picture` which picture it was shown alone (from 0; None:
     all of them together); `words_alone` that it was shown none, though the request may have some. For a turn or a
     window `query_number` says which, from 0, and `query_span` its tokens in the prompt, [first, behind last].
-    Probabilities and score are that reading's; they are None if not read or not finite.
+    Probabilities and score are that reading's; they are None if not read or not finite. `readings` holds all of them,
+    so that another policy can decide on the same (`psa_fast.safety.redecide`).
     """
 
     checked: bool
@@ -43,10 +44,13 @@ class Verdict:
     words_alone: bool = False
     error: str | None = None
     code: Code = field(kw_only=True)
+    readings: tuple[Reading, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as plain JSON values."""
-        return asdict(self)
+        """The verdict as plain JSON values, without `readings`."""
+        values = asdict(replace(self, readings=()))
+        del values["readings"]
+        return values
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 import threading
 from pathlib import Path
 from typing import Any
 
 from psa_fast.files import lock, named, refuse_pipe_or_folder, shown
+from psa_fast.safety.reading import Reading
 from psa_fast.safety.request import Request
 from psa_fast.safety.verdict import Verdict
 
@@ -119,5 +121,19 @@ def audit_row(
         "shadow": shadow,
         "rule": verdict.rule if verdict.error is None else None,
         **{name: said[name] for name in _KEPT},
+        "readings": [_reading(reading) for reading in verdict.readings],
         "seconds": {name: round(value, 6) for name, value in seconds.items()},
+    }
+
+
+def _reading(reading: Reading) -> dict[str, Any]:
+    """A reading, with null for what is no number: replay (replay.py) decides on it again."""
+    probs = {"types": reading.type_probs, "levels": reading.level_probs}
+    return {
+        "query": reading.query,
+        "number": reading.number,
+        "span": reading.span,
+        "picture": reading.picture,
+        "words_alone": reading.words_alone,
+        **{name: [p if math.isfinite(p) else None for p in values] for name, values in probs.items()},
     }

@@ -11,11 +11,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from psa_fast.safety.redecide import redecide
 from psa_fast.serve.settings import ServerSettings
 from psa_fast.serve.wire_errors import ApiError
 
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
+    from psa_fast.safety.policy import Policy
     from psa_fast.safety.request import Request
     from psa_fast.safety.verdict import Answer, Verdict
 
@@ -49,7 +51,7 @@ class Batcher:
     Args:
         guard: what answers; nobody else may ask it meanwhile.
         settings: `max_batch`, `max_wait` and `max_queue` count here.
-        shadow: a guard of the same model under another policy, which reads every request after it is answered.
+        shadow: another policy, which decides on every request's readings after it is answered.
         on_shadow: told the request, the verdict that counted and the shadow's.
         on_batch: told the size of every batch.
     """
@@ -58,7 +60,7 @@ class Batcher:
         self,
         guard: Guard,
         settings: ServerSettings,
-        shadow: Guard | None = None,
+        shadow: Policy | None = None,
         on_shadow: Callable[[Request, Verdict, Verdict], object] = lambda request, verdict, shadow: None,
         on_batch: Callable[[int], object] = lambda size: None,
     ) -> None:
@@ -165,7 +167,7 @@ class Batcher:
         seconds = time.monotonic() - start
         for job, (verdict, answer) in zip(jobs, results, strict=True):
             job.future.set_result(Result(verdict, answer, start - job.since, seconds))
-        self._read_shadow(jobs, [verdict for verdict, _ in results])
+        self._decide_shadow(jobs, [verdict for verdict, _ in results])
 
     def _ask(self, jobs: list[_Job]) -> list[tuple[Verdict, Answer | None]]:
         requests, new_tokens = [job.request for job in jobs], jobs[0].new_tokens
@@ -175,12 +177,11 @@ class Batcher:
         answers = self.guard.answer(requests, max_new_tokens=new_tokens, batch_size=size)
         return [(answer.verdict, answer) for answer in answers]
 
-    def _read_shadow(self, jobs: list[_Job], verdicts: list[Verdict]) -> None:
+    def _decide_shadow(self, jobs: list[_Job], verdicts: list[Verdict]) -> None:
         if self.shadow is None:
             return
         try:
-            found = self.shadow.verdicts([job.request for job in jobs], batch_size=self.settings.max_batch)
-            for job, verdict, other in zip(jobs, verdicts, found, strict=True):
-                self._on_shadow(job.request, verdict, other)
+            for job, verdict in zip(jobs, verdicts, strict=True):
+                self._on_shadow(job.request, verdict, redecide(self.shadow, verdict))
         except Exception as error:  # it must never change an answer
-            _log.error("the shadow policy's reading failed: %s", type(error).__name__, exc_info=error)
+            _log.error("the shadow policy failed: %s", type(error).__name__, exc_info=error)

@@ -44,7 +44,7 @@ class Server:
         guard: with a concept head; nobody else may ask it while the application runs.
         settings: names and limits.
         keys: who may ask; everybody where there are none.
-        shadow: a policy that reads every request besides and is only counted and logged.
+        shadow: a policy that decides on every request besides and is only counted and logged.
         audit: where every verdict is written before it is answered.
 
     Raises ValueError for a guard that cannot guard.
@@ -78,12 +78,8 @@ class Server:
 
     @asynccontextmanager
     async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        shadow = None
-        if self.shadow is not None:
-            guard = self.guard
-            shadow = Guard(guard.model, guard.processor, self.shadow, guard.model_hash, guard.max_length)
         self.batcher = Batcher(
-            self.guard, self.settings, shadow, on_shadow=self._on_shadow, on_batch=self.metrics.batch.observe
+            self.guard, self.settings, self.shadow, on_shadow=self._on_shadow, on_batch=self.metrics.batch.observe
         )
         try:
             yield
