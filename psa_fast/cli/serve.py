@@ -40,6 +40,7 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument(
         "--open", action="store_true", help="listen on an address that others reach, without any API key"
     )
+    parser.add_argument("--ui", action="store_true", help="serve a small page at / too, to try it in a browser")
     helps = {
         "model_name": "what clients call the model",
         "max_body_mb": "largest body of a request, in MiB",
@@ -89,7 +90,7 @@ def serve(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     guard = load_guard(args.model, args.base, policy)
     audit = None if args.audit is None else AuditLog(args.audit, args.audit_mb)
-    app = server.Server(guard, settings, keys, shadow, audit).app
+    app = server.Server(guard, settings, keys, shadow, audit, args.ui).app
     # the log of requests names paths and addresses alone; uvicorn's own handlers would print everything twice
     uvicorn.run(
         app, host=args.host, port=args.port, log_config=None, timeout_graceful_shutdown=max(1, int(settings.timeout))

@@ -26,6 +26,7 @@ from psa_fast.serve.batcher import Batcher, Result
 from psa_fast.serve.chat_completions import completion, events, read_chat
 from psa_fast.serve.litellm_guardrail import guardrail, read_guardrail
 from psa_fast.serve.moderations import moderation, read_moderation
+from psa_fast.serve.page import add_page
 from psa_fast.serve.server_metrics import ServerMetrics
 from psa_fast.serve.settings import ServerSettings
 from psa_fast.serve.wire_errors import ApiError, bad
@@ -46,6 +47,7 @@ class Server:
         keys: who may ask; everybody where there are none.
         shadow: a policy that decides on every request besides and is only counted and logged.
         audit: where every verdict is written before it is answered.
+        page: serve the local page too.
 
     Raises ValueError for a guard that cannot guard.
     """
@@ -57,6 +59,7 @@ class Server:
         keys: ApiKeys | None = None,
         shadow: Policy | None = None,
         audit: AuditLog | None = None,
+        page: bool = False,
     ) -> None:
         if guard.policy is None or isinstance(guard.model, PlainVLM):
             raise ValueError("this model has no concept head, so nothing it answers would be guarded")
@@ -73,6 +76,8 @@ class Server:
         self.app.get("/v1/models")(self._counted("/v1/models", self._models))
         self.app.get("/metrics")(self._counted("/metrics", self._metrics))
         self.app.get("/healthz")(self._health)
+        if page:
+            add_page(self.app, self.settings.model_name)
         for status in (404, 405):
             self.app.exception_handler(status)(_unknown)
 

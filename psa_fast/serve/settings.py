@@ -45,3 +45,7 @@ class ServerSettings:
             least = {"max_wait": 0.0, "timeout": 0.1}.get(field.name, 1)
             if isinstance(value, float | int) and not (math.isfinite(value) and value >= least):
                 raise ValueError(f"--{field.name} is {shorten(value)}; expected at least {least:g}")
+        if self.max_inputs > self.max_queue:
+            raise ValueError(
+                f"--max_inputs is {self.max_inputs}, but only --max_queue {self.max_queue} requests may wait"
+            )

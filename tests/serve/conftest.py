@@ -49,8 +49,8 @@ def open_client():
 
     clients = []
 
-    def start(guard, keys=(), shadow=None, audit=None, **limits):
-        server = Server(guard, ServerSettings(**limits), ApiKeys(keys), shadow, audit)
+    def start(guard, keys=(), shadow=None, audit=None, page=False, **limits):
+        server = Server(guard, ServerSettings(**limits), ApiKeys(keys), shadow, audit, page)
         client = TestClient(server.app)
         client.server = server
         clients.append(client.__enter__())

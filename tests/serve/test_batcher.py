@@ -51,7 +51,7 @@ def test_one_that_breaks_takes_no_other_with_it(gate):
 
 
 def test_what_finds_the_queue_full_is_refused_at_once_and_whole(gate):
-    batcher = Batcher(gate, ServerSettings(max_queue=3, max_batch=1, max_wait=0.0))
+    batcher = Batcher(gate, ServerSettings(max_queue=3, max_inputs=3, max_batch=1, max_wait=0.0))
     first = ask(batcher, "first")
     assert gate.entered.wait(10)
     ask(batcher, "a", "b")

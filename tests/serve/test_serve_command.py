@@ -24,6 +24,7 @@ from psa_fast.serve.wire_errors import ApiError
         (["--host", "0.0.0.0"], "--api_keys FILE, or --open"),
         (["--port", "70000"], "--port is 70000"),
         (["--max_queue", "0"], "--max_queue is 0"),
+        (["--max_queue", "8"], "--max_inputs is 32, but only --max_queue 8"),
         (["--max_wait", "-1"], "--max_wait is -1.0; expected at least 0"),
         (["--timeout", "nan"], "--timeout is nan"),
         (["--model_name", " "], "--model_name is ' '"),
