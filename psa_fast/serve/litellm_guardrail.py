@@ -47,8 +47,10 @@ def read_guardrail(body: dict[str, Any], settings: ServerSettings) -> Request:
 
 
 def _pictures_in(messages: Any) -> int:
-    """How many parts of the chat's messages are not text."""
-    contents = [message.get("content") for message in messages or [] if isinstance(message, dict)]
+    """How many parts of the chat's messages are not text. Raises ApiError for what are no messages."""
+    if not isinstance(messages, list | None) or not all(isinstance(message, dict) for message in messages or []):
+        raise bad(f"structured_messages is {shorten(messages, 40)}; expected a list of messages", "structured_messages")
+    contents = [message.get("content") for message in messages or []]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return sum(not isinstance(part, dict) or part.get("type") != "text" for part in parts)
 

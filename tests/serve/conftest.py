@@ -17,14 +17,14 @@ def trained(tmp_path_factory):
     return SimpleNamespace(base=base, addon=build_addon(base, root / "addon", seed=11))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def guard(trained):
     from psa_fast.safety.load import load_guard
 
     return load_guard(trained.addon, trained.base)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def strict(guard):
     """A policy under which about half of the pictures 0 to 9 are refused, by the guard's own scores."""
     scores = sorted(v.unsafe_score for v in guard.verdicts([Request(QUESTION, (png(seed),)) for seed in range(10)]))

@@ -1,6 +1,7 @@
 """The page in a headless browser, driven by a frame of its own origin; without a browser, its text and headers."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -69,21 +70,14 @@ def dump(url, profile):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium")
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={profile}",
-        "--virtual-time-budget=20000",
-    ]
-    done = subprocess.run([browser, *options, "--dump-dom", url], capture_output=True, text=True, timeout=120)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [browser, *options, f"--user-data-dir={profile}", url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     return done.stdout
 
 
 @pytest.mark.parametrize(("key", "width"), [("a-key-of-some-length", 1200), ("a-key-of-some-length", 360), ("no", 360)])
 def test_a_picture_is_dropped_and_asked_about(guard, address, tmp_path, key, width):
-    import json
-
     url, pages = address
     pages["drive"] = DRIVER % (width, data_url(png(2)).partition(",")[2], QUESTION, key)
     dom = dump(f"{url}/driver/drive", tmp_path)

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import random
 
 import pytest
 from builders.http_requests import QUESTION, chat, data_url, png, user
@@ -130,6 +131,8 @@ def test_moderations_that_cannot_be_done(client, body):
         {"input_type": "request"},
         {"input_type": "request", "texts": "a"},
         {"input_type": "request", "texts": [1]},
+        {"input_type": "request", "texts": ["a"], "structured_messages": 1},
+        {"input_type": "request", "texts": ["a"], "structured_messages": ["a"]},
         {"input_type": "request", "texts": ["a"], "images": ["https://example.com/a.png"]},
         {"input_type": "request", "texts": ["a"], "images": [base64.b64encode(b"none").decode()]},
     ],
@@ -138,3 +141,41 @@ def test_guardrail_calls_that_cannot_be_read(client, body):
     reply = client.post(GUARDRAIL, json=body)
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]
+
+
+def test_mutated_requests_are_refused_or_guarded(guard, open_client):
+    """A status of 4xx with a sentence, or an answer that was read; never a fault of the server."""
+    rng = random.Random(0)
+    junk = [None, True, 0, -1, 1e300, "", [], {}, "x" * 500, [[]], {"a": {}}, "<image>", "</s>", "data:", "http://a/"]
+
+    def mutated(value):
+        if rng.random() < 0.12:
+            return rng.choice(junk)
+        if isinstance(value, dict):
+            kept = {key: mutated(part) for key, part in value.items() if rng.random() > 0.04}
+            return kept | ({rng.choice(["n", "tools", "x", "type"]): rng.choice(junk)} if rng.random() < 0.08 else {})
+        return [mutated(part) for part in value] * rng.choice([1, 1, 2]) if isinstance(value, list) else value
+
+    seeds = [
+        (CHAT, chat(user(QUESTION, png(1)))),
+        (MODERATIONS, {"model": "psa", "input": ["red ?", "blue ?"]}),
+        (MODERATIONS, {"input": user(QUESTION, png(1))["content"]}),
+        (GUARDRAIL, {"input_type": "request", "texts": ["red ?"], "images": [data_url(png(1))]}),
+        (GUARDRAIL, {"input_type": "request", "texts": ["red ?"], "structured_messages": [text("red ?")]}),
+    ]
+    client = open_client(guard)
+    statuses = set()
+    for _ in range(400):
+        path, seed = rng.choice(seeds)
+        body = bytearray(json.dumps(mutated(seed)).encode())
+        for _ in range(rng.choice([0, 0, 1, 4])):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        reply = client.post(path, content=bytes(body), headers={"content-type": "application/json"})
+        statuses.add(reply.status_code)
+        if reply.status_code == 200:
+            told = reply.json()
+            verdicts = [told["psa"]] if "psa" in told else [result["psa"] for result in told["results"]]
+            assert all(verdict["checked"] for verdict in verdicts)
+        else:
+            assert reply.json()["error"]["message"]
+    assert statuses == {200, 400, 404}
