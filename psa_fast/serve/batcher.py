@@ -26,7 +26,7 @@ _log = logging.getLogger("psa_fast.serve")
 
 @dataclass(frozen=True)
 class Result:
-    """What the guard said to a request: an answer's `text` is None where only a verdict was asked for.
+    """What the guard said to a request; `answer` is None where only a verdict was asked for.
 
     `queue_seconds` is the time the request waited, `model_seconds` the time that its batch took.
     """
@@ -96,20 +96,24 @@ class Batcher:
         """
         jobs = [_Job(request, new_tokens) for request in requests]
         with self._lock:
-            if not self.alive:
-                raise ApiError(503, "the server is stopping", "server_error", code="stopping", retry_after=5)
-            if self._waiting + len(jobs) > self.settings.max_queue:
-                raise ApiError(
-                    429,
-                    f"{self._waiting} requests wait already, of {self.settings.max_queue} that may; try again later",
-                    "rate_limit_error",
-                    code="queue_full",
-                    retry_after=1,
-                )
+            self.check_room(len(jobs))
             self._waiting += len(jobs)
             for job in jobs:
                 self._queue.put(job)
         return [job.future for job in jobs]
+
+    def check_room(self, count: int = 1) -> None:
+        """Raise the ApiError that `submit` would raise for so many requests."""
+        if not self.alive:
+            raise ApiError(503, "the server is stopping", "server_error", code="stopping", retry_after=5)
+        if self._waiting + count > self.settings.max_queue:
+            raise ApiError(
+                429,
+                f"{self._waiting} requests wait already, of {self.settings.max_queue} that may; try again later",
+                "rate_limit_error",
+                code="queue_full",
+                retry_after=1,
+            )
 
     def close(self, timeout: float | None = None) -> None:
         """Take nothing more, answer what waits, and end the thread; gives up after `timeout` seconds."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from psa_fast.files import shorten
 from psa_fast.safety.request import Request
-from psa_fast.safety.verdict import Answer, Verdict
+from psa_fast.safety.verdict import Answer
 from psa_fast.serve.settings import ServerSettings
 from psa_fast.serve.wire_content import conversation
 from psa_fast.serve.wire_errors import ApiError, bad
@@ -123,11 +123,6 @@ def usage(answer: Answer) -> dict[str, int]:
     }
 
 
-def verdict_json(verdict: Verdict) -> dict[str, Any]:
-    """The `psa` object of a reply."""
-    return verdict.to_json()
-
-
 def completion(answer: Answer, settings: ServerSettings) -> dict[str, Any]:
     """The reply to a request that is not streamed."""
     message = {"role": "assistant", "content": answer.text, "refusal": None}
@@ -135,7 +130,7 @@ def completion(answer: Answer, settings: ServerSettings) -> dict[str, Any]:
     return _head("chat.completion", settings) | {
         "choices": [choice],
         "usage": usage(answer),
-        "psa": verdict_json(answer.verdict),
+        "psa": answer.verdict.to_json(),
     }
 
 
@@ -147,7 +142,7 @@ def events(answer: Answer, settings: ServerSettings, with_usage: bool) -> Iterat
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return _event(head | {"choices": [choice]} | more)
 
-    yield event({"role": "assistant", "content": ""}, psa=verdict_json(answer.verdict))
+    yield event({"role": "assistant", "content": ""}, psa=answer.verdict.to_json())
     for piece in re.findall(r"\s*\S+\s*?|\s+", answer.text):
         yield event({"content": piece})
     yield event({}, finish_reason(answer))

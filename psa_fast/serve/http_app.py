@@ -147,15 +147,9 @@ class Server:
         return JSONResponse(found, headers=self._headers(None))
 
     async def _guardrail(self, request: HttpRequest) -> Response:
-        kept: dict[str, Any] = {}
-
-        def read(body: dict[str, Any], settings: ServerSettings) -> Request:
-            kept.update(body)
-            return read_guardrail(body, settings)
-
-        asked = await self._read(request, GUARDRAIL, read)
+        body, asked = await self._read(request, GUARDRAIL, lambda body, limits: (body, read_guardrail(body, limits)))
         (result,) = await self._ask(request, GUARDRAIL, [asked], None)
-        return JSONResponse(guardrail(kept, result.verdict, self.policy), headers=self._headers(result.verdict))
+        return JSONResponse(guardrail(body, result.verdict, self.policy), headers=self._headers(result.verdict))
 
     async def _models(self, request: HttpRequest) -> Response:
         model = {"id": self.settings.model_name, "object": "model", "created": 0, "owned_by": "psa-fast"}
@@ -173,9 +167,15 @@ class Server:
         found = {"x-psa-policy-hash": self.policy.hash}
         return found if verdict is None else found | {"x-psa-action": verdict.action}
 
+    def _running(self) -> Batcher:
+        if self.batcher is None:
+            raise ApiError(503, "the server is starting", "server_error", code="starting", retry_after=1)
+        return self.batcher
+
     async def _read(self, request: HttpRequest, path: str, read: Read) -> Any:
         """What `read` makes of the request's body. Raises ApiError."""
         start = time.monotonic()
+        self._running().check_room()  # before megabytes are taken in that nobody will read
         data = await _body(request, self.settings.max_body_mb * 2**20)
         # pictures are megabytes: what takes long must not hold up the others
         found = await run_in_threadpool(lambda: read(_object(data), self.settings))
@@ -186,9 +186,7 @@ class Server:
         self, http: HttpRequest, path: str, requests: Sequence[Request], new_tokens: int | None
     ) -> list[Result]:
         """The guard's results. Raises ApiError where it has none in time."""
-        if self.batcher is None:
-            raise ApiError(503, "the server is starting", "server_error", code="starting", retry_after=1)
-        futures = self.batcher.submit(requests, new_tokens)
+        futures = self._running().submit(requests, new_tokens)
         waiting = asyncio.gather(*map(asyncio.wrap_future, futures))
         try:
             # who is given up is not read any more, unless its batch is being read
@@ -211,11 +209,15 @@ async def _body(request: HttpRequest, most: int) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # what a web page may send elsewhere without being asked is none
         raise ApiError(415, "send the body as application/json", code="unsupported_media_type")
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
+    data, more = bytearray(), True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise bad("the client went away before its body was whole", code="client_disconnected")
+        data += message.get("body", b"")
         if len(data) > most:
             raise ApiError(413, f"the body is larger than {most >> 20} MiB", code="body_too_large")
+        more = message.get("more_body", False)
     return bytes(data)
 
 
@@ -225,7 +227,7 @@ def _object(data: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise bad("the body is not UTF-8 text") from None
     except ValueError as error:
-        raise bad(f"the body is {error}" if str(error).startswith("not JSON") else f"the body: {error}") from None
+        raise bad(f"the body cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise bad(f"the body is a {type(value).__name__}; expected one JSON object")
     return value

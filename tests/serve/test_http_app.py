@@ -263,3 +263,11 @@ def test_the_shadow_policy_is_counted_and_changes_nothing(guard, strict, open_cl
     refused = sum(verdict.action == "refuse" for verdict in expected)
     assert 0 < refused < 10
     assert counted == {"refuse": refused, "allow": 10 - refused}
+
+
+def test_a_full_queue_is_told_before_a_body_is_read(guard, open_client, monkeypatch):
+    client = open_client(guard, max_queue=32)
+    monkeypatch.setattr(client.server.batcher, "_waiting", 32)
+    reply = client.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+    assert reply.json()["error"]["code"] == "queue_full"
