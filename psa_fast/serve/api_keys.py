@@ -49,14 +49,18 @@ class ApiKeys:
             keys += more
         return cls(keys)
 
-    def check(self, authorization: str | None) -> str | None:
-        """A short name of the key in an Authorization header (its digest's beginning), None where no key is needed.
+    def check(self, authorization: str | None, x_api_key: str | None = None) -> str | None:
+        """A short name of a request's key (its digest's beginning), None where no key is needed.
+
+        Args:
+            authorization: the header Authorization, which counts where it is given.
+            x_api_key: the header X-API-Key, in which LiteLLM sends it.
 
         Raises ApiError, 401, for one that is absent or not known.
         """
         if not self._digests:
             return None
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, _, key = (authorization or f"Bearer {x_api_key or ''}").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         # every key is compared, so that time tells nothing of which one it nearly was
         known = [hmac.compare_digest(digest, own) for own in self._digests]

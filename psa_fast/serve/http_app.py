@@ -113,7 +113,9 @@ class Server:
         async def answer(request: HttpRequest) -> Response:
             start = time.monotonic()
             try:
-                request.state.key = self.keys.check(request.headers.get("authorization"))
+                request.state.key = self.keys.check(
+                    request.headers.get("authorization"), request.headers.get("x-api-key")
+                )
                 response = await reply(request)
             except ApiError as error:
                 response = _error(error)

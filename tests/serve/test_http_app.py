@@ -239,8 +239,10 @@ def test_without_a_known_key_nothing_is_read(guard, open_client):
         assert {reply.status_code for reply in replies} == {401}
     assert client.get("/healthz").status_code == 200
     for key in ("a-key-of-some-length", "another-key-of-some"):
-        reply = client.post("/v1/moderations", headers={"authorization": f"Bearer {key}"}, json={"input": "red ?"})
-        assert reply.status_code == 200
+        for header in ({"authorization": f"Bearer {key}"}, {"x-api-key": key}):
+            assert client.post("/v1/moderations", headers=header, json={"input": "red ?"}).status_code == 200
+    both = {"authorization": "Bearer no", "x-api-key": key}
+    assert client.post("/v1/moderations", headers=both, json={"input": "red ?"}).status_code == 401
 
 
 def test_the_shadow_policy_is_counted_and_changes_nothing(guard, strict, open_client):
