@@ -26,6 +26,7 @@ ALLOWED = {
     "sandbox": {"taxonomy", "files", "data", "safety"},
     "attacks": {"taxonomy", "files", "models", "data", "safety", "evaluation"},
     "planning": {"files", "models", "training"},
+    "serve": {"taxonomy", "files", "data", "safety"},
     "train": {"files", "models", "safety", "evaluation", "sandbox", "threads", "training"},
     "cli": {
         "taxonomy",
@@ -39,6 +40,7 @@ ALLOWED = {
         "attacks",
         "sandbox",
         "planning",
+        "serve",
         "train",
     },
 }

@@ -17,14 +17,16 @@ choose_waiting()
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     from psa_fast import train
-    from psa_fast.cli import calibrate, data, evaluation, generate, judge, plan, report_page, robustness, sandbox
+    from psa_fast.cli import calibrate, data, evaluation, generate, judge, plan, report_page, robustness, sandbox, score, serve
 
     parser = argparse.ArgumentParser(
         prog="psa-fast", description="Concept-bottleneck safety for vision-language models."
     )
     parser.add_argument("--version", action="version", version=f"psa-fast {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (data, sandbox, train, plan, generate, evaluation, report_page, calibrate, judge, robustness):
+    for command in (
+        data, sandbox, train, plan, generate, serve, score, evaluation, report_page, calibrate, judge, robustness,
+    ):  # fmt: skip
         command.register(subparsers)
     return parser
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psa_fast.cli import policy_log
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ def register(subparsers: Subcommands) -> None:
     parser.set_defaults(func=generate)
 
     commands = subparsers.add_parser("policy", help="check a policy file").add_subparsers(
-        dest="policy_command", required=True, metavar="{check}"
+        dest="policy_command", required=True, metavar="{check,replay,diff}"
     )
     check = commands.add_parser("check", help="show what a policy does, or what is wrong with its file; loads no model")
     check.add_argument("file", nargs="?", metavar="FILE", help="policy YAML (default: the shipped one)")
     check.set_defaults(func=check_policy)
+    policy_log.register(commands)
 
 
 def generate(args: argparse.Namespace) -> int:

@@ -138,6 +138,13 @@ def image_format(data: bytes, name: str) -> str:
         return str(image.format)
 
 
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Return the (width, height) that the header of an image file's bytes announces, as for `image_format`."""
+    with _open(data, name) as image:
+        _check_header(image, name)
+        return image.size
+
+
 def _name(source: Path | bytes | Image.Image) -> str:
     """What messages call a picture; of a long path the end, where the file's name is."""
     path = source if isinstance(source, Path) else getattr(source, "filename", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.prepared import Prepared
 from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take, weigh
 from psa_fast.safety.request import Prompter, Request, keep_mark, text_positions
-from psa_fast.safety.verdict import Answer, Verdict, read_verdict, refusing_verdict, unread_verdict
+from psa_fast.safety.verdict import Answer, Verdict, as_applied, read_verdict, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
@@ -27,6 +27,15 @@ __all__ = ["Answer", "Guard", "Request", "Verdict"]
 
 UNCHECKED = "I am sorry, but this request cannot be answered, because it could not be read."
 OnError = Literal["block", "raise"]
+
+
+class _Generated(NamedTuple):
+    """A text of the language model, with the fields of `Answer`."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    complete: bool
 
 
 class Guard:
@@ -139,7 +148,7 @@ class Guard:
                         raise ValueError(f"request {number}: {error}") from error
                     found[number] = self._signed(refusing_verdict(number, str(error)))
             read = self._read(batch, self._encode_images(batch))
-            found.update((one.number, _applied(*result)) for one, result in zip(batch, read, strict=True))
+            found.update((one.number, as_applied(*result)) for one, result in zip(batch, read, strict=True))
         return [found[number] for number in range(len(requests))]
 
     @torch.inference_mode()
@@ -226,7 +235,7 @@ class Guard:
             except ValueError as error:
                 refuse(one.number, error)
         keys = [key for key in jobs if asked[key[0]].number not in answers]
-        texts: dict[tuple[int, str | None], str] = {}
+        texts: dict[tuple[int, str | None], _Generated] = {}
         for start in range(0, len(keys), batch_size):
             chunk = keys[start : start + batch_size]
             prompts, rows = [jobs[key] for key in chunk], [row for row, _ in chunk]
@@ -236,9 +245,11 @@ class Guard:
         for row, (one, (verdict, decision)) in enumerate(zip(asked, readings, strict=True)):
             if one.number not in answers:
                 answers[one.number] = tuple(
-                    Answer(
-                        (decision.response if guarded else None) or texts[row, decision.hint if guarded else None],
-                        _applied(verdict, decision) if guarded else replace(verdict, applied=False),
+                    Answer(decision.response, as_applied(verdict, decision))
+                    if guarded and decision.response
+                    else Answer(
+                        verdict=as_applied(verdict, decision) if guarded else replace(verdict, applied=False),
+                        **texts[row, decision.hint if guarded else None]._asdict(),
                     )
                     for guarded in modes
                 )
@@ -328,14 +339,14 @@ class Guard:
                 response = self.policy.responses.unchecked if self.policy and action == "block" else None
                 decision = Decision(action, None, None, verdict.rule, None, response=response, code=verdict.code)
             else:
-                reading, decision, highest_score = weigh(self.policy, readings[request.number])
-                verdict = read_verdict(reading, decision, highest_score)
+                weighed = weigh(self.policy, readings[request.number])
+                verdict, decision = read_verdict(*weighed, readings[request.number]), weighed.decision
             rows.append((self._signed(verdict), decision))
         return rows
 
     def _generate(
         self, encoded: Sequence[Encoded], rows: list[int], counts: list[int], features: Any, max_new_tokens: int
-    ) -> list[str]:
+    ) -> list[_Generated]:
         ids = self._pad([e.input_ids for e in encoded], self._pad_id, "left")
         mask = self._pad([[1] * len(e.input_ids) for e in encoded], 0, "left")
         first = [sum(counts[:row]) for row in range(len(counts))]
@@ -352,7 +363,11 @@ class Guard:
             eos_token_id=self._stop_ids,
         )
         texts = self.processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        generated = []
+        for text, new, prompt in zip(texts, new_ids.tolist(), encoded, strict=True):
+            end = next((place for place, token in enumerate(new, 1) if token in self._stop_ids), None)
+            generated.append(_Generated(text.strip(), len(prompt.input_ids), end or len(new), end is not None))
+        return generated
 
     @property
     def _pad_id(self) -> int:
@@ -369,11 +384,6 @@ class Guard:
             for row in rows
         ]
         return torch.tensor(filled, dtype=torch.int64, device=next(self.model.parameters()).device)
-
-
-def _applied(verdict: Verdict, decision: Decision) -> Verdict:
-    """The verdict of a guarded answer: nothing was applied to a request that was let through unread."""
-    return replace(verdict, applied=verdict.checked or decision.response is not None)
 
 
 def _max_length(wanted: int | None, positions: int | None) -> int | None:

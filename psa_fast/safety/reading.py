@@ -10,7 +10,7 @@ picture can hide it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -53,6 +53,13 @@ class Reading:
     span: tuple[int, int] | None = None
     logits: list[float] | None = None
     words_alone: bool = False
+
+    def under(self, temperatures: tuple[float, float]) -> Reading:
+        """The same reading with the probabilities of other temperatures. Raises ValueError if it holds no logits."""
+        if self.logits is None:
+            raise ValueError("the reading's logits were not kept, so no other policy can decide on it")
+        types, levels = probabilities(torch.tensor(self.logits, dtype=torch.float64), temperatures)
+        return replace(self, type_probs=types.tolist(), level_probs=levels.tolist())
 
 
 class Part(NamedTuple):
@@ -122,16 +129,21 @@ def read_head(
     for the probabilities.
     """
     logits = read_logits(model, questions, features, pad).double()
-    types, levels = logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
-    types, levels = types / temperatures[0], levels / temperatures[1]
+    types, levels = probabilities(logits, temperatures)
     asked = [(question, part) for question in questions for part in (Part(question.query, ()), *question.parts)]
-    rows = zip(asked, types.softmax(-1).tolist(), levels.softmax(-1).tolist(), logits.tolist(), strict=True)
+    rows = zip(asked, types.tolist(), levels.tolist(), logits.tolist(), strict=True)
     return [
         Reading(
             part.query, kinds, degrees, question.picture, part.number, part.span, given, words_alone=not question.images
         )
         for (question, part), kinds, degrees, given in rows
     ]
+
+
+def probabilities(logits: torch.Tensor, temperatures: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [..., 7 + 4] as probabilities of types [..., 7] and of levels [..., 4], each with its temperature."""
+    types, levels = logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
+    return (types / temperatures[0]).softmax(-1), (levels / temperatures[1]).softmax(-1)
 
 
 def read_logits(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from psa_fast.safety.policy import Action, Code, Decision
@@ -21,7 +22,8 @@ class Verdict:
     all of them together); `words_alone` that it was shown none, though the request may have some. For a turn or a
     window `query_number` says which, from 0, and `query_span` its tokens in the prompt, [first, behind last].
     Probabilities and score are that reading's, `highest_score` is the highest of all readings, which a threshold is
-    compared with; they are None if not read or not finite.
+    compared with; they are None if not read or not finite. `readings` holds all of them, so that another policy can
+    decide on the same (`psa_fast.safety.redecide`).
     """
 
     checked: bool
@@ -45,22 +47,34 @@ class Verdict:
     words_alone: bool = False
     error: str | None = None
     code: Code = field(kw_only=True)
+    readings: tuple[Reading, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The verdict as plain JSON values."""
-        return asdict(self)
+        """The verdict as plain JSON values, without `readings`."""
+        values = asdict(replace(self, readings=()))
+        del values["readings"]
+        return values
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer and the verdict it was given under."""
+    """The answer and the verdict it was given under.
+
+    `prompt_tokens` and `new_tokens` count what the language model read and wrote, hint and end included; both are 0
+    where it was not asked. `complete` is False for an answer that the limit of new tokens cut.
+    """
 
     text: str
     verdict: Verdict
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    complete: bool = True
 
 
-def read_verdict(reading: Reading, decision: Decision, highest_score: float | None = None) -> Verdict:
-    """The verdict of a request that the concept head has read; `highest_score` is that of all its readings."""
+def read_verdict(
+    reading: Reading, decision: Decision, highest_score: float | None = None, readings: Sequence[Reading] = ()
+) -> Verdict:
+    """The verdict of a request that the concept head has read: by which reading, and what to keep of all of them."""
     finite = decision.unsafe_score is not None
     return Verdict(
         checked=True,
@@ -81,7 +95,13 @@ def read_verdict(reading: Reading, decision: Decision, highest_score: float | No
         picture=reading.picture,
         words_alone=reading.words_alone,
         code=decision.code,
+        readings=tuple(readings),
     )
+
+
+def as_applied(verdict: Verdict, decision: Decision) -> Verdict:
+    """The verdict of a guarded answer: nothing was applied to a request that was let through unread."""
+    return replace(verdict, applied=verdict.checked or decision.response is not None)
 
 
 _UNREAD: dict[Literal["no_image", "no_head"], str] = {

@@ -1,0 +1,1 @@
+"""The guard behind HTTP: the formats of other people's clients, one worker that batches, and offline scoring."""

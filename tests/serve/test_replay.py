@@ -1,0 +1,95 @@
+"""A log decided again: exactly as it was, and under another policy as a guard under that policy decides."""
+
+import json
+
+import pytest
+import yaml
+from builders.http_requests import QUESTION, chat, png, user
+
+from psa_fast.cli import main
+from psa_fast.safety import Guard, Policy, Request
+from psa_fast.safety.redecide import redecide
+from psa_fast.serve.audit_log import AuditLog
+
+WORDS = (QUESTION, "red ?", "blue green red ? be careful", "sorry , i cannot help")
+
+
+@pytest.fixture
+def other(guard):
+    """A policy with other types, threshold and actions than the shipped one."""
+    values = guard.policy.model_dump()
+    values["unsafe_threshold"] = 0.9
+    values["levels"]["high"] = {"action": "refuse"}
+    values["levels"]["low"] = {"action": "block"}
+    values["types"]["privacy"] = values["types"]["misleading"] = False
+    return Policy.model_validate(values)
+
+
+@pytest.fixture
+def requests():
+    found = [Request(f"<image>\n<image>\n{words}", (png(s), png(s + 1))) for s in range(6) for words in WORDS]
+    return [*found, *map(Request, WORDS), Request(QUESTION, (b"none",)), Request(f"<image>\n{QUESTION}", (png(0),))]
+
+
+def test_another_policy_decides_as_a_guard_under_it(guard, strict, other, requests):
+    mine = guard.verdicts(requests)
+    differing = 0
+    for policy in (strict, other):
+        theirs = Guard(guard.model, guard.processor, policy, guard.model_hash).verdicts(requests)
+        for before, after in zip(mine, theirs, strict=True):
+            assert redecide(policy, before) == after
+            differing += before.action != after.action
+    assert differing > 10
+
+
+def test_what_is_not_read_stays_so(folders, other):
+    from psa_fast.safety.load import load_guard
+
+    guard = load_guard(folders[1])
+    lenient = Policy.model_validate(other.model_dump() | {"on_error": "allow"})
+    (mine,) = guard.verdicts([Request(QUESTION)])
+    (theirs,) = Guard(guard.model, guard.processor, lenient, guard.model_hash).verdicts([Request(QUESTION)])
+    assert (mine.action, theirs.action) == ("block", "allow")
+    assert redecide(lenient, mine) == theirs
+    assert redecide(guard.policy, theirs).action == "block"
+
+
+def test_a_log_is_replayed_and_two_policies_compared(guard, other, open_client, tmp_path, capsys):
+    log = tmp_path / "audit.jsonl"
+    files = {"old": tmp_path / "old.yaml", "new": tmp_path / "new.yaml"}
+    for name, policy in (("old", guard.policy), ("new", other)):
+        files[name].write_text(yaml.safe_dump(policy.model_dump(exclude_none=True)))
+        assert Policy.load(files[name]).hash == policy.hash
+    client = open_client(guard, audit=AuditLog(log), shadow=other)
+    expected = []
+    for seed in range(6):
+        for words in WORDS:
+            asked = Request(f"<image>\n{words}", (png(seed),))
+            pair = [Guard(guard.model, guard.processor, p).verdicts([asked])[0] for p in (guard.policy, other)]
+            expected.append(tuple(verdict.action for verdict in pair))
+            assert client.post("/v1/chat/completions", json=chat(user(words, png(seed)))).status_code == 200
+    client.post("/v1/chat/completions", json=chat(user("red " * 300)))
+    client.server.batcher.close()
+
+    assert main(["policy", "replay", str(log), "--policy", str(files["old"])]) == 0
+    assert capsys.readouterr().out.startswith("25 rows, 25 the same, 0 different")
+    assert main(["policy", "replay", str(log), "--policy", str(files["new"])]) == 2
+    assert f"{log}:" in (said := capsys.readouterr().err)
+    assert ": decided by policy" in said
+    assert main(["policy", "diff", str(files["old"]), str(files["new"]), "--records", str(log)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    for old, new in {pair for pair in expected if pair[0] != pair[1]}:
+        (line,) = [line for line in said if line.split()[:3] == [old, "->", new]]
+        assert line.split()[3] == str(expected.count((old, new)))
+    assert sum(old != new for old, new in expected) > 3
+
+    # a row that was changed by hand comes out differently
+    rows = [row for row in map(json.loads, log.read_text().splitlines()) if not row["shadow"]]
+    rows[0]["action"] = "block"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["policy", "replay", str(log)]) == 1
+    assert "24 the same, 1 different" in capsys.readouterr().out
+    for wrong in ({"version": 1}, {"version": 2}, [], rows[0] | {"readings": [{"query": "prompt"}]}):
+        log.write_text(json.dumps(rows[0]) + "\n" + json.dumps(wrong))
+        assert main(["policy", "replay", str(log)]) == 2
+        assert f"{log}:2: " in capsys.readouterr().err
