@@ -146,7 +146,7 @@ def _print_source(source: Source, result: Import) -> None:
         missing = f", {size - found} missing" if size is not None and found < size else ""
         print(f"  split {split}: {found} entries" + (f" of {size} published{missing}" if size is not None else ""))
     if result.from_template:
-        print(f"  {result.from_template} answers are ours, since the source has none: fit to evaluate, not to train on")
+        print(f"  {result.from_template} answers are ours, since the source has none: to evaluate, not to learn")
     if result.with_images:
         duplicates = f"; {source.pictures.duplicates} were there already" if source.pictures.out else ""
         print(f"  --image_folder {source.pictures.root}{duplicates}")
