@@ -12,6 +12,7 @@ from psa_fast.files import shorten, shown
 from psa_fast.threads import choose_waiting
 
 choose_waiting()
+SHARED = ("evaluate",)  # commands that the ranks of a launcher share
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="psa-fast", description="Concept-bottleneck safety for vision-language models."
     )
     parser.add_argument("--version", action="version", version=f"psa-fast {__version__}")
+    # DeepSpeed's launcher puts it before the command; the environment says the same
+    parser.add_argument("--local_rank", dest="launched_as", help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (data, sandbox, train, plan, generate, evaluation, judge, robustness):
         command.register(subparsers)
@@ -36,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
+        if args.launched_as is not None and args.command not in SHARED:
+            raise ValueError(f"{args.command} is not shared by ranks: start it without the launcher")
         _refuse_nothing(args)
         code = args.func(args)
         if sys.stdout is not None:  # closed by the caller (`>&-`)

@@ -6,11 +6,15 @@ import argparse
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psa_fast.cli.launch import Ranks, shared
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
@@ -113,7 +117,11 @@ def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Run the evaluation. Raises ValueError, with a sentence, for input that cannot be used."""
+    """Run the evaluation, on all ranks of a launcher. Raises ValueError, with a sentence, for input that is no use."""
+    return shared(lambda ranks: _evaluate(args, ranks))
+
+
+def _asked(args: argparse.Namespace) -> Plan:
     for name in ("batch_size", "max_new_tokens", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -124,8 +132,10 @@ def evaluate(args: argparse.Namespace) -> int:
         if not (name and equals and folder):
             raise ValueError(f"--stage {item}: expected NAME=DIR")
         named.append((name, folder))
-    _evaluate(args, plan(args.run, args.base, named))
-    return 0
+    todo = plan(args.run, args.base, named)
+    if wrong := unwritable_text(_settings(args, todo)):
+        raise ValueError(f"--{wrong}, which a report cannot hold; name it in UTF-8")
+    return todo
 
 
 def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
@@ -134,26 +144,36 @@ def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, "seed")} | {"base": todo.base, "stages": todo.addons}
 
 
-def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
+def _evaluate(args: argparse.Namespace, ranks: Ranks) -> int:
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.evaluation.report import data_provenance
     from psa_fast.safety.policy import Policy
+    from psa_fast.training.ranks import alike
 
-    if wrong := unwritable_text(_settings(args, todo)):
-        raise ValueError(f"--{wrong}, which a report cannot hold; name it in UTF-8")
-    policy = Policy.load(args.policy)
-    file, image_folder = find_data(args.data, args.split, args.image_folder)
-    with OutputFolder(Path(args.out)).claim() as out:
-        settings = _settings(args, todo)
+    with alike():
+        todo, policy = _asked(args), Policy.load(args.policy)
+        file, image_folder = find_data(args.data, args.split, args.image_folder)
+    out, settings = OutputFolder(Path(args.out)), _settings(args, todo)
+
+    def prepare() -> tuple[list[Record], dict[str, Any]]:
+        stack.enter_context(out.claim())
         out.check_older_report(settings, args.overwrite)
         everything, records = _read(args, todo, policy, file, image_folder)
         data = data_provenance(file, image_folder, records, len(everything))
         if out.begin(_identity(args, todo, policy, settings, data), args.overwrite):
             print(f"going on with the run that began in {out.path}")
-        reports, unread = _run(args, todo, policy, records, image_folder, out)
+        return records, data
+
+    def report() -> None:
         _report(args, todo, policy, settings, data, reports, unread)
         out.finish()
-    print(f"wrote {out.path / 'report.md'} and {out.path / 'report.json'}")
+        print(f"wrote {out.path / 'report.md'} and {out.path / 'report.json'}")
+
+    with ExitStack() as stack:
+        records, data = ranks.from_first(prepare)
+        reports, unread = _run(args, todo, policy, records, image_folder, out, ranks)
+        ranks.from_first(report)
+    return 0
 
 
 def _identity(
@@ -217,6 +237,7 @@ def _run(
     records: list[Record],
     image_folder: Path,
     out: OutputFolder,
+    ranks: Ranks,
 ) -> tuple[dict[str, StageReport], dict[str, dict[str, int]]]:
     """Answer the records stage by stage: the stages' reports, and how many answers the refusal list could not read."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -224,27 +245,31 @@ def _run(
     from psa_fast.evaluation.evaluate import compute_metrics, per_type, run_stage
     from psa_fast.evaluation.evaluate import unread as count_unread
     from psa_fast.evaluation.report import StageReport
+    from psa_fast.evaluation.sharding import share_of
     from psa_fast.safety.load import addon_hash, load_guard, load_plain
 
     reports: dict[str, StageReport] = {}
     unread: dict[str, dict[str, int]] = {}
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
+    share = share_of(records, args.batch_size, ranks.rank, ranks.size)
+    own = [records[place] for place in share]
+    with Progress(*columns, disable=ranks.rank > 0) as progress:
         for stage in ("base", *todo.addons):
-            task = progress.add_task(stage, total=len(records))
+            task = progress.add_task(stage, total=len(own))
             addon = todo.addons.get(stage)
             guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
             start = time.perf_counter()
-            kept = _kept(out, stage, records)
-            with out.answers(stage, (result.to_json() for result in kept.values())) as stream:
+            kept = ranks.from_first(partial(_kept, out, stage, records))
+            before = kept if ranks.rank == 0 else {}
+            with out.answers(out.share(stage, ranks.rank), (result.to_json() for result in before.values())) as stream:
 
                 def keep(batch: list[Result], stream: TextIO = stream, task: TaskID = task) -> None:
                     out.append(stream, [result.to_json() for result in batch])
                     progress.advance(task, len(batch))
 
-                results = run_stage(
+                answered = run_stage(
                     guard,
-                    records,
+                    own,
                     image_folder,
                     get_list(args.refusal_list),
                     args.refusal_mode,
@@ -253,8 +278,10 @@ def _run(
                     keep,
                     kept,
                 )
-            progress.update(task, completed=len(records))
-            out.complete(stage, (result.to_json() for result in results))
+            progress.update(task, completed=len(own))
+            everyones = ranks.gathered(list(zip(share, answered, strict=True)))
+            results = [result for _, result in sorted(everyones, key=itemgetter(0))]
+            ranks.from_first(lambda: out.merge(stage, (result.to_json() for result in results)))  # noqa: B023
             facts: dict[str, Any] = {
                 "path": addon or todo.base,
                 "sha256": None if addon is None else addon_hash(addon),
@@ -272,17 +299,21 @@ def _run(
 
 
 def _kept(out: OutputFolder, stage: str, records: Sequence[Record]) -> dict[str, Result]:
-    """The answers that the run had before it was cut short, by file and line."""
+    """The answers that the run had before it was cut short, by file and line; they are the first rank's from now on."""
     from psa_fast.evaluation.evaluate import Result
 
-    rows = out.kept(stage)
+    shares = out.shares(stage)
+    rows = [row for name in (stage, *shares) for row in out.kept(name)]
     if rows and len({record.where for record in records}) < len(records):
         print(f"{stage}: several records stand on one line of the file, so all are answered anew")
         return {}
     try:
-        return {row["where"]: Result.from_json(row) for row in rows}
+        kept = {row["where"]: Result.from_json(row) for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the answers kept in {out.path} for {stage} cannot be read ({error}); remove them") from None
+    if shares:
+        out.merge(stage, (result.to_json() for result in kept.values()))
+    return kept
 
 
 def _report(
