@@ -118,10 +118,11 @@ def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Run the evaluation, on all ranks of a launcher. Raises ValueError, with a sentence, for input that is no use."""
-    return shared(lambda ranks: _evaluate(args, ranks))
+    return shared(lambda ranks: evaluate_on(args, ranks))
 
 
-def _asked(args: argparse.Namespace) -> Plan:
+def asked(args: argparse.Namespace) -> Plan:
+    """What the options ask for. Raises ValueError for options that cannot be used."""
     for name in ("batch_size", "max_new_tokens", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -144,14 +145,15 @@ def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
     return {name: getattr(args, name) for name in (*names, "seed")} | {"base": todo.base, "stages": todo.addons}
 
 
-def _evaluate(args: argparse.Namespace, ranks: Ranks) -> int:
+def evaluate_on(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Run the evaluation on one of the ranks that share it. A collective; errors as `evaluate`."""
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.evaluation.report import data_provenance
     from psa_fast.safety.policy import Policy
     from psa_fast.training.ranks import alike
 
     with alike():
-        todo, policy = _asked(args), Policy.load(args.policy)
+        todo, policy = asked(args), Policy.load(args.policy)
         file, image_folder = find_data(args.data, args.split, args.image_folder)
     out, settings = OutputFolder(Path(args.out)), _settings(args, todo)
 
