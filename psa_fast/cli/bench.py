@@ -104,7 +104,7 @@ def _bench(args: argparse.Namespace, ranks: Ranks) -> int:
     def finish() -> int:
         if steps.facts("verdicts") is None:
             if judge.func(judge) != 0:
-                print("no report: the judge gave too few verdicts; the same command asks again about the others")
+                print("no report: a judge gave too few verdicts")
                 return 1
             steps.done("verdicts", asked["verdicts"], sorted((out / "verdicts").glob("judged-*")), {})
         _report(steps, args.name, recipe, asked, judges)

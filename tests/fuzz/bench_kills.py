@@ -17,6 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from builders import benchmark, tiny
 from builders.tiny_llava import build_addon, build_base
 
+# files of the run's folder in the order in which they appear
+SIGNS = (
+    ".bench.lock", "images", "records.jsonl", "answers/answers-base.jsonl.part", "answers/answers-stage1.jsonl.part",
+    "answers/report.md", "answers/answers-base.jsonl", "verdicts/judged-base-keywords.jsonl",
+    "verdicts/judged-keywords.json", "report.md",
+)  # fmt: skip
+
 
 def build(folder: Path) -> list[str]:
     """A source and a run; the command on them."""
@@ -26,27 +33,36 @@ def build(folder: Path) -> list[str]:
     return benchmark.options(source, folder / "run", folder / "bench", "--judge", "keywords")
 
 
-def undisturbed(command: list[str], out: Path) -> tuple[list[bytes], float]:
-    """The report, and the seconds from the run's first file to its last."""
-    processes = benchmark.start(command)
-    began = first_sign(processes, benchmark.begin(out))
-    codes, output = tiny.outcome(processes, 600)
+def undisturbed(command: list[str], out: Path) -> list[bytes]:
+    """The report of a run that nobody kills."""
+    benchmark.begin(out)
+    codes, output = tiny.outcome(benchmark.start(command), 600)
     if any(codes):
         raise SystemExit(f"the undisturbed run failed:\n{output[-3000:]}")
-    return benchmark.told(out), time.monotonic() - began
+    return benchmark.told(out)
 
 
-def first_sign(processes: list, out: Path) -> float:
-    """The time when a run has its folder, or has ended."""
-    while not (out / ".bench.lock").exists() and any(process.poll() is None for process in processes):
-        time.sleep(0.001)
-    return time.monotonic()
+def kill_once(processes: list, out: Path, rng: random.Random) -> str | None:
+    """Kill a run at most a twentieth of a second after a random sign of it; what was there, None if it ended before."""
+    sign = out / rng.choice(SIGNS)
+    # an earlier run has left the sign, perhaps; the lock is this one's
+    while not ((out / ".bench.lock").exists() and sign.exists()) and any(
+        process.poll() is None for process in processes
+    ):
+        time.sleep(0.0005)
+    time.sleep(rng.random() ** 2 * 0.05)
+    if all(process.poll() is not None for process in processes):
+        return None
+    tiny.kill(processes)
+    steps = json.loads((out / "bench.json").read_text())["steps"]
+    parts = sorted(path.name for path in (out / "answers").glob("*.part"))
+    return f"at {sign.name}: done {', '.join(steps) or 'nothing'}; {', '.join(parts)}"
 
 
-def run(folder: Path, kills: int, seed: int, per_run: int = 4, two_ranks_every: int = 3) -> list[dict]:
+def run(folder: Path, kills: int, seed: int, per_run: int = 2, two_ranks_every: int = 3) -> list[dict]:
     """Runs with `kills` kills in all; what was done by each kill, and whether the report is the right one."""
     rng, command, out = random.Random(seed), build(folder), folder / "bench"
-    right, seconds = undisturbed(command, out)
+    right = undisturbed(command, out)
     results: list[dict] = []
     done = 0
     while done < kills:
@@ -55,16 +71,10 @@ def run(folder: Path, kills: int, seed: int, per_run: int = 4, two_ranks_every: 
         struck: list[str] = []
         while len(struck) < min(per_run, kills - done):
             (out / ".bench.lock").unlink(missing_ok=True)
-            processes = benchmark.start(command, ranks)
-            moment = first_sign(processes, out) + rng.random() * seconds * 0.6
-            while time.monotonic() < moment and all(process.poll() is None for process in processes):
-                time.sleep(0.001)
-            if all(process.poll() is not None for process in processes):
+            moment = kill_once(benchmark.start(command, ranks), out, rng)
+            if moment is None:
                 break
-            tiny.kill(processes)
-            steps = json.loads((out / "bench.json").read_text())["steps"]
-            left = sorted(path.name for path in (out / "answers").glob("*.part")) if "answers" not in steps else []
-            struck.append(f"done: {', '.join(steps) or 'nothing'}{'; ' if left else ''}{', '.join(left)}")
+            struck.append(moment)
         done += len(struck)
         codes, output = tiny.outcome(benchmark.start(command, ranks), 600)
         same = not any(codes) and benchmark.told(out) == right
