@@ -114,8 +114,9 @@ def import_command(args: argparse.Namespace) -> int:
         raise ValueError(f"--list prints all datasets and imports none; leave {args.source_name} or --list out")
     whole = args.on_bad_sample == "error"
     if hasattr(args.importer, "add_arguments"):
-        source, image_folder = None, args.image_folder
-        result = import_rows(args.importer.read(args), args.out, image_folder, not whole)
+        source, rows = None, args.importer.read(args)
+        image_folder = args.image_folder  # an importer that writes the images says where
+        result = import_rows(rows, args.out, image_folder, not whole)
     else:
         source = Source(args.source_name, args.source, args.split, args.images, args.taxonomy_map)
         image_folder = str(source.pictures.root)

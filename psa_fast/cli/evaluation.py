@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from psa_fast.cli.launch import Ranks, shared
 from psa_fast.compat.argparse import Subcommands
+from psa_fast.data.rows import folder_hint
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
 
@@ -105,7 +106,7 @@ def find_data(data: str, split: str, image_folder: str | None) -> tuple[Path, Pa
     path = Path(data)
     file = path / f"{split}.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"--data {data}: there is no file {file}")
+        raise ValueError(f"--data {data}: there is no file {file}{folder_hint(path)}")
     return file, Path(image_folder) if image_folder is not None else file.parent
 
 
