@@ -18,7 +18,7 @@ SHARED = ("evaluate", "bench")  # commands that the ranks of a launcher share
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     from psa_fast import train
-    from psa_fast.cli import bench, data, evaluation, generate, judge, plan, publish, robustness, sandbox
+    from psa_fast.cli import ability, bench, data, evaluation, generate, judge, plan, publish, robustness, sandbox
 
     parser = argparse.ArgumentParser(
         prog="psa-fast", description="Concept-bottleneck safety for vision-language models."
@@ -27,7 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     # DeepSpeed's launcher puts it before the command; the environment says the same
     parser.add_argument("--local_rank", dest="launched_as", help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (data, sandbox, train, plan, generate, evaluation, judge, bench, robustness, publish):
+    for command in (data, sandbox, train, plan, generate, evaluation, judge, bench, ability, robustness, publish):
         command.register(subparsers)
     return parser
 
