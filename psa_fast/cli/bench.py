@@ -49,9 +49,8 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="use N rows, spread evenly")
     parser.add_argument("--max_new_tokens", type=int, metavar="N", help="in the place of the recipe's")
     parser.add_argument("--judge", metavar="NAME", help="in the place of the recipe's; keywords judges beside any")
-    parser.add_argument("--judge_url", metavar="URL", help="as for psa-fast judge, and so are these:")
-    for name in (*MODEL_OPTIONS[1:], *CALL_OPTIONS):
-        parser.add_argument(f"--{name}", metavar="VALUE")
+    for name in (*MODEL_OPTIONS, *CALL_OPTIONS):
+        parser.add_argument(f"--{name}", metavar="VALUE", help="as for psa-fast judge")
     parser.add_argument("--out", metavar="DIR", help="folder of the run; its report is written there")
     parser.add_argument("--overwrite", action="store_true", help="make steps anew that were asked something else")
     parser.set_defaults(func=bench)

@@ -32,8 +32,8 @@ class Ranks:
             return work()
         from psa_fast.training.ranks import from_rank_0
 
-        with _others_alive():
-            return from_rank_0(work)
+        with _others_alive() as own:
+            return from_rank_0(own(work))
 
     def gathered(self, own: Sequence[Any]) -> list[Any]:
         """Return the items of all ranks, rank by rank. A collective. Raises OSError if a rank has ended."""
@@ -98,9 +98,26 @@ def _group(rank: int) -> Iterator[None]:
 
 
 @contextmanager
-def _others_alive() -> Iterator[None]:
-    """Context of a collective: a rank that has ended is one sentence on the others."""
+def _others_alive() -> Iterator[Callable[[Callable[[], Found]], Callable[[], Found]]]:
+    """Context of a collective: a rank that has ended is one sentence on the others.
+
+    Yields what marks work of this rank's own within it, whose errors stay what they are.
+    """
+    ours: list[RuntimeError] = []
+
+    def own(work: Callable[[], Found]) -> Callable[[], Found]:
+        def watched() -> Found:
+            try:
+                return work()
+            except RuntimeError as error:
+                ours.append(error)
+                raise
+
+        return watched
+
     try:
-        yield
+        yield own
     except RuntimeError as error:
+        if error in ours:
+            raise
         raise ChildProcessError("another rank has ended, and this one cannot go on without it") from error

@@ -102,12 +102,12 @@ def _check_name(name: str) -> None:
 def _upload(folder: Path, repository: str, private: bool) -> str:
     """Upload a folder, with the token that `hf auth login` or HF_TOKEN gives; the address of the repository."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     hub = HfApi()
     try:
         address = hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="PSA add-on with its model card")
-    except HfHubHTTPError as error:
-        raise ValueError(f"--push_to {repository}: {str(error).strip().splitlines()[0][:300]}") from None
+    except Exception as error:  # the client's own, and those of the HTTP library that it happens to use
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ValueError(f"--push_to {repository}: {reason}; {folder} is written") from error
     return str(address)

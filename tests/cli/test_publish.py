@@ -8,7 +8,6 @@ import huggingface_hub
 import pytest
 import yaml
 from builders import benchmark
-from huggingface_hub.errors import HfHubHTTPError
 
 from psa_fast.cli import main
 from psa_fast.safety.load import addon_hash
@@ -115,14 +114,15 @@ def test_nothing_but_the_written_folder_is_uploaded(command, tmp_path, monkeypat
     assert calls == [("me/guard", True, True), ("me/guard", FILES)]
     assert "uploaded to https://hub/me/guard" in capsys.readouterr().out
 
+    class Unreachable(Exception):
+        """The HTTP library's, whichever it is."""
+
     class Refusing(Hub):
         def create_repo(self, name, private, exist_ok):
-            error = HfHubHTTPError.__new__(HfHubHTTPError)
-            error.args = ("401 Unauthorized\nmore",)
-            raise error
+            raise Unreachable("401 Unauthorized\nmore")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Refusing)
     shutil.rmtree(tmp_path / "out")
     assert main(command("--push_to", "me/guard", "--public")) == 2
-    assert "--push_to me/guard: " in capsys.readouterr().err
+    assert "--push_to me/guard: 401 Unauthorized; " in capsys.readouterr().err
     assert (tmp_path / "out" / "README.md").exists()  # what was written stays

@@ -52,11 +52,17 @@ def test_through_the_launcher_two_ranks_give_the_report_of_one(world, tmp_path, 
     assert codes == [0], output
     assert told(tmp_path) == on_one
     assert output.count("wrote ") == 1
-    # a run in a folder that another one holds is refused once, and ends at once
+
+
+def test_a_folder_that_another_run_holds_is_refused_by_the_first_rank_alone(world, tmp_path):
     with lock(tmp_path / LOCK, "busy"):
-        codes, output = tiny.outcome(launcher(ask(world, tmp_path)))
+        first, second = start(ask(world, tmp_path), 2)
+        codes, output = tiny.outcome([first])
+        assert second.poll() is None  # it waits for the launcher, which ends it
+        tiny.kill([second])
     assert codes == [2], output
-    assert output.count("another evaluation is under way") == 1
+    assert "another evaluation is under way" in output
+    assert "under way" not in second.communicate()[0]
 
 
 @pytest.mark.parametrize("then", [1, 2])
@@ -113,6 +119,18 @@ def test_variables_of_no_launcher_are_refused(monkeypatch, variables, sentence):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=sentence):
         launch.shared(lambda ranks: 0)
+
+
+def test_errors_of_ones_own_work_are_not_taken_for_another_ranks(monkeypatch):
+    def fails():
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("psa_fast.training.ranks.from_rank_0", lambda work: work())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        launch.Ranks(0, 2).from_first(fails)
+    monkeypatch.setattr("psa_fast.training.ranks.from_rank_0", lambda work: fails())
+    with pytest.raises(ChildProcessError, match="another rank has ended"):
+        launch.Ranks(0, 2).from_first(lambda: 1)
 
 
 def test_other_commands_are_not_started_by_a_launcher(capsys):

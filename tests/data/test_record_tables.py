@@ -93,7 +93,11 @@ def test_several_images_paths_and_splits(tmp_path, run):
         "conversations": arrow.array([turns(2)], arrow.list_(TURN)),
         "score": arrow.array([0.5]),
     }
-    path = {"image": arrow.array(["a.png"]), "conversations": arrow.array([turns()], arrow.list_(TURN))}
+    path = {
+        "image": arrow.array(["a.png"]),
+        "split": arrow.array([None], arrow.string()),
+        "conversations": arrow.array([turns()], arrow.list_(TURN)),
+    }
     arrow.parquet.write_table(arrow.table(several), tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     arrow.parquet.write_table(arrow.table(path), tmp_path / "hub" / "data" / "test-00000-of-00001.parquet")
     code, said, records = run(tmp_path / "hub")

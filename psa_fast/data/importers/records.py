@@ -86,14 +86,16 @@ def _rows(tables: list[tuple[Path, str | None]], pictures: Pictures) -> Iterator
         reader = read_parquet if path.suffix == ".parquet" else read_arrow
         for number, cells in reader(path, NEEDED):
             try:
-                yield SourceRow(str(path), number, _record({"split": split, **cells}, pictures))
+                yield SourceRow(str(path), number, _record(cells, split, pictures))
             except BadRow as error:
                 yield SourceRow(str(path), number, error=str(error), kind=error.kind)
 
 
-def _record(cells: dict[str, Any], pictures: Pictures) -> dict[str, Any]:
+def _record(cells: dict[str, Any], split: str | None, pictures: Pictures) -> dict[str, Any]:
     """A row of a table as a row of ours. Raises BadRow for an image or a cell that cannot be one."""
     row = {name: value for name, value in cells.items() if value is not None}
+    if split is not None:
+        row.setdefault("split", split)
     if "image" not in row and "images" in row:
         row["image"] = row.pop("images")
     if (found := row.pop("image", None)) not in (None, []):
