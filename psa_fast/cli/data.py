@@ -132,6 +132,8 @@ def import_command(args: argparse.Namespace) -> int:
         print(f"  and {len(result.reasons) - MAX_REASONS} more reasons")
     if source is not None:
         _print_source(source, result)
+    if result.from_template:
+        print(f"  {result.from_template} answers are ours, since the source has none: to evaluate, not to learn")
     _print_counts(result.counts)
     if image_folder is None and result.with_images:
         print("  the images were not looked at: no --image_folder")
@@ -139,15 +141,13 @@ def import_command(args: argparse.Namespace) -> int:
 
 
 def _print_source(source: Source, result: Import) -> None:
-    """What of the published set was there, what stands in the answers, and where the images are."""
+    """What of the published set was there, and where the images are."""
     for split, size in source.published.items():
         if not source.wants(split):
             continue
         found = source.entries[split]
         missing = f", {size - found} missing" if size is not None and found < size else ""
         print(f"  split {split}: {found} entries" + (f" of {size} published{missing}" if size is not None else ""))
-    if result.from_template:
-        print(f"  {result.from_template} answers are ours, since the source has none: to evaluate, not to learn")
     if result.with_images:
         duplicates = f"; {source.pictures.duplicates} were there already" if source.pictures.out else ""
         print(f"  --image_folder {source.pictures.root}{duplicates}")

@@ -187,6 +187,7 @@ def test_figstep_is_found_in_its_own_layout(world, tmp_path):
     assert main([*map(str, run), "--judge", "keywords", "--max_new_tokens", "2"]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["stages"]["base"]["keywords"]["attack_success"]["n"] == 1
+    assert json.loads((tmp_path / "out" / "records.jsonl").read_text())["answer_from"] == "template"
 
 
 def test_two_ranks_give_the_report_of_one(world, source, tmp_path):
