@@ -125,6 +125,7 @@ fuzz: $(STAMP)
 	python tests/fuzz/run.py --records 4000 --pictures 3000 --policies 1500 --addons 120 --seed 7 --json runs/fuzz/inputs.json
 	python tests/fuzz/damage.py --checkpoints 20 --caches 20 --json runs/fuzz/damage.json
 	python tests/fuzz/kills.py --kills 40 --in_save 10 --seed 3 --json runs/fuzz/kills.json
+	python tests/fuzz/bench_kills.py --kills 20 --seed 3
 
 # as for the demo; otherwise every fresh gradient of 64 MB costs 25 ms of page faults, twelve times its writing
 bench: export MALLOC_MMAP_MAX_ = 0

@@ -63,7 +63,8 @@ def test_every_package_that_is_imported_is_required_by_name():
     imported = modules_imported(ROOT / "psa_fast") | modules_imported(ROOT / "kernels")
     needed = {canonicalize_name(DISTRIBUTION.get(name, name)) for name in imported}
     # ninja is called by DeepSpeed, tensorboard is imported through torch
-    assert needed - set(required()) - set(required("gpu")) - set(required("data")) - set(required("serve")) == set()
+    optional = {name for extra in ("gpu", "data", "lmms", "serve") for name in required(extra)}
+    assert needed - set(required()) - optional == set()
     assert set(required()) - needed == {"ninja", "tensorboard"}
 
 

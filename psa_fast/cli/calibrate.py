@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_fast.cli.evaluation import STAGE_DIRS, find_data
+from psa_fast.cli.sources import STAGE_DIRS, find_data
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:

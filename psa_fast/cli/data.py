@@ -114,8 +114,9 @@ def import_command(args: argparse.Namespace) -> int:
         raise ValueError(f"--list prints all datasets and imports none; leave {args.source_name} or --list out")
     whole = args.on_bad_sample == "error"
     if hasattr(args.importer, "add_arguments"):
-        source, image_folder = None, args.image_folder
-        result = import_rows(args.importer.read(args), args.out, image_folder, not whole)
+        source, rows = None, args.importer.read(args)
+        image_folder = args.image_folder  # an importer that writes the images says where
+        result = import_rows(rows, args.out, image_folder, not whole)
     else:
         source = Source(args.source_name, args.source, args.split, args.images, args.taxonomy_map)
         image_folder = str(source.pictures.root)
@@ -131,6 +132,8 @@ def import_command(args: argparse.Namespace) -> int:
         print(f"  and {len(result.reasons) - MAX_REASONS} more reasons")
     if source is not None:
         _print_source(source, result)
+    if result.from_template:
+        print(f"  {result.from_template} answers are ours, since the source has none: to evaluate, not to learn")
     _print_counts(result.counts)
     if image_folder is None and result.with_images:
         print("  the images were not looked at: no --image_folder")
@@ -138,15 +141,13 @@ def import_command(args: argparse.Namespace) -> int:
 
 
 def _print_source(source: Source, result: Import) -> None:
-    """What of the published set was there, what stands in the answers, and where the images are."""
+    """What of the published set was there, and where the images are."""
     for split, size in source.published.items():
         if not source.wants(split):
             continue
         found = source.entries[split]
         missing = f", {size - found} missing" if size is not None and found < size else ""
         print(f"  split {split}: {found} entries" + (f" of {size} published{missing}" if size is not None else ""))
-    if result.from_template:
-        print(f"  {result.from_template} answers are ours, since the source has none: fit to evaluate, not to train on")
     if result.with_images:
         duplicates = f"; {source.pictures.duplicates} were there already" if source.pictures.out else ""
         print(f"  --image_folder {source.pictures.root}{duplicates}")

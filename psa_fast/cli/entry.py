@@ -12,20 +12,39 @@ from psa_fast.files import shorten, shown
 from psa_fast.threads import choose_waiting
 
 choose_waiting()
+SHARED = ("evaluate", "bench")  # commands that the ranks of a launcher share
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     from psa_fast import train
-    from psa_fast.cli import calibrate, data, evaluation, generate, judge, plan, report_page, robustness, sandbox, score, serve
+    from psa_fast.cli import (
+        ability,
+        bench,
+        calibrate,
+        data,
+        evaluation,
+        generate,
+        judge,
+        plan,
+        publish,
+        report_page,
+        robustness,
+        sandbox,
+        score,
+        serve,
+    )
 
     parser = argparse.ArgumentParser(
         prog="psa-fast", description="Concept-bottleneck safety for vision-language models."
     )
     parser.add_argument("--version", action="version", version=f"psa-fast {__version__}")
+    # DeepSpeed's launcher puts it before the command; the environment says the same
+    parser.add_argument("--local_rank", dest="launched_as", help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (
-        data, sandbox, train, plan, generate, serve, score, evaluation, report_page, calibrate, judge, robustness,
+        data, sandbox, train, plan, generate, serve, score,
+        evaluation, report_page, calibrate, judge, bench, ability, robustness, publish,
     ):  # fmt: skip
         command.register(subparsers)
     return parser
@@ -38,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         args = build_parser().parse_args(argv)
+        if args.launched_as is not None and args.command not in SHARED:
+            raise ValueError(f"{args.command} is not shared by ranks: start it without the launcher")
         _refuse_nothing(args)
         code = args.func(args)
         if sys.stdout is not None:  # closed by the caller (`>&-`)

@@ -6,11 +6,16 @@ import argparse
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from psa_fast.cli.launch import Ranks, shared
+from psa_fast.cli.sources import STAGE_DIRS, Plan, add_sources, find_data, plan, spread
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
@@ -24,9 +29,8 @@ if TYPE_CHECKING:
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.evaluation.report import StageReport
     from psa_fast.evaluation.results import Result
+    from psa_fast.safety import Guard
     from psa_fast.safety.policy import Policy
-
-STAGE_DIRS = ("stage1", "stage2")
 
 
 def register(subparsers: Subcommands) -> None:
@@ -51,22 +55,6 @@ def register(subparsers: Subcommands) -> None:
     parser.set_defaults(func=evaluate)
 
 
-def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Add what every measurement is given: records, base and add-ons, the guard's policy, and where the report goes."""
-    parser.add_argument("--data", required=True, metavar="PATH", help="folder with SPLIT.jsonl, or a JSONL file")
-    parser.add_argument("--split", default="test", help="SPLIT.jsonl of the data folder (default: test)")
-    parser.add_argument("--image_folder", metavar="DIR", help="where image paths start (default: the data folder)")
-    parser.add_argument("--run", metavar="DIR", help="training output: its stage1 and stage2 folders are measured")
-    parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-ons' configs name)")
-    parser.add_argument(
-        "--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on; may be given several times"
-    )
-    parser.add_argument("--policy", metavar="FILE", help="policy YAML of the guarded runs (default: the shipped one)")
-    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
-    parser.add_argument("--overwrite", action="store_true", help="replace what other data or settings gave in --out")
-
-
 @dataclass(frozen=True)
 class Answered:
     """What the stages gave, by stage: reports, how many answers the refusal list could not read, and the results."""
@@ -76,56 +64,13 @@ class Answered:
     results: dict[str, list[Result]]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to evaluate: the base and the add-ons by stage name, in the report's order."""
-
-    base: str
-    addons: dict[str, str]
-
-
-def plan(run: str | None, base: str | None, stages: Sequence[tuple[str, str]]) -> Plan:
-    """Find the add-ons and their base. Raises ValueError if there is nothing to evaluate or the bases differ."""
-    from psa_fast.safety.load import CONFIG, base_of
-
-    addons: dict[str, str] = {}
-    if run is not None:
-        addons = {name: str(Path(run) / name) for name in STAGE_DIRS if (Path(run) / name / CONFIG).is_file()}
-        if not addons:
-            raise ValueError(f"--run {run} holds no add-on: neither {' nor '.join(STAGE_DIRS)} has a {CONFIG}")
-    for name, folder in stages:
-        if not name.replace("_", "").replace("-", "").isalnum() or name == "base":
-            raise ValueError(f"{name!r} cannot name a stage: use letters, digits, - and _, and not 'base'")
-        if name in addons:
-            raise ValueError(f"stage {name} was given twice: {addons[name]} and {folder}")
-        addons[name] = folder
-    bases = {name: base_of(folder) for name, folder in addons.items()} if base is None else {"": base}
-    if not bases:
-        raise ValueError("nothing to evaluate: give --run, --base, --stage1, --stage2 or --stage NAME=DIR")
-    if len(set(bases.values())) > 1:
-        named = ", ".join(f"{name}: {path}" for name, path in bases.items())
-        raise ValueError(f"the add-ons name different bases ({named}); give one with --base")
-    return Plan(next(iter(bases.values())), addons)
-
-
-def find_data(data: str, split: str, image_folder: str | None) -> tuple[Path, Path]:
-    """The JSONL file and the image folder of --data. Raises ValueError if they do not exist."""
-    path = Path(data)
-    file = path / f"{split}.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"--data {data}: there is no file {file}")
-    return file, Path(image_folder) if image_folder is not None else file.parent
-
-
-def spread(records: Sequence[Record], limit: int | None) -> list[Record]:
-    """`limit` records at even distances, so that a file sorted by group keeps all of its groups."""
-    if limit is None or limit >= len(records):
-        return list(records)
-    return [records[i * len(records) // limit] for i in range(limit)]
-
-
 def evaluate(args: argparse.Namespace) -> int:
-    """Run the evaluation. Raises ValueError, with a sentence, for input that cannot be used."""
+    """Run the evaluation, on all ranks of a launcher. Raises ValueError, with a sentence, for input that is no use."""
+    return shared(lambda ranks: evaluate_on(args, ranks))
+
+
+def asked(args: argparse.Namespace) -> Plan:
+    """What the options ask for. Raises ValueError for options that cannot be used."""
     for name in ("batch_size", "max_new_tokens", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -136,8 +81,10 @@ def evaluate(args: argparse.Namespace) -> int:
         if not (name and equals and folder):
             raise ValueError(f"--stage {item}: expected NAME=DIR")
         named.append((name, folder))
-    _evaluate(args, plan(args.run, args.base, named))
-    return 0
+    todo = plan(args.run, args.base, named)
+    if wrong := unwritable_text(_settings(args, todo)):
+        raise ValueError(f"--{wrong}, which a report cannot hold; name it in UTF-8")
+    return todo
 
 
 def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
@@ -148,28 +95,39 @@ def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
     return settings | {"thresholds": True} if args.thresholds else settings
 
 
-def _evaluate(args: argparse.Namespace, todo: Plan) -> None:
+def evaluate_on(args: argparse.Namespace, ranks: Ranks) -> int:
+    """Run the evaluation on one of the ranks that share it. A collective; errors as `evaluate`."""
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.evaluation.report import data_provenance
     from psa_fast.evaluation.report_html import write_page
     from psa_fast.safety.policy import Policy
+    from psa_fast.training.ranks import alike
 
-    if wrong := unwritable_text(_settings(args, todo)):
-        raise ValueError(f"--{wrong}, which a report cannot hold; name it in UTF-8")
-    policy = Policy.load(args.policy)
-    file, image_folder = find_data(args.data, args.split, args.image_folder)
-    with OutputFolder(Path(args.out)).claim() as out:
-        settings = _settings(args, todo)
+    with alike():
+        todo, policy = asked(args), Policy.load(args.policy)
+        file, image_folder = find_data(args.data, args.split, args.image_folder)
+    out, settings = OutputFolder(Path(args.out)), _settings(args, todo)
+
+    def prepare() -> tuple[list[Record], dict[str, Any]]:
+        stack.enter_context(out.claim())
         out.check_older_report(settings, args.overwrite)
         everything, records = _read(args, todo, policy, file, image_folder)
         data = data_provenance(file, image_folder, records, len(everything))
         if out.begin(_identity(args, todo, policy, settings, data), args.overwrite):
             print(f"going on with the run that began in {out.path}")
-        answered = _run(args, todo, policy, records, image_folder, out)
+        return records, data
+
+    def report() -> None:
         _report(args, todo, policy, settings, data, answered)
         out.finish()
         page = write_page(out.path, image_folder).path
-    print(f"wrote {out.path / 'report.md'}, {out.path / 'report.json'} and {page}")
+        print(f"wrote {out.path / 'report.md'}, {out.path / 'report.json'} and {page}")
+
+    with ExitStack() as stack:
+        records, data = ranks.from_first(prepare)
+        answered = _run(args, todo, policy, records, image_folder, out, ranks)
+        ranks.from_first(report)
+    return 0
 
 
 def _identity(
@@ -233,28 +191,33 @@ def _run(
     records: list[Record],
     image_folder: Path,
     out: OutputFolder,
+    ranks: Ranks,
 ) -> Answered:
     """Answer the records stage by stage."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from psa_fast.evaluation.cards import shown_alone
-    from psa_fast.evaluation.evaluate import compute_metrics, per_source, per_type, run_stage, with_looks
+    from psa_fast.evaluation.evaluate import compute_metrics, per_source, per_type, run_stage
     from psa_fast.evaluation.evaluate import unread as count_unread
     from psa_fast.evaluation.report import StageReport
+    from psa_fast.evaluation.sharding import share_of
     from psa_fast.safety.load import addon_hash, load_guard, load_plain
 
     reports: dict[str, StageReport] = {}
     unread: dict[str, dict[str, int]] = {}
     everything: dict[str, list[Result]] = {}
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
+    share = share_of(records, args.batch_size, ranks.rank, ranks.size)
+    own = [records[place] for place in share]
+    with Progress(*columns, disable=ranks.rank > 0) as progress:
         for stage in ("base", *todo.addons):
-            task = progress.add_task(stage, total=len(records))
+            task = progress.add_task(stage, total=len(own))
             addon = todo.addons.get(stage)
             guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
-            times = [time.perf_counter()]  # of the start, and of the end of each batch
-            kept = _kept(out, stage, records)
-            with out.answers(stage, (result.to_json() for result in kept.values())) as stream:
+            times = [time.perf_counter()]  # of the start, and of the end of each batch of this rank
+            kept = ranks.from_first(partial(_kept, out, stage, records))
+            before = kept if ranks.rank == 0 else {}
+            with out.answers(out.share(stage, ranks.rank), (result.to_json() for result in before.values())) as stream:
 
                 def keep(
                     batch: list[Result], stream: TextIO = stream, task: TaskID = task, times: list[float] = times
@@ -263,9 +226,9 @@ def _run(
                     out.append(stream, [result.to_json() for result in batch])
                     progress.advance(task, len(batch))
 
-                results = run_stage(
+                answered = run_stage(
                     guard,
-                    records,
+                    own,
                     image_folder,
                     get_list(args.refusal_list),
                     args.refusal_mode,
@@ -274,11 +237,13 @@ def _run(
                     keep,
                     kept,
                 )
-            progress.update(task, completed=len(records))
+            progress.update(task, completed=len(own))
             seconds = round(time.perf_counter() - times[0], 1)
-            if guard.has_head:
-                results = with_looks(guard, records, results, image_folder, shown_alone(everything["base"], results))
-            out.complete(stage, (result.to_json() for result in results))
+            everyones = ranks.gathered(list(zip(share, answered, strict=True)))
+            found = [result for _, result in sorted(everyones, key=itemgetter(0))]
+            looks = shown_alone(everything["base"], found) if guard.has_head else []
+            complete = partial(_complete, out, stage, guard, records, found, image_folder, looks)
+            results = ranks.from_first(complete)
             facts: dict[str, Any] = {
                 "path": addon or todo.base,
                 "sha256": None if addon is None else addon_hash(addon),
@@ -300,6 +265,23 @@ def _run(
     return Answered(reports, unread, everything)
 
 
+def _complete(
+    out: OutputFolder,
+    stage: str,
+    guard: Guard,
+    records: Sequence[Record],
+    results: Sequence[Result],
+    image_folder: Path,
+    looks: Sequence[int],
+) -> list[Result]:
+    """Write a stage's answers, those at `looks` with where the pool looked; returns them."""
+    from psa_fast.evaluation.evaluate import with_looks
+
+    found = with_looks(guard, records, results, image_folder, looks)
+    out.merge(stage, (result.to_json() for result in found))
+    return found
+
+
 def batch_seconds(times: Sequence[float]) -> dict[str, float | int] | None:
     """Median and 95th percentile of the steps between times: of a batch, its pictures' decoding included.
 
@@ -314,17 +296,21 @@ def batch_seconds(times: Sequence[float]) -> dict[str, float | int] | None:
 
 
 def _kept(out: OutputFolder, stage: str, records: Sequence[Record]) -> dict[str, Result]:
-    """The answers that the run had before it was cut short, by file and line."""
+    """The answers that the run had before it was cut short, by file and line; they are the first rank's from now on."""
     from psa_fast.evaluation.results import Result
 
-    rows = out.kept(stage)
+    shares = out.shares(stage)
+    rows = [row for name in (stage, *shares) for row in out.kept(name)]
     if rows and len({record.where for record in records}) < len(records):
         print(f"{stage}: several records stand on one line of the file, so all are answered anew")
         return {}
     try:
-        return {row["where"]: Result.from_json(row) for row in rows}
+        kept = {row["where"]: Result.from_json(row) for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the answers kept in {out.path} for {stage} cannot be read ({error}); remove them") from None
+    if shares:
+        out.merge(stage, (result.to_json() for result in kept.values()))
+    return kept
 
 
 def _report(

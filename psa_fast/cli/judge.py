@@ -19,6 +19,7 @@ from psa_fast.files import read_json, write_text
 if TYPE_CHECKING:
     from psa_fast.evaluation.judged import Answers
     from psa_fast.evaluation.judges.contract import Asker, Judge
+    from psa_fast.evaluation.judges.judge_format import Format
     from psa_fast.evaluation.metrics import Estimate
 
 KEY_VARIABLE = "JUDGE_API_KEY"
@@ -103,7 +104,7 @@ def _at_least_one(args: argparse.Namespace, *names: str) -> None:
 def _judge(args: argparse.Namespace) -> int:
     from psa_fast.evaluation.judged import find_answers
 
-    _check(args)
+    check_options(args)
     answers = find_answers(args.answers)
     out = Path(args.out)
     code = 0
@@ -113,8 +114,8 @@ def _judge(args: argparse.Namespace) -> int:
     return code
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError for options that do not go together, before anything is read."""
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for options of `--judge` that do not go together, before any answer is read."""
     from psa_fast.evaluation.judges.known import FORMATS, HUMAN
 
     models = [name for name in args.judge if name in FORMATS]
@@ -137,23 +138,32 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--timeout is {args.timeout}; expected seconds above 0")
     if args.judge_key_env is not None and not os.environ.get(args.judge_key_env):
         raise ValueError(f"--judge_key_env: the environment has no variable {args.judge_key_env}, or it is empty")
+    for name in models:
+        _form(args, name)
+
+
+def _form(args: argparse.Namespace, name: str) -> Format:
+    from psa_fast.evaluation.judges.known import get_format
+    from psa_fast.evaluation.judges.wording import read_wording
+
+    form = get_format(name, None if args.judge_template is None else read_wording(args.judge_template))
+    if args.judge_local is not None and (form.sees_pictures or form.top_logprobs):
+        raise ValueError(f"{name} needs images or log-probabilities, and --judge_local has neither; use --judge_url")
+    return form
 
 
 def _make(args: argparse.Namespace, name: str, stack: ExitStack) -> Judge:
     from psa_fast.evaluation.judges.human_labels import HumanLabels
     from psa_fast.evaluation.judges.keyword_list import KeywordList
-    from psa_fast.evaluation.judges.known import HUMAN, KEYWORDS, get_format
+    from psa_fast.evaluation.judges.known import HUMAN, KEYWORDS
     from psa_fast.evaluation.judges.model_judge import ModelJudge
     from psa_fast.evaluation.judges.reply_cache import ReplyCache
-    from psa_fast.evaluation.judges.wording import read_wording
 
     if name == KEYWORDS:
         return KeywordList(get_list(args.refusal_list or DEFAULT_LIST), _mode(args))
     if name == HUMAN:
         return HumanLabels(args.labels)
-    form = get_format(name, None if args.judge_template is None else read_wording(args.judge_template))
-    if args.judge_local is not None and (form.sees_pictures or form.top_logprobs):
-        raise ValueError(f"{name} needs images or log-probabilities, and --judge_local has neither; use --judge_url")
+    form = _form(args, name)
     cache = stack.enter_context(ReplyCache(Path(args.cache or Path(args.out) / "replies.jsonl")).open())
     return ModelJudge(form, _asker(args), cache)
 

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_fast.cli.evaluation import add_sources, find_data, plan
+from psa_fast.cli.sources import add_sources, find_data, plan
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
 

@@ -13,6 +13,8 @@ FIELDS = (
     "image_label", "text_label", "joint_label", "regions", "twin", "licence", "rejected",
 )  # fmt: skip
 
+TEMPLATE = "answer_from"  # key of a record whose answer is a sentence of ours, with the value "template"
+
 # what others call what we read; a row that has one means something that we would not see
 _OTHER_NAMES = {
     "image": "images img imgs image_path image_paths image_file image_files image_name file_name filename picture",

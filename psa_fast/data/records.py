@@ -27,7 +27,7 @@ from psa_fast.data.fields import (
     read_turns,
 )
 from psa_fast.data.images import ImageError, check_image, resolve
-from psa_fast.data.keys import FIELDS, foreign_layout, meant_field
+from psa_fast.data.keys import FIELDS, TEMPLATE, foreign_layout, meant_field
 from psa_fast.data.labels import (
     GROUPS,
     LABELS,
@@ -269,7 +269,7 @@ def read_records(
                 continue
             found, record = parse_row(row.value, name, row.line, keep)
             if record is not None:
-                unread.update(record.extra.keys())  # a mapping's values would be taken for counts
+                unread.update(record.extra.keys() - {TEMPLATE})  # a mapping's values would be taken for counts
                 if record.id is not None:
                     if record.id in lines_of_ids:
                         message = f"id {shorten(record.id)} was used in line {lines_of_ids[record.id]} already"

@@ -16,6 +16,15 @@ MAX_DEPTH = 100  # lists and objects within each other: what reads deeper rows l
 _PAIR = re.compile(r"\\u[dD](?:[89abAB]..(?:\\u[dD][c-fC-F]..)?|[c-fC-F]..)")  # or half of one, which is shorter
 
 
+CONVERT = "`psa-fast data import records --source PATH --images DIR --out FILE.jsonl` makes records of it"
+
+
+def folder_hint(path: Path) -> str:
+    """What to do with a folder that Hugging Face `datasets` wrote, as the end of a sentence; empty for others."""
+    theirs = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
+    return f": it is a folder of datasets; {CONVERT}" if theirs else ""
+
+
 class Row(NamedTuple):
     """One JSON value and its line (from 1), or the reason why the text there is not one that we take."""
 
@@ -35,9 +44,11 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"data file {str(path)!r} does not exist or is not a file")
+        raise ValueError(f"data file {str(path)!r} does not exist or is not a file{folder_hint(path)}")
     with named(path), path.open("rb") as file:
         head = file.read(64)
+        if head.startswith(b"PAR1"):
+            return iter([Row(1, error=f"the file is Parquet; {CONVERT}")])
         if found := foreign_format(head) or ("UTF-16 or binary" if b"\0" in head else None):
             todo = "save it as UTF-8" if found.startswith("UTF") else "unpack or convert it first"
             return iter([Row(1, error=f"the file is {found}; {todo}")])

@@ -46,10 +46,8 @@ def run_stage(
     line, for a record that cannot be asked.
     """
     results: dict[int, Result] = {}
-    order = sorted(range(len(records)), key=lambda place: _size(records[place]))
     with ThreadPoolExecutor(max_workers=4) as pool:
-        for start in range(0, len(records), batch_size):
-            places = order[start : start + batch_size]
+        for places in batches_of(records, batch_size):
             chunk = [records[place] for place in places]
             if all(record.where in done for record in chunk):
                 results.update((place, done[records[place].where]) for place in places)
@@ -59,6 +57,12 @@ def run_stage(
             keep(batch)
             results.update(zip(places, batch, strict=True))
     return [results[place] for place in range(len(records))]
+
+
+def batches_of(records: Sequence[Record], batch_size: int) -> list[list[int]]:
+    """Places of the records by batch: records of about the same length share one."""
+    order = sorted(range(len(records)), key=lambda place: _size(records[place]))
+    return [order[start : start + batch_size] for start in range(0, len(records), batch_size)]
 
 
 def _size(record: Record) -> tuple[int, int]:

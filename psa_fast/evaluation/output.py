@@ -115,6 +115,23 @@ class OutputFolder:
             rows.append(row)
         return rows
 
+    def shares(self, stage: str) -> list[str]:
+        """The names, as of stages, of what other ranks than the first keep of a stage; see `share`."""
+        parts = self.path.glob(self._part(self.share(stage, "*")).name)
+        return sorted(part.name.removeprefix("answers-").removesuffix(".jsonl.part") for part in parts)
+
+    @staticmethod
+    def share(stage: str, rank: int | str) -> str:
+        """The name, as of a stage, of what a rank keeps of a stage; that of the first is the stage's own."""
+        return stage if rank == 0 else f"{stage}.rank{rank}"
+
+    def merge(self, stage: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put the rows of a stage, those of all ranks, in the place of what each rank kept."""
+        self.complete(stage, rows)
+        with named(self.path):
+            for share in self.shares(stage):
+                self._part(share).unlink()
+
     @contextmanager
     def answers(self, stage: str, kept: Iterable[Mapping[str, Any]] = ()) -> Iterator[TextIO]:
         """The open file of a stage's answers, which begins with the rows `kept`; write to it with `append`."""

@@ -44,7 +44,9 @@ def _verdict(row: dict[str, Any]) -> Verdict:
         span = None if one["span"] is None else tuple(one["span"])
         # the probabilities are those of the policy that decides, made of the logits
         readings.append(
-            Reading(one["query"], [], [], one["picture"], one["number"], span, _logits(one["logits"]), one["words_alone"])
+            Reading(
+                one["query"], [], [], one["picture"], one["number"], span, _logits(one["logits"]), one["words_alone"]
+            )
         )
     names = ("checked", "applied", "unsafe", "action", "type", "level", "unsafe_score", "code")
     kept = {name: row[name] for name in names}

@@ -71,6 +71,10 @@ class TrainConfig:
     image_folder: str | None = _data(None, "folder that the records' image paths are relative to")
     output_dir: str = _data("runs/demo", "folder of stage1/ and stage2/, what a run writes", may_change=True)
     on_bad_sample: str = _data("error", "what rows that cannot be used do", choices=("error", "skip"))
+    on_template_answers: str = _data(
+        "error", "what rows whose answer an importer made up do",
+        choices=("error", "drop", "keep"), stage=(1, 2), no_effect=("concept",),
+    )  # fmt: skip
     keep_keys: str | None = _data(
         None, "keys like ours, by commas, that are to be left unread", unset="none", may_change=True
     )  # fmt: skip

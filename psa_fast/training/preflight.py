@@ -23,7 +23,7 @@ from psa_fast.models.base_model import check_base, read_base_config, resolve_com
 
 from .config import TrainConfig
 from .ranks import alike, from_rank_0, gathered
-from .supervision import check_supervision
+from .supervision import check_supervision, with_learnable_answers
 
 
 def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | None, console: Console) -> PsaDataset:
@@ -38,7 +38,11 @@ def prepare_dataset(config: TrainConfig, processor: Any, hint_for: HintFor | Non
     Raises:
         ValueError: rows that cannot be used, unless they may be skipped; nothing left, or nothing to learn.
     """
-    records = from_rank_0(lambda: _read(config, console))
+    everything = from_rank_0(lambda: _read(config, console))
+    with alike():
+        records = with_learnable_answers(everything, config)
+    if len(records) < len(everything):
+        console.print(f"left out {len(everything) - len(records)} row(s) whose answer an importer made up")
     whole = PsaDataset(
         records,
         config.image_folder,

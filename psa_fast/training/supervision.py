@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from psa_fast.data import Record
+from psa_fast.data.keys import TEMPLATE
 from psa_fast.taxonomy import CLEAN, RISK_TYPES
 
 from .config import TrainConfig
@@ -24,6 +25,33 @@ def unlearnt_readings(records: Sequence[Record]) -> dict[str, bool]:
     if not any(record.words[0] not in (None, CLEAN) for record in records):
         found["reads_text"] = False
     return found
+
+
+def with_learnable_answers(records: Sequence[Record], config: TrainConfig) -> list[Record]:
+    """The records without those whose answer an importer made up, where the run learns answers and is to drop them.
+
+    Raises:
+        ValueError: there are some, and the run was not told what they do; or nothing is left without them.
+    """
+    if not config.runs_language_model or config.on_template_answers == "keep":
+        return list(records)
+    left = [record for record in records if not _is_template(record)]
+    if len(left) == len(records):
+        return left
+    if config.on_template_answers == "error":
+        first = next(record for record in records if _is_template(record))
+        raise ValueError(
+            f"--data_path {config.data_path}: the answers of {len(records) - len(left)} of {len(records)} rows are the "
+            f"importer's, since their source has none (first: {first.where}), and the language model would learn to "
+            f"say them; --on_template_answers drop leaves these rows out, keep trains on them"
+        )
+    if not left:
+        raise ValueError(f"--data_path {config.data_path}: --on_template_answers drop leaves none of its rows")
+    return left
+
+
+def _is_template(record: Record) -> bool:
+    return record.extra.get(TEMPLATE) == "template"
 
 
 def check_supervision(records: Sequence[Record], config: TrainConfig) -> list[str]:
@@ -45,9 +73,10 @@ def check_supervision(records: Sequence[Record], config: TrainConfig) -> list[st
             f"--data_path {config.data_path}: none of {len(records)} rows has a picture, "
             f"and stage 1 trains what stands before pictures"
         )
-    if not config.runs_bottleneck:
-        return []
-    return _check_labels(records, pictures, config)
+    warnings = []
+    if config.runs_language_model and (made_up := sum(map(_is_template, records))):
+        warnings.append(f"{made_up} of {len(records)} rows teach an answer that an importer made up")
+    return warnings + (_check_labels(records, pictures, config) if config.runs_bottleneck else [])
 
 
 def _check_labels(records: Sequence[Record], pictures: Sequence[Record], config: TrainConfig) -> list[str]:

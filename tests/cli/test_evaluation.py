@@ -8,7 +8,8 @@ from builders.metrics import REQUIRED, REQUIRED_HEAD
 from builders.tiny_llava import build_addon, build_base
 
 from psa_fast.cli import main
-from psa_fast.cli.evaluation import find_data, plan, register, spread
+from psa_fast.cli.evaluation import register
+from psa_fast.cli.sources import find_data, plan, spread
 from psa_fast.data.records import read_records
 
 

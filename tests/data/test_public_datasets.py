@@ -61,7 +61,7 @@ def lines(records):
 
 
 def test_every_importer_has_a_dataset_here():
-    assert set(DATASETS) | {"figstep", "psa"} == set(IMPORTERS)
+    assert set(DATASETS) | {"figstep", "psa", "records"} == set(IMPORTERS)
 
 
 @pytest.mark.parametrize("name", DATASETS)

@@ -1,5 +1,6 @@
 """A sample of what the scripts here do at length: no damage goes unnoticed, no kill changes what a run ends with."""
 
+import bench_kills
 import damage
 import kills
 import pytest
@@ -24,3 +25,8 @@ def test_a_run_killed_in_a_save_ends_with_the_right_weights(tmp_path):
     results = kills.run(tmp_path, kills=0, in_save=1, seed=2, per_run=1, two_ranks_every=0)
     assert all(result["same"] for result in results), results
     assert any(moment.startswith("in the save") for result in results for moment in result["kills"])
+
+
+def test_a_benchmark_killed_and_begun_again_gives_the_same_report(tmp_path):
+    results = bench_kills.run(tmp_path, kills=3, seed=4, two_ranks_every=0)
+    assert all(result["same"] for result in results), results

@@ -191,3 +191,19 @@ def test_the_rate_in_the_metrics_is_the_step_s_own(world, base, tmp_path, group_
     assert found == pytest.approx([*warm, *cosine], rel=1e-6)
     with pytest.raises(ValueError, match="--warmup_steps 2 leaves none of the run's 2 steps"):
         check_warmup(config, 2)
+
+
+def test_rows_with_an_answer_of_an_importer_end_the_run_or_are_dropped(rows, start, unloaded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_setup, "fingerprint", lambda records: seen.append(records) or fingerprint(records))
+    path = rows(lambda row: row | ({"answer_from": "template"} if row["safe_type"] == 2 else {}))
+    options = ["--max_length", 2000]
+    marked = sum("template" in line for line in path.read_text().splitlines())
+    assert 0 < marked < 50
+    with pytest.raises(ValueError, match=f"the answers of {marked} of 50 rows are the importer's"):
+        start(path, *options)
+    said = start(path, *options, "--on_template_answers", "drop", expect=unloaded)
+    assert f"left out {marked} row(s) whose answer an importer made up" in said
+    assert all(record.safe_type != 2 for record in seen[0])
+    start(path, *options, "--stage1_objective", "concept", expect=unloaded)
+    assert [len(records) for records in seen] == [50 - marked, 50]

@@ -1,10 +1,12 @@
 """A run with nothing to learn is refused before a model is loaded, one with little is warned."""
 
+from dataclasses import replace
+
 import pytest
 
 from psa_fast.data import Record, Turn
 from psa_fast.training.config import TrainConfig
-from psa_fast.training.supervision import check_supervision, unlearnt_readings
+from psa_fast.training.supervision import check_supervision, unlearnt_readings, with_learnable_answers
 
 
 def rows(count, safe_type=None, safe_level=None, picture=True):
@@ -79,3 +81,33 @@ def test_an_addon_claims_no_reading_that_its_records_do_not_teach():
     assert unlearnt_readings([pictured, row((), 6)]) == {"reads_text": False}
     assert unlearnt_readings([pictured, row(("a.png",), 2, group="text_risk")]) == {}
     assert unlearnt_readings([row((), None)]) == {"neutral_query": False, "reads_text": False}
+
+
+def made_up(count):
+    return [replace(record, path="d.jsonl", line=7, extra={"answer_from": "template"}) for record in rows(count, 2, 3)]
+
+
+@pytest.mark.parametrize("options", [{"stage": 1}, {"stage": 1, "stage1_objective": "tokens"}, {"stage": 2}])
+def test_answers_that_an_importer_made_up_are_not_learnt_unasked(options):
+    own = [*LABELLED, replace(LABELLED[0], extra={"answer_from": "annotator"})]
+    records = [*own, *made_up(3)]
+
+    def config(choice):
+        return TrainConfig(data_path="d.jsonl", on_template_answers=choice, **options)
+
+    sentence = r"d.jsonl: the answers of 3 of 14 rows are .*\(first: d.jsonl:7\).*--on_template_answers drop"
+    with pytest.raises(ValueError, match=sentence):
+        with_learnable_answers(records, config("error"))
+    assert with_learnable_answers(own, config("error")) == own
+    assert with_learnable_answers(records, config("drop")) == own
+    assert with_learnable_answers(records, config("keep")) == records
+    assert check_supervision(records, config("keep"))[0] == "3 of 14 rows teach an answer that an importer made up"
+    assert check_supervision(own, config("keep")) == []
+    with pytest.raises(ValueError, match="--on_template_answers drop leaves none"):
+        with_learnable_answers(made_up(2), config("drop"))
+
+
+def test_the_concept_head_learns_from_rows_without_answers_of_their_own():
+    records, config = [*LABELLED, *made_up(3)], TrainConfig(data_path="d.jsonl", stage1_objective="concept")
+    assert with_learnable_answers(records, config) == records
+    assert check_supervision(records, config) == []

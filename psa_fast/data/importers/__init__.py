@@ -6,10 +6,10 @@ A dataset that comes as a folder is a module NAME beside `NAME.yaml`, the table 
 - `entries(source)`, which yields the raw rows (`psa_fast.data.importers.source.Entry`) of the splits asked for;
 - `records(source, entry)`, which yields the rows of ours of one entry, or raises `BadRow`.
 
-`figstep` and `psa` come as files of any name: they have `HELP`, `add_arguments(parser)` and `read(args)`, which yields
-a `SourceRow` for each row of the source. Both kinds raise ValueError only for what spoils the whole source: a file that
-is absent, a column that is missing. Everything else, from the checks to the report, is `import_rows`
-(psa_fast.data.importers.writing) and the same for all.
+`figstep`, `psa` and `records` come as files of any name: they have `HELP`, `add_arguments(parser)` and `read(args)`,
+which returns a `SourceRow` for each row of the source. Both kinds raise ValueError only for what spoils the whole
+source: a file that is absent, a column that is missing. Everything else, from the checks to the report, is
+`import_rows` (psa_fast.data.importers.writing) and the same for all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 #: the modules' names, which are those on the command line
 IMPORTERS = (
     "beavertails_v", "figstep", "hateful_memes", "holisafe", "jailbreakv", "llava_instruct", "mm_safetybench",
-    "mossbench", "mssbench", "psa", "rtvlm", "siuo", "spa_vl", "unsafebench", "vlguard", "vlsbench", "xstest",
+    "mossbench", "mssbench", "psa", "records", "rtvlm", "siuo", "spa_vl", "unsafebench", "vlguard", "vlsbench",
+    "xstest",
 )  # fmt: skip
 
 

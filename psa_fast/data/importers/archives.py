@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -134,22 +134,53 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict
     Raises:
         ValueError: naming the file, for one that is no table, is damaged, or lacks a column; pyarrow is missing.
     """
-    try:
-        import pyarrow as arrow
+
+    def batches() -> Iterator[Any]:
         import pyarrow.parquet as parquet
+
+        with parquet.ParquetFile(path) as table:
+            yield table.schema_arrow.names
+            yield from table.iter_batches(batch_size=BATCH)
+
+    return _table_rows(path, columns, batches)
+
+
+def read_arrow(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of an Arrow stream, the file of Hugging Face `datasets`, as `read_parquet` does."""
+
+    def batches() -> Iterator[Any]:
+        import pyarrow
+
+        with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as stream:
+            yield stream.schema.names
+            for batch in stream:
+                for start in range(0, batch.num_rows, BATCH):
+                    yield batch.slice(start, BATCH)
+
+    return _table_rows(path, columns, batches)
+
+
+def _table_rows(
+    path: Path, columns: Sequence[str], batches: Callable[[], Iterator[Any]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a table; `batches` yields the names of its columns, then batches of rows."""
+    try:
+        import pyarrow
     except ImportError:
-        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'psa-fast[data]'") from None
+        raise ValueError(f"{path}: reading tables needs pyarrow: pip install 'psa-fast[data]'") from None
+    if not path.is_file():
+        raise ValueError(f"{path} is not there")
     refuse_placeholder(path)
     number = 0
     try:
-        with parquet.ParquetFile(path) as table:
-            names = table.schema_arrow.names
-            if missing := [name for name in columns if name not in names]:
-                raise BadRow(f"no column {', '.join(missing)}; the table has {', '.join(names)}"[:500])
-            for batch in table.iter_batches(batch_size=BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (arrow.ArrowException, OSError, BadRow) as error:
+        found = batches()
+        names = next(found)
+        if missing := [name for name in columns if name not in names]:
+            raise BadRow(f"no column {', '.join(missing)}; the table has {', '.join(names)}"[:500])
+        for batch in found:
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError, BadRow) as error:
         reason = error if isinstance(error, BadRow) else f"the table cannot be read: {error}"
         raise ValueError(f"{path}:{number + 1}: {reason}") from None

@@ -13,6 +13,7 @@ from pathlib import Path
 from psa_fast.data.importers import BadRow, SourceRow
 from psa_fast.data.importers.tables import read_table
 from psa_fast.data.importers.taxonomy_map import read_taxonomy_map
+from psa_fast.data.keys import TEMPLATE
 from psa_fast.data.records import IMAGE_MARK
 from psa_fast.files import shorten
 
@@ -82,6 +83,7 @@ def read(args: argparse.Namespace) -> Iterator[SourceRow]:
                 "source": "figstep",
                 "source_label": category,
                 "licence": LICENCE,
+                TEMPLATE: "template",
                 "conversations": [
                     {"from": "user", "value": f"{IMAGE_MARK}\n{PROMPT}"},
                     {"from": "assistant", "value": ANSWERS[category]},

@@ -13,7 +13,7 @@ from psa_fast.data.importers.archives import read_parquet, refuse_placeholder
 from psa_fast.data.importers.pictures import Pictures
 from psa_fast.data.importers.tables import read_table
 from psa_fast.data.importers.taxonomy_map import Label, TaxonomyMap, read_taxonomy_map
-from psa_fast.data.importers.writing import TEMPLATE
+from psa_fast.data.keys import TEMPLATE
 from psa_fast.data.records import IMAGE_MARK
 from psa_fast.data.rows import read_entries, read_rows
 from psa_fast.files import shorten

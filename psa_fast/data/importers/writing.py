@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TextIO
 
 from psa_fast.data.importers import SourceRow
+from psa_fast.data.keys import TEMPLATE
 from psa_fast.data.progress import progress
 from psa_fast.data.records import Problem, Record, image_fault, parse_row
 from psa_fast.files import shorten, shown, write_with
 
 BAD_IMAGE = "an image that cannot be used"
 CHUNK = 1024  # rows that are held at a time, while their images are looked at
-TEMPLATE = "answer_from"  # key of a record whose answer is a sentence of ours
 
 
 @dataclass
