@@ -7,6 +7,7 @@ composition of the dev or test split.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -152,7 +153,8 @@ def to_pixels(pictures: Tensor) -> Tensor:
 
 def changed(pictures: Pictures, generator: torch.Generator, share: float = 0.6) -> tuple[Tensor, Tensor]:
     """Pixels float [N, 3, h, w] and owners int64 [N, h, w]: a share of the pictures moved, turned, zoomed, under other
-    light, blurred; three in ten mirrored, two in ten upside down. What enters at the edge repeats it.
+    light, blurred, with paler or coarser colours; three in ten mirrored, three upside down. What enters at the edge
+    repeats it.
     """
     n, side = len(pictures.pixels), pictures.pixels.shape[1]
 
@@ -162,7 +164,7 @@ def changed(pictures: Pictures, generator: torch.Generator, share: float = 0.6) 
     moved = (uniform(0, 1) < share).float()
     angle, zoom = uniform(-0.27, 0.27) * moved, torch.exp(uniform(-0.4, 0.4) * moved)
     shift = uniform(-0.25, 0.25, 2) * moved[:, None]
-    mirrored, upside = 1 - 2 * (uniform(0, 1) < 0.3).float(), 1 - 2 * (uniform(0, 1) < 0.2).float()
+    mirrored, upside = 1 - 2 * (uniform(0, 1) < 0.3).float(), 1 - 2 * (uniform(0, 1) < 0.3).float()
     rows = (
         torch.stack([angle.cos() * zoom * mirrored, -angle.sin() * zoom * upside, shift[:, 0]], 1),
         torch.stack([angle.sin() * zoom * mirrored, angle.cos() * zoom * upside, shift[:, 1]], 1),
@@ -172,10 +174,20 @@ def changed(pictures: Pictures, generator: torch.Generator, share: float = 0.6) 
     owners = F.grid_sample(pictures.owners[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0].long()
     lighter, contrast = uniform(-0.25, 0.25, 1, 1, 1), torch.exp(uniform(-0.3, 0.2, 1, 1, 1))
     pixels = torch.where(moved[:, None, None, None] > 0, pixels * contrast + lighter, pixels)
+    pixels = _recoloured(pixels, uniform)
     softened = (uniform(0, 1) < 0.2)[:, None, None, None]
     pixels = torch.where(softened, F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False), pixels)
     noisy = uniform(0, 1, 1, 1, 1).lt(0.2) * uniform(0, 0.15, 1, 1, 1)
     return (pixels + noisy * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1), owners
+
+
+def _recoloured(pixels: Tensor, uniform: Callable[..., Tensor]) -> Tensor:
+    """A third of the pictures with paler colours, a fifth with colours at half the resolution, as JPEG keeps them."""
+    grey = pixels.mean(1, keepdim=True)
+    colour = pixels - grey
+    paler = torch.where(uniform(0, 1, 1, 1, 1) < 0.33, torch.exp(uniform(-1.0, 0.2, 1, 1, 1)), 1.0)
+    coarse = F.interpolate(F.avg_pool2d(colour, 2), scale_factor=2, mode="nearest")
+    return grey + paler * torch.where(uniform(0, 1, 1, 1, 1) < 0.2, coarse, colour)
 
 
 def patch_labels(owners: Tensor, items: Tensor) -> Tensor:

@@ -41,12 +41,12 @@ class TowerRecipe:
     channels: tuple[int, int, int, int] = (24, 64, 192, 256)
     window_side: int = 48
     windows: int = 8000
-    window_steps: int = 1200
+    window_steps: int = 1400
     window_batch: int = 64
     window_lr: float = 4e-3
     pictures: int = 4000
     mosaics: float = 0.5
-    steps: int = 1000
+    steps: int = 1150
     batch: int = 32
     lr: float = 2e-3
     warmup: int = 50
