@@ -65,7 +65,7 @@ def write_benchmark_report(
 
 
 def _without_time(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key != "seconds"}
+    return {key: value for key, value in facts.items() if key not in ("seconds", "batch_seconds")}
 
 
 def _figures(

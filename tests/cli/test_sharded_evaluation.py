@@ -33,8 +33,8 @@ def told(out):
     report = json.loads((out / "report.json").read_text())
     del report["provenance"]["date"]
     for stage in report["provenance"]["stages"].values():
-        del stage["seconds"]
-    names = ["answers-base.jsonl", "answers-stage1.jsonl", "report.json", "report.md"]
+        del stage["seconds"], stage["batch_seconds"]
+    names = ["answers-base.jsonl", "answers-stage1.jsonl", "report.html", "report.json", "report.md"]
     assert sorted(file.name for file in out.iterdir() if file.name != LOCK) == names
     return json.dumps(report), [(out / name).read_bytes() for name in names[:2]]
 
