@@ -11,6 +11,7 @@ from typing import Any
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
 
+AUDIT_MB = 100
 NEEDED = "this command needs fastapi, uvicorn and prometheus-client: pip install 'psa-fast[serve]'"
 
 
@@ -32,7 +33,7 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument("--shadow", metavar="FILE", help="a second policy, which is counted and logged, never applied")
     parser.add_argument("--audit", metavar="FILE", help="log of every verdict, with hashes in the place of content")
     parser.add_argument(
-        "--audit_mb", type=int, default=100, metavar="N", help="size at which the log is renamed (default: 100)"
+        "--audit_mb", type=int, metavar="N", help=f"size at which the audit log is renamed (default: {AUDIT_MB})"
     )
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: 8000)")
@@ -74,9 +75,13 @@ def serve(args: argparse.Namespace) -> int:
     settings = ServerSettings(**{field.name: getattr(args, field.name) for field in fields(ServerSettings)})
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port is {args.port}; expected 0 to 65535")
-    if args.audit_mb < 1:
+    if args.audit_mb is not None and args.audit is None:
+        raise ValueError("--audit_mb does nothing without --audit")
+    if args.audit_mb is not None and args.audit_mb < 1:
         raise ValueError(f"--audit_mb is {args.audit_mb}; expected at least 1")
     keys = ApiKeys.load(args.api_keys)
+    if args.open and keys:
+        raise ValueError("--open is for a server without API keys, and there are some; leave it or them out")
     if not keys and not args.open and not _is_loopback(args.host):
         raise ValueError(
             f"--host {shorten(args.host)} is reached by others and there is no API key; give --api_keys FILE, or --open"
@@ -91,7 +96,7 @@ def serve(args: argparse.Namespace) -> int:
     guard = load_guard(args.model, args.base, policy)
     if shadow is not None:
         shadow.require_model(guard.model_hash)
-    audit = None if args.audit is None else AuditLog(args.audit, args.audit_mb)
+    audit = None if args.audit is None else AuditLog(args.audit, args.audit_mb or AUDIT_MB)
     app = server.Server(guard, settings, keys, shadow, audit, args.ui).app
     # the log of requests names paths and addresses alone; uvicorn's own handlers would print everything twice
     uvicorn.run(

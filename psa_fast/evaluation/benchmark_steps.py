@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from psa_fast.files import lock, named, read_json, write_text
+from psa_fast.evaluation.output import claimed
+from psa_fast.files import read_json, write_text
 
 LOCK = ".bench.lock"
 STATE = "bench.json"
@@ -29,14 +30,8 @@ class BenchmarkSteps:
 
     @contextmanager
     def claim(self) -> Iterator[BenchmarkSteps]:
-        """Make the folder and keep other runs out of it.
-
-        Raises OSError if nothing can be written there, ValueError if another run is at it.
-        """
-        with named(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        busy = f"another benchmark is under way in {self.path}; give this one an --out of its own"
-        with lock(self.path / LOCK, busy):
+        """Make the folder and keep other runs out of it, as `claimed`."""
+        with claimed(self.path, LOCK, "benchmark"):
             yield self
 
     def begin(self, asked: Mapping[str, Any], date: str, overwrite: bool = False) -> None:

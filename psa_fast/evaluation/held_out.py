@@ -24,7 +24,7 @@ from psa_fast.evaluation.calibration import (
 from psa_fast.evaluation.evaluate import IMAGE_GROUPS
 from psa_fast.evaluation.results import REFUSED
 from psa_fast.safety.policy import RISKY_TYPES
-from psa_fast.safety.reading import worst
+from psa_fast.safety.reading import weigh
 from psa_fast.taxonomy import CLEAN, RISK_TYPES
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class HeldOut:
         shown = record.group in IMAGE_GROUPS and bool(record.images)
         labels = {"type": record.safe_type if shown else None, "level": record.safe_level if shown else None}
         logits = np.array([reading.logits for reading in readings], dtype=np.float64)
-        decides = list(readings).index(worst(policy, readings)[0]) if readings else 0
+        decides = list(readings).index(weigh(policy, readings).reading) if readings else 0
         return cls(record.group, labels, logits, decides, float("inf") if policy.on_error == "block" else -1.0)
 
 

@@ -16,6 +16,18 @@ REPORT = "report.json"
 BEGUN = ".evaluate.json"
 
 
+@contextmanager
+def claimed(path: Path, lock_name: str, what: str) -> Iterator[None]:
+    """Context in which a folder, made here, is kept from other runs of a kind, `what` in words.
+
+    Raises OSError if nothing can be written there, ValueError if another run is at it.
+    """
+    with named(path):
+        path.mkdir(parents=True, exist_ok=True)
+    with lock(path / lock_name, f"another {what} is under way in {path}; give this one an --out of its own"):
+        yield
+
+
 class OutputFolder:
     """The folder --out, claimed by this run for as long as `claim` lasts.
 
@@ -32,14 +44,8 @@ class OutputFolder:
 
     @contextmanager
     def claim(self) -> Iterator[OutputFolder]:
-        """Make the folder and keep other runs out of it.
-
-        Raises OSError if nothing can be written there, ValueError if another run is at it.
-        """
-        with named(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        busy = f"another evaluation is under way in {self.path}; give this one an --out of its own"
-        with lock(self.path / LOCK, busy):
+        """Make the folder and keep other runs out of it, as `claimed`."""
+        with claimed(self.path, LOCK, "evaluation"):
             yield self
 
     def check_older_report(self, settings: Mapping[str, Any], overwrite: bool = False) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,7 @@ from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.prepared import Prepared
 from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take, weigh
-from psa_fast.safety.request import Prompter, Request, keep_mark, text_positions
+from psa_fast.safety.request import OnError, Prompter, Request, check_count, checked, keep_mark, text_positions
 from psa_fast.safety.verdict import Answer, Verdict, as_applied, read_verdict, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Guard", "Request", "Verdict"]
 
 UNCHECKED = "I am sorry, but this request cannot be answered, because it could not be read."
-OnError = Literal["block", "raise"]
 
 
 class _Generated(NamedTuple):
@@ -138,18 +137,11 @@ class Guard:
         ValueError that names its place in the list instead.
         """
         found: dict[int, Verdict] = {}
-        for start in range(0, len(requests), batch_size):
-            batch = []
-            for number, request in enumerate(requests[start : start + batch_size], start):
-                try:
-                    batch.append(self.prepare(request, number=number))
-                except ValueError as error:
-                    if on_error == "raise":
-                        raise ValueError(f"request {number}: {error}") from error
-                    found[number] = self._signed(refusing_verdict(number, str(error)))
+        for batch, refused in self._prepared(requests, batch_size, on_error):
             read = self._read(batch, self._encode_images(batch))
+            found |= refused
             found.update((one.number, as_applied(*result)) for one, result in zip(batch, read, strict=True))
-        return [found[number] for number in range(len(requests))]
+        return [found[number] for number in range(len(found))]
 
     @torch.inference_mode()
     def readings(self, requests: Sequence[Request], batch_size: int = 16) -> list[list[Reading]]:
@@ -158,16 +150,27 @@ class Guard:
         Raises ValueError, naming its place in the list, for a request that cannot be read.
         """
         found = []
+        for batch, _ in self._prepared(requests, batch_size, "raise"):
+            readings = self._ask(batch, self._encode_images(batch))
+            found += [readings.get(one.number, []) if one.readable else [] for one in batch]
+        return found
+
+    def _prepared(
+        self, requests: Sequence[Request], batch_size: int, on_error: OnError
+    ) -> Iterator[tuple[list[Prepared], dict[int, Verdict]]]:
+        """Batches ready to be asked, and the verdicts of requests that cannot be read, by their places in the list."""
+        requests = checked(requests, batch_size, on_error)
         for start in range(0, len(requests), batch_size):
-            batch = []
+            batch: list[Prepared] = []
+            refused: dict[int, Verdict] = {}
             for number, request in enumerate(requests[start : start + batch_size], start):
                 try:
                     batch.append(self.prepare(request, number=number))
                 except ValueError as error:
-                    raise ValueError(f"request {number}: {error}") from error
-            readings = self._ask(batch, self._encode_images(batch))
-            found += [readings.get(one.number, []) if one.readable else [] for one in batch]
-        return found
+                    if on_error == "raise":
+                        raise ValueError(f"request {number}: {error}") from error
+                    refused[number] = self._signed(refusing_verdict(number, str(error)))
+            yield batch, refused
 
     def _batches(
         self,
@@ -177,20 +180,12 @@ class Guard:
         batch_size: int,
         on_error: OnError,
     ) -> list[tuple[Answer, ...]]:
-        for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {shorten(value)}; expected a whole number, at least 1")
+        check_count("max_new_tokens", max_new_tokens)
+        requests = checked(requests, batch_size, on_error)
         if not all(isinstance(guarded, bool) for guarded in modes):  # what is merely false would turn the guard off
             raise ValueError(f"guarded is {shorten(modes[0])}; expected True or False")
-        if on_error not in ("block", "raise"):
-            raise ValueError(f"on_error is {shorten(on_error)}; expected 'block' or 'raise'")
-        if isinstance(requests, Request | str | bytes | Mapping) or not isinstance(requests, Iterable):
-            raise ValueError(
-                f"requests is a list of Request, [request] for a single one, not a {type(requests).__name__}"
-            )
         if True in modes and not self.has_head:
             raise ValueError("this model has no concept head: it can only answer unguarded")
-        requests = list(requests)
         answers: list[tuple[Answer, ...]] = []
         for start in range(0, len(requests), batch_size):
             batch = dict(enumerate(requests[start : start + batch_size], start))

@@ -237,11 +237,6 @@ def weigh(policy: Policy, readings: Sequence[Reading]) -> Weighed:
     return Weighed(*max(decided, key=lambda pair: _strictness(pair[1])), highest)
 
 
-def worst(policy: Policy, readings: Sequence[Reading]) -> tuple[Reading, Decision]:
-    """The first two of `weigh`."""
-    return weigh(policy, readings)[:2]
-
-
 def _strictness(decision: Decision) -> tuple[bool, bool, int, int, float]:
     level = decision.level if decision.code == "unsafe" and decision.level is not None else 0
     score = decision.unsafe_score or 0.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -15,6 +15,8 @@ from psa_fast.data.records import IMAGE_MARK, Turn
 from psa_fast.files import shorten, unwritable_text
 
 Picture = bytes | Path | Image.Image
+# what becomes of a request that cannot be read
+OnError = Literal["block", "raise"]
 
 
 @dataclass(frozen=True)
@@ -144,3 +146,19 @@ def text_positions(config: Any) -> int | None:
     """The positions of a base's language model, from its config; None if it names no number."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ValueError for an argument, by its name, that is no whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {shorten(value)}; expected a whole number, at least 1")
+
+
+def checked(requests: Sequence[Request], batch_size: int, on_error: OnError) -> list[Request]:
+    """The requests, whose own content is not looked at. Raises ValueError for arguments that cannot be used."""
+    check_count("batch_size", batch_size)
+    if on_error not in ("block", "raise"):
+        raise ValueError(f"on_error is {shorten(on_error)}; expected 'block' or 'raise'")
+    if isinstance(requests, Request | str | bytes | Mapping) or not isinstance(requests, Iterable):
+        raise ValueError(f"requests is a list of Request, [request] for a single one, not a {type(requests).__name__}")
+    return list(requests)

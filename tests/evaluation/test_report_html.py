@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from builders.browser import dumped
 from builders.judging import result, write_answers
 from builders.tiny_llava import picture
 
@@ -226,23 +225,17 @@ def test_what_is_no_evaluation_is_named(folder, tmp_path, capsys):
             Kept.load(folder)
 
 
-@pytest.fixture(scope="session")
-def browser():
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no chromium is installed to show the page")
-    return found
-
-
-def show(browser, page, profile):
+def show(page, profile):
     """(the document after loading, what the console said, the addresses that the page asked for)."""
     log = profile / "net.json"
-    command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-        "--disable-component-update", "--disable-default-apps", "--disable-sync", f"--user-data-dir={profile}",
-        f"--log-net-log={log}", "--enable-logging=stderr", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    quiet = ("background-networking", "component-update", "default-apps", "sync")
+    options = [
+        "--no-first-run",
+        f"--log-net-log={log}",
+        "--enable-logging=stderr",
+        *(f"--disable-{name}" for name in quiet),
+    ]
+    done = dumped(page.as_uri(), profile, *options)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     # the browser asks its maker for this and that; what a page asks for is kept apart under the page's origin
     events = [event.get("params", {}) for event in json.loads(log.read_text())["events"]]
@@ -250,15 +243,15 @@ def show(browser, page, profile):
     return done.stdout, console, asked
 
 
-def test_a_browser_asks_for_nothing_and_complains_of_nothing(folder, browser, tmp_path):
+def test_a_browser_asks_for_nothing_and_complains_of_nothing(folder, tmp_path):
     page = write_page(folder).path
-    document, console, asked = show(browser, page, tmp_path / "profile")
+    document, console, asked = show(page, tmp_path / "profile")
     assert "<title>Safety evaluation</title>" in document
     assert document.count("<article") > 10
     assert (console, asked) == ([], set())
     # the same two checks see what a page that is not escaped would do
     text = page.read_text()
     page.write_text(text.replace("</h1>", "</h1><script>document.title = 'owned'</script>"))
-    assert show(browser, page, tmp_path / "second")[1]
+    assert show(page, tmp_path / "second")[1]
     page.write_text(re.sub(r"<meta http-equiv.*?>", "", text).replace("</h1>", "</h1><img src='http://127.0.0.1:9/x'>"))
-    assert show(browser, page, tmp_path / "third")[2] == {"http://127.0.0.1:9/x"}
+    assert show(page, tmp_path / "third")[2] == {"http://127.0.0.1:9/x"}

@@ -222,5 +222,12 @@ def test_verdicts_alone_are_those_of_answers_and_generate_nothing(folders, monke
     with pytest.raises(ValueError, match=r"^request 5: the prompt has 1 <image> mark"):
         guard.verdicts([*asked, broken], batch_size=2, on_error="raise")
     assert guard.verdicts([*asked, broken], batch_size=2)[:5] == wanted
+    for call in (guard.verdicts, guard.readings):
+        with pytest.raises(ValueError, match="batch_size is 0; expected a whole number"):
+            call(asked, batch_size=0)
+        with pytest.raises(ValueError, match=r"requests is a list of Request, \[request\] for a single one"):
+            call(asked[0])
+    with pytest.raises(ValueError, match="on_error is 'allow'; expected 'block' or 'raise'"):
+        guard.verdicts(asked, on_error="allow")
     (refused,) = guard.verdicts([broken])
     assert (refused.code, refused.action) == ("not_checked", "block")

@@ -8,7 +8,7 @@ from psa_fast.data.records import Turn
 from psa_fast.models import PsaVLM
 from psa_fast.safety import Guard, Request, load_guard
 from psa_fast.safety.policy import Policy
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Reading, worst
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Reading, weigh
 from psa_fast.safety.request import keep_mark
 from psa_fast.sandbox.language import all_texts
 from psa_fast.sandbox.word_level import build_tokenizer
@@ -49,7 +49,7 @@ NOT_FINITE = ([float("nan")] * 7, [0.25] * 4)
     ],
 )
 def test_the_worse_reading_decides(prompt, neutral, decides, action):
-    reading, decision = worst(Policy.load(), [Reading("prompt", *prompt), Reading("neutral", *neutral)])
+    reading, decision, _ = weigh(Policy.load(), [Reading("prompt", *prompt), Reading("neutral", *neutral)])
     assert (reading.query, decision.action) == (decides, action)
 
 
@@ -58,7 +58,7 @@ def test_a_switched_off_type_does_not_hide_a_risk_that_is_on():
     off = Reading("prompt", probabilities(7, p4=0.99), probabilities(4, p3=0.99))
     on = Reading("neutral", probabilities(7, p1=0.6), probabilities(4, p2=0.6))
     for readings in ([off, on], [on, off]):
-        reading, decision = worst(policy, readings)
+        reading, decision, _ = weigh(policy, readings)
         assert (reading.query, decision.code, decision.type) == ("neutral", "unsafe", 1)
 
 

@@ -3,12 +3,11 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 import threading
 import time
 
 import pytest
+from builders.browser import dumped
 from builders.http_requests import QUESTION, data_url, png
 from builders.tiny import free_port
 
@@ -66,21 +65,11 @@ def address(guard):
     thread.join(30)
 
 
-def dump(url, profile):
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no chromium")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    command = [browser, *options, f"--user-data-dir={profile}", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    return done.stdout
-
-
 @pytest.mark.parametrize(("key", "width"), [("a-key-of-some-length", 1200), ("a-key-of-some-length", 360), ("no", 360)])
 def test_a_picture_is_dropped_and_asked_about(guard, address, tmp_path, key, width):
     url, pages = address
     pages["drive"] = DRIVER % (width, data_url(png(2)).partition(",")[2], QUESTION, key)
-    dom = dump(f"{url}/driver/drive", tmp_path)
+    dom = dumped(f"{url}/driver/drive", tmp_path, "--virtual-time-budget=20000").stdout
     (found,) = re.findall("<pre>(.*)</pre>", dom, re.DOTALL)
     seen = json.loads(html.unescape(found))
     assert not seen["wide"]

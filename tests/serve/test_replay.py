@@ -42,6 +42,23 @@ def test_another_policy_decides_as_a_guard_under_it(guard, strict, other, reques
     assert differing > 10
 
 
+def calibrated(policy, addon_sha256):
+    fitted = {"type_temperature": 2.5, "level_temperature": 0.4, "over_refusal": 0.05, "confidence": 0.95, "rows": 100}
+    fitted |= {"data_sha256": "0" * 64, "addon_sha256": addon_sha256}
+    return Policy.model_validate(policy.model_dump() | {"calibration": fitted})
+
+
+def test_temperatures_are_those_of_the_policy_that_decides(guard, requests):
+    warm = calibrated(guard.policy, guard.model_hash)
+    mine = guard.verdicts(requests)
+    theirs = Guard(guard.model, guard.processor, warm, guard.model_hash).verdicts(requests)
+    assert any(a.type_probs != b.type_probs for a, b in zip(mine, theirs, strict=True))
+    assert [redecide(warm, verdict) for verdict in mine] == theirs
+    assert [redecide(guard.policy, verdict) for verdict in theirs] == mine
+    with pytest.raises(ValueError, match="calibrated on the add-on"):
+        redecide(calibrated(guard.policy, "1" * 64), mine[0])
+
+
 def test_what_is_not_read_stays_so(folders, other):
     from psa_fast.safety.load import load_guard
 

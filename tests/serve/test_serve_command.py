@@ -23,6 +23,8 @@ from psa_fast.serve.wire_errors import ApiError
     [
         (["--host", "0.0.0.0"], "--api_keys FILE, or --open"),
         (["--port", "70000"], "--port is 70000"),
+        (["--audit_mb", "5"], "--audit_mb does nothing without --audit"),
+        (["--audit", "log", "--audit_mb", "0"], "--audit_mb is 0"),
         (["--max_queue", "0"], "--max_queue is 0"),
         (["--max_queue", "8"], "--max_inputs is 32, but only --max_queue 8"),
         (["--max_wait", "-1"], "--max_wait is -1.0; expected at least 0"),
@@ -37,6 +39,12 @@ def test_what_cannot_be_served_is_refused_before_a_model_is_loaded(options, mess
     monkeypatch.delenv("PSA_FAST_API_KEYS", raising=False)
     assert main(["serve", "--model", "absent", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_open_server_has_no_keys(capsys, monkeypatch):
+    monkeypatch.setenv("PSA_FAST_API_KEYS", "first-key-0123456")
+    assert main(["serve", "--model", "absent", "--open"]) == 2
+    assert "--open is for a server without API keys" in capsys.readouterr().err
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(capsys, monkeypatch):
