@@ -12,6 +12,8 @@ export TOKENIZERS_PARALLELISM := false
 DEMO := runs/demo
 # the world the demo reports on; never used to choose anything
 DEMO_SEED := 20261
+# the world that an attacker fits a universal picture on
+FIT_SEED := 20262
 # tests run in so many processes of one thread, a file in one of them
 TEST_WORKERS ?= 2
 BENCH ?= runs/bench
@@ -24,7 +26,7 @@ help:
 	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that pyproject.toml allows"
 	@echo "make lock   remake requirements/*.txt from pyproject.toml and requirements/lock.in"
 	@echo "make fuzz   thousands of mutated inputs, kills and damaged files: runs/fuzz (about 15 minutes on 2 CPU cores)"
-	@echo "make robustness   after the demo: changed pictures, words around the question, further pictures: runs/demo/robustness"
+	@echo "make robustness   after the demo: changed pictures, words around the question, further pictures, a cloak: runs/demo/robustness"
 	@echo "make robust   after the demo: attacks on pixels, a tower made robust, the same attacks on it: runs/demo/pixels, runs/robust"
 	@echo "make ablation   after the demo: the paper's query, which never sees the text, beside ours"
 	@echo "make bench  the fused ops beside what they replace: runs/bench/bench.md (about 10 minutes on 2 CPU cores)"
@@ -94,7 +96,9 @@ demo: $(STAMP)
 # on top of the demo: what gets past its guard
 .PHONY: robustness
 robustness: $(STAMP)
-	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --out $(DEMO)/robustness --suite natural,text,pictures --limit 60
+	test -f $(DEMO)/fit-world/world.json || psa-fast sandbox data --seed $(FIT_SEED) --split test --out $(DEMO)/fit-world
+	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --out $(DEMO)/robustness --suite natural,text,pictures,cloak \
+		--fit_data $(DEMO)/fit-world --limit 60
 
 # attacks on pixels, then a tower made robust and the same attacks on that
 .PHONY: robust

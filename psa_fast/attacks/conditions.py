@@ -19,8 +19,8 @@ from psa_fast.data import transforms as t
 from psa_fast.data.fields import IMAGE_MARK
 from psa_fast.data.records import Record, Turn
 
-Suite = Literal["natural", "text", "pictures"]
-SUITES: tuple[Suite, ...] = ("natural", "text", "pictures")
+Suite = Literal["natural", "text", "pictures", "cloak"]
+SUITES: tuple[Suite, ...] = ("natural", "text", "pictures")  # cloak.py has the other one
 Pictures = tuple[Image.Image, ...]
 
 
@@ -56,7 +56,7 @@ class Condition:
 
     def applies(self, case: Case) -> bool:
         """Whether there is anything to change: a picture, or, where others are put beside it, exactly one."""
-        if self.suite == "pictures":
+        if self.suite in ("pictures", "cloak"):
             return len(case.pictures) == 1
         return bool(case.pictures) or self.suite == "text"
 
@@ -207,9 +207,14 @@ def _among(count: int, place: int) -> Change:
     def apply(case: Case, others: Others, rng: np.random.Generator) -> Case:
         shown = [_one(others, rng) for _ in range(count - 1)]
         shown.insert(place, case.pictures[0])
-        first, *rest = case.record.turns
-        text = f"{IMAGE_MARK}\n" * (count - 1) + first.text
-        record = replace(case.record, images=case.record.images * count, turns=(Turn("user", text), *rest))
-        return Case(record, tuple(shown))
+        return beside(case, tuple(shown))
 
     return apply
+
+
+def beside(case: Case, shown: Pictures) -> Case:
+    """A case of one picture with those of `shown` instead, its own among them; the words stay."""
+    first, *rest = case.record.turns
+    text = f"{IMAGE_MARK}\n" * (len(shown) - 1) + first.text
+    record = replace(case.record, images=case.record.images * len(shown), turns=(Turn("user", text), *rest))
+    return Case(record, shown)

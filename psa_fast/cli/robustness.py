@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from psa_fast.data.records import Record
 
 PART = "robustness.jsonl.part"
+CLOAK = "cloak"
+FIT_RECORDS = 100  # of each group, of which a cloak is fitted on the first risks that are flagged
 
 
 def register(subparsers: Subcommands) -> None:
@@ -34,8 +37,14 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument(
         "--suite",
         default="all",
-        help="natural, text, pictures, pixels, joint, controls, several by commas, or all (default: all)",
+        help="natural, text, pictures, cloak, pixels, joint, controls, several by commas, or all (default: all; cloak "
+        "among them only with --fit_data)",
     )
+    parser.add_argument(
+        "--fit_data", metavar="PATH",
+        help="of another world than --data: a folder with SPLIT.jsonl, or a JSONL file, whose risks the suite cloak "
+        "fits a picture on",
+    )  # fmt: skip
     parser.add_argument(
         "--budget", choices=("quick", "standard"), default="quick",
         help="of attacks on pixels: 60 records, 40 steps, 1 start; or 200, 40, 3 (default: quick)",
@@ -56,6 +65,7 @@ def robustness(args: argparse.Namespace) -> int:
     """Run the suites. Raises ValueError, with a sentence, for input that cannot be used."""
     from psa_fast.attacks import conditions as plain
     from psa_fast.attacks import white_box
+    from psa_fast.attacks.cloak import FITTED, conditions
     from psa_fast.attacks.pixels import BUDGETS
     from psa_fast.attacks.target import require_one_threshold
     from psa_fast.evaluation.output import OutputFolder
@@ -67,8 +77,10 @@ def robustness(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is {value}; expected at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {shorten(args.seed)}; expected a whole number of at least 0")
-    suites = (*plain.SUITES, *white_box.SUITES)
+    suites = (*plain.SUITES, *((CLOAK,) if args.fit_data or args.suite != "all" else ()), *white_box.SUITES)
     chosen = list(suites) if args.suite == "all" else args.suite.split(",")
+    if (CLOAK in chosen) != (args.fit_data is not None):
+        raise ValueError("the suite cloak and --fit_data need one another, and only one of them is given")
     if unknown := [name for name in chosen if name not in suites]:
         raise ValueError(f"--suite {shorten(unknown[0])}: expected all, or some of {', '.join(suites)}")
     stages = [tuple(item.split("=", 1)) for item in args.stage]
@@ -83,6 +95,9 @@ def robustness(args: argparse.Namespace) -> int:
     for found in hashes.values():
         policy.require_model(found)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
+    fit_file, fit_folder = (None, None) if args.fit_data is None else find_data(args.fit_data, args.split, None)
+    if fit_file is not None and _sha256(fit_file) == _sha256(file):
+        raise ValueError(f"--fit_data {fit_file} holds the records of --data; a cloak is fitted on others")
     limit = args.limit
     if limit is None:
         limit = BUDGETS[args.budget].n if set(chosen) <= set(white_box.SUITES) else 100
@@ -93,13 +108,19 @@ def robustness(args: argparse.Namespace) -> int:
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
         "budget": args.budget if set(chosen) & set(white_box.SUITES) else None, "surrogates": surrogates,
     }  # fmt: skip
+    if fit_file is not None:
+        settings["fit_data_sha256"] = _sha256(fit_file)
     with OutputFolder(Path(args.out)).claim() as out:
         done = _done(out.path, settings, args.overwrite)
         cases, others = _cases(file, image_folder, limit)
+        fit_on = None if fit_file is None or fit_folder is None else _cases(fit_file, fit_folder, FIT_RECORDS)[0]
         for stage in ("base", *todo.addons):
             attacks = white_box.conditions(BUDGETS[args.budget], chosen, list(surrogates)) if stage != "base" else []
-            wanted: list[Condition | str | None] = [None, *plain.conditions(chosen), *attacks]
-            _stage(stage, todo, policy, wanted, cases, others, args, out.path, done)
+            cloaked: list[Condition | str] = (
+                [FITTED, *conditions(None)] if fit_on is not None and stage != "base" else []
+            )
+            wanted: list[Condition | str | None] = [None, *plain.conditions(chosen), *cloaked, *attacks]
+            _stage(stage, todo, policy, wanted, cases, others, fit_on, args, out.path, done)
         _write(out.path, settings, file, done, todo)
     return 0
 
@@ -196,6 +217,7 @@ def _stage(
     wanted: list[Condition | str | None],
     cases: list[Case],
     others: Others,
+    fit_on: list[Case] | None,
     args: argparse.Namespace,
     folder: Path,
     done: dict[tuple[str, str], list[dict[str, Any]]],
@@ -203,10 +225,12 @@ def _stage(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from psa_fast.attacks import white_box
+    from psa_fast.attacks.cloak import FITTED, conditions, fit
+    from psa_fast.attacks.cloak import NAMES as CLOAKED
     from psa_fast.attacks.measure import measure
     from psa_fast.attacks.pixels import BUDGETS
     from psa_fast.evaluation.refusal import DEFAULT_LIST, get_list
-    from psa_fast.files import named
+    from psa_fast.files import named, write_with
     from psa_fast.safety.load import load_guard, load_plain
 
     addon = todo.addons.get(stage)
@@ -218,6 +242,12 @@ def _stage(
         pending = [name for name in names if (stage, name) not in done]
         known = _known(todo.base, args, pending, cases)
     guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
+    cloak = None
+    if fit_on is not None and any((stage, name) not in done for name in (FITTED, *CLOAKED) if name in names):
+        cloak = fit(guard, [one for one in fit_on if one.record.group == "risk"], seed=args.seed)
+        write_with(folder / white_box.PICTURES / f"{stage}-cloak.png", partial(cloak.picture.save, format="PNG"))
+        fitted = {one.name: one for one in conditions(cloak.picture)}
+        wanted = [fitted.get(name, condition) for name, condition in zip(names, wanted, strict=True)]
     # of the base only what it can answer is of interest
     mine = [case for case in cases if case.record.group == "clean"] if addon is None else cases
     plain: dict[str, Any] = {}
@@ -228,7 +258,9 @@ def _stage(
         for name, condition in zip(names, wanted, strict=True):
             progress.update(task, description=f"{stage}, {name}")
             if (stage, name) not in done or condition is None:  # the plain results are compared with
-                if isinstance(condition, str):
+                if name == FITTED and cloak is not None:
+                    rows = cloak.rows(stage, args.seed)
+                elif isinstance(condition, str):
                     budget, longest = BUDGETS[args.budget], args.max_new_tokens
                     rows = white_box.measure(
                         guard, stage, name, mine, words, budget, args.seed, known, longest, folder / white_box.PICTURES

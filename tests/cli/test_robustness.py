@@ -5,7 +5,7 @@ import json
 import pytest
 
 from psa_fast import cli
-from psa_fast.attacks import measure
+from psa_fast.attacks import cloak, measure
 from psa_fast.attacks.conditions import conditions
 from psa_fast.attacks.robustness_report import JSON, PAGE
 from psa_fast.cli.robustness import PART
@@ -51,6 +51,23 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     assert (code, "is of other data or settings" in error) == (2, True)
 
 
+def test_a_cloak_is_fitted_on_one_world_and_tried_on_another(run, world, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(world / "data", other)
+    rows = (other / "test.jsonl").read_text().splitlines()
+    (other / "test.jsonl").write_text("\n".join(rows[1:]) + "\n")
+    assert run("--suite", "cloak", "--fit_data", other, "--limit", 2)[0] == 0
+    rows = json.loads((tmp_path / JSON).read_text())["rows"]
+    fitted = {row["condition"]: row for row in rows if row["condition"].startswith(cloak.FITTED)}
+    assert len(fitted) == 2 and all(row["lost"]["n"] > 0 for row in fitted.values())
+    tried = {(row["condition"], row["group"]): row for row in rows if row["condition"] in cloak.NAMES}
+    assert {group for _, group in tried} >= {"risk", "clean"}
+    assert all(tried[name, "risk"]["n"] == 2 for name in cloak.NAMES)
+    assert (tmp_path / "got_through" / "stage1-cloak.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -61,13 +78,17 @@ def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
         (["--suite", "pixels", "--surrogate", "x=nowhere"], "--surrogate x: nowhere holds no psa_config.json"),
         (["--suite", "natural", "--surrogate", "x=nowhere"], "--surrogate x: nowhere"),
         (["--split", "dev"], "dev.jsonl"),
+        (["--suite", "cloak"], "the suite cloak and --fit_data need one another"),
+        (["--suite", "text", "--fit_data", "DATA"], "the suite cloak and --fit_data need one another"),
+        (["--suite", "cloak", "--fit_data", "DATA"], "a cloak is fitted on others"),
+        (["--suite", "cloak", "--fit_data", "nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_measured_is_named_before_a_model_is_loaded(run, monkeypatch, options, named):
+def test_what_cannot_be_measured_is_named_before_a_model_is_loaded(run, world, monkeypatch, options, named):
     def load(*_):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("psa_fast.safety.load.load_guard", load)
     monkeypatch.setattr("psa_fast.safety.load.load_plain", load)
-    code, error = run(*options)
+    code, error = run(*(world / "data" if option == "DATA" else option for option in options))
     assert (code, named in error) == (2, True), error
