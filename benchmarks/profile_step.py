@@ -42,8 +42,8 @@ from step_measure import (
 from step_model import SIZES, TIMED, Size, build_base
 from step_rows import Rows, in_order
 
+from psa_fast.made_once import default_cache
 from psa_fast.planning.architectures import base_config
-from psa_fast.sandbox.cache import default_cache
 from psa_fast.training.config import TrainConfig, parse_args
 from psa_fast.training.flops import matrix_rate
 

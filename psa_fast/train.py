@@ -106,11 +106,13 @@ def run(typed: dict[str, str], prog: str) -> int:
 
 def resolve_inputs(config: Any, hint_for: Any) -> Any:
     """Real paths where the recipe says 'sandbox' (made on first use), and stage 2's add-on."""
+    from psa_fast.data.record_tables import EVALUATED_ON, TRAINED_ON, as_records, is_table
     from psa_fast.training.checkpoint import find_resume, is_finished
 
-    changes = {}
+    changes: dict[str, Any] = {}
     if "sandbox" in (config.model_name_or_path, config.data_path, config.eval_data_path):
-        from psa_fast.sandbox.cache import default_cache, ensure
+        from psa_fast.made_once import default_cache
+        from psa_fast.sandbox.cache import ensure
 
         world, base = ensure(default_cache(), seed=config.seed, hint_for=hint_for)
         if config.model_name_or_path == "sandbox":
@@ -120,6 +122,13 @@ def resolve_inputs(config: Any, hint_for: Any) -> Any:
             changes["image_folder"] = str(world)
         if config.eval_data_path == "sandbox":
             changes["eval_data_path"], changes["eval_image_folder"] = str(world / "dev.jsonl"), str(world)
+    for data, folder, split in (
+        ("data_path", "image_folder", TRAINED_ON), ("eval_data_path", "eval_image_folder", EVALUATED_ON),
+    ):  # fmt: skip
+        path = changes.get(data, getattr(config, data))
+        if path is not None and is_table(path):
+            images = changes.get(folder, getattr(config, folder))
+            changes[data], changes[folder] = as_records(path, images, split, f"--{data}", config.on_bad_sample)
     # --resume auto may find nothing to resume, and must not then start from an untrained add-on
     if config.stage == 2 and config.addon is None and find_resume(config) is None and not is_finished(config.stage_dir):
         stage1 = dataclasses.replace(config, stage=1).stage_dir

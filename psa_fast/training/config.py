@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from psa_fast.data.record_tables import is_table
 from psa_fast.files import read_yaml, shorten
 
 from .arguments import typed_options
@@ -139,7 +140,7 @@ def _check_inputs(config: TrainConfig) -> None:
     base = str(config.model_name_or_path)
     if base[0] in "/.~" and not Path(base).is_dir():  # anything else may be a name on the hub
         raise ValueError(f"--model_name_or_path {base}: no such folder")
-    if config.data_path != "sandbox" and config.image_folder is None:
+    if config.data_path != "sandbox" and config.image_folder is None and not is_table(str(config.data_path)):
         raise ValueError("--image_folder is needed with --data_path: image paths in the records are relative to it")
     if config.data_path == "sandbox" and config.image_folder is not None:
         raise ValueError("--image_folder has no effect on the sandbox's own records; give --data_path too")

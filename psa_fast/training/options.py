@@ -67,8 +67,12 @@ class TrainConfig:
     addon: str | None = _data(
         None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True, stage=(1, 2)
     )
-    data_path: str | None = _data(None, "JSONL records, or 'sandbox'", unset="the recipe's")
-    image_folder: str | None = _data(None, "folder that the records' image paths are relative to")
+    data_path: str | None = _data(
+        None, "JSONL records, Parquet, a folder of datasets, or 'sandbox'", unset="the recipe's"
+    )
+    image_folder: str | None = _data(
+        None, "folder that the records' image paths are relative to", unset="in tables, their own"
+    )
     output_dir: str = _data("runs/demo", "folder of stage1/ and stage2/, what a run writes", may_change=True)
     on_bad_sample: str = _data("error", "what rows that cannot be used do", choices=("error", "skip"))
     on_template_answers: str = _data(
@@ -221,7 +225,7 @@ class TrainConfig:
         stage=(1, 2),
     )  # fmt: skip
     eval_data_path: str | None = _run(
-        None, "JSONL records of the evaluations, or 'sandbox'", may_change=True, stage=(1, 2)
+        None, "records of the evaluations, as data_path", may_change=True, stage=(1, 2)
     )  # fmt: skip
     eval_image_folder: str | None = _run(
         None, "folder that their image paths are relative to", unset="image_folder", may_change=True, stage=(1, 2)

@@ -61,7 +61,7 @@ def test_a_cloak_is_fitted_on_one_world_and_tried_on_another(run, world, tmp_pat
     assert run("--suite", "cloak", "--fit_data", other, "--limit", 2)[0] == 0
     rows = json.loads((tmp_path / JSON).read_text())["rows"]
     fitted = {row["condition"]: row for row in rows if row["condition"].startswith(cloak.FITTED)}
-    assert len(fitted) == 2 and all(row["lost"]["n"] > 0 for row in fitted.values())
+    assert [row["lost"]["n"] > 0 for row in fitted.values()] == [True, True]
     tried = {(row["condition"], row["group"]): row for row in rows if row["condition"] in cloak.NAMES}
     assert {group for _, group in tried} >= {"risk", "clean"}
     assert all(tried[name, "risk"]["n"] == 2 for name in cloak.NAMES)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pyarrow as arrow
 import pyarrow.parquet
@@ -10,7 +11,10 @@ from PIL import Image
 
 from psa_fast.cli import main
 from psa_fast.data import load_records, to_rgb
+from psa_fast.data.record_tables import EVALUATED_ON, TRAINED_ON, as_records, is_table
 from psa_fast.data.records import read_records
+from psa_fast.train import resolve_inputs
+from psa_fast.training.config import resolve
 
 IMAGE = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
 TURN = arrow.struct([("from", arrow.string()), ("value", arrow.string()), ("weight", arrow.float64())])
@@ -155,3 +159,59 @@ def test_tables_in_the_place_of_records_say_what_makes_records_of_them(tmp_path)
         load_records(saved, tmp_path)
     (problem,) = read_records(source, tmp_path).problems
     assert "Parquet; `psa-fast data import records --source PATH" in problem.message
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("PSA_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_training_reads_the_table_that_it_is_pointed_at(tmp_path, cached):
+    folder = tmp_path / "saved"
+    for split, shades in {"train": [10, 20, 10], "test": [30]}.items():
+        save_to_disk(folder / split, arrow.table(columns(shades)), files=1)
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    assert is_table(folder)
+    for splits, shades in ((TRAINED_ON, [10, 20, 10]), (EVALUATED_ON, [30])):
+        file, images = as_records(folder, None, splits, "--data_path", "error")
+        records = load_records(file, images)
+        assert [to_rgb(Path(images, *record.images)).getpixel((0, 0))[0] for record in records] == shades
+        # made once: what is there is what the next run reads
+        before = Path(file).stat().st_mtime_ns
+        assert as_records(folder, None, splits, "--data_path", "error") == (file, images)
+        assert Path(file).stat().st_mtime_ns == before
+    config = resolve({"recipe": "llava-1.5-7b", "data_path": str(folder)})
+    told = resolve_inputs(config, lambda kind, level: None)
+    assert (told.data_path, told.image_folder) == as_records(folder, None, TRAINED_ON, "--data_path", "error")
+
+
+def test_a_table_that_has_changed_is_read_again(tmp_path, cached):
+    file = tmp_path / "rows.parquet"
+    for shades in ([10], [20, 30]):
+        pyarrow.parquet.write_table(arrow.table(columns(shades)), file)
+        made, images = as_records(file, None, TRAINED_ON, "--data_path", "error")
+        assert len(load_records(made, images)) == len(shades)
+
+
+def test_rows_that_cannot_be_used_end_the_run_or_are_left_out(tmp_path, cached, capsys):
+    file = tmp_path / "rows.parquet"
+    broken = arrow.array([{"bytes": png(5), "path": None}, {"bytes": b"no picture", "path": None}], IMAGE)
+    pyarrow.parquet.write_table(arrow.table(columns([5, 6]) | {"image": broken}), file)
+    with pytest.raises(ValueError, match=r"(?s)1 problem\(s\).*rows.parquet:2: ") as error:
+        as_records(file, None, TRAINED_ON, "--data_path", "error")
+    assert "no picture" not in str(error.value)
+    made, images = as_records(file, None, TRAINED_ON, "--data_path", "skip")
+    assert len(load_records(made, images)) == 1
+    assert "left out 1 row(s)" in capsys.readouterr().out
+
+
+def test_splits_that_are_not_meant_are_named(tmp_path, cached):
+    for name in ("harm-0.parquet", "help-0.parquet"):
+        pyarrow.parquet.write_table(arrow.table(columns([10])), tmp_path / name)
+    with pytest.raises(ValueError, match=r"--data_path .* has the splits harm, help; expected train"):
+        as_records(tmp_path, None, TRAINED_ON, "--data_path", "error")
+    with pytest.raises(ValueError, match="there is no Parquet file"):
+        as_records(cached.parent / "nothing", None, TRAINED_ON, "--data_path", "error")
+    with pytest.raises(ValueError, match="leave --image_folder out"):
+        as_records(tmp_path / "harm-0.parquet", tmp_path, TRAINED_ON, "--data_path", "error")

@@ -1,11 +1,8 @@
-import multiprocessing
-
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from psa_fast.sandbox import cache
 from psa_fast.sandbox.base import BaseRecipe, build_base, train_base
 from psa_fast.sandbox.content import changed, draw_pictures, draw_scenes, patch_labels, scene_pictures, to_pixels
 from psa_fast.sandbox.language import all_texts
@@ -160,36 +157,3 @@ def test_packed_turns_see_what_they_would_see_alone():
                 taken += len(supervised)
                 at += ids.shape[1]
     assert taken == len(pack.targets)
-
-
-def _slow_make(out):
-    out.mkdir()
-    (out / "calls.txt").write_text("made")
-    import time
-
-    time.sleep(0.3)
-    with (out.parent / "log.txt").open("a") as log:
-        log.write("made\n")
-
-
-def _ask(root):
-    cache._once(root / "thing", _slow_make)
-
-
-def test_of_two_callers_one_makes_it_and_no_half_result_stays(tmp_path):
-    def broken(out):
-        out.mkdir()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cache._once(tmp_path / "thing", broken)
-    assert not (tmp_path / "thing").exists()
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_ask, args=(tmp_path,)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert (tmp_path / "log.txt").read_text() == "made\n"
-    assert (tmp_path / "thing" / "calls.txt").read_text() == "made"

@@ -91,7 +91,10 @@ class Pictures:
 
     def _store(self, data: bytes, shown: str) -> str:
         if self.out is None:
-            raise ValueError(f"{shown} is no file of its own; --images DIR says where such images are written")
+            raise ValueError(
+                f"{shown} is no file of its own; --images DIR says where such images are written (in training, leave "
+                "--image_folder out)"
+            )
         digest = hashlib.sha256(data)
         if name := self.stored.get(digest.digest()):
             self.duplicates += 1

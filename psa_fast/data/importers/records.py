@@ -41,15 +41,18 @@ def read(args: argparse.Namespace) -> Iterator[SourceRow]:
         ValueError: there is no table, or not of this split.
     """
     source = Path(args.source)
-    tables = _tables(source, args.split)
+    tables = tables_of(source, args.split)
     folder = Path(args.image_folder or (source if source.is_dir() else source.parent))
     pictures = Pictures(folder, None if args.images is None else Path(args.images))
     args.image_folder = str(pictures.root)
     return _rows(tables, pictures)
 
 
-def _tables(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
-    """The files to read with their splits, in order."""
+def tables_of(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
+    """The files to read with their splits (None: the source does not say), in order.
+
+    Raises ValueError if there is none, or none of this split.
+    """
     if source.is_file():
         found: list[tuple[Path, str | None]] = [(source, None)]
     elif (source / "dataset_dict.json").is_file():
