@@ -12,6 +12,9 @@ export TOKENIZERS_PARALLELISM := false
 DEMO := runs/demo
 # the world the demo reports on; never used to choose anything
 DEMO_SEED := 20261
+# the world that the policy's threshold is fitted to
+HELD_OUT_SEED := 20260
+POLICY := $(DEMO)/policy.yaml
 # the world that an attacker fits a universal picture on
 FIT_SEED := 20262
 # tests run in so many processes of one thread, a file in one of them
@@ -21,7 +24,7 @@ GPU_PYTHON ?= python3
 
 .PHONY: help demo ablation test lint bench gpu compare profile clean
 help:
-	@echo "make demo   base model, both stages, evaluation: runs/demo/report.html (about 15 minutes on 2 CPU cores)"
+	@echo "make demo   base model, both stages, a calibrated policy, evaluation: runs/demo/report.html (about 15 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that pyproject.toml allows"
 	@echo "make lock   remake requirements/*.txt from pyproject.toml and requirements/lock.in"
@@ -89,15 +92,17 @@ demo: export MALLOC_TRIM_THRESHOLD_ = -1
 demo: $(STAMP)
 	deepspeed train.py --stage 1 --resume auto
 	deepspeed train.py --stage 2 --resume auto
+	test -f $(DEMO)/held-out/world.json || psa-fast sandbox data --seed $(HELD_OUT_SEED) --split dev --out $(DEMO)/held-out
+	psa-fast calibrate --run $(DEMO) --data $(DEMO)/held-out --target over_refusal=0.015 --out $(POLICY) --batch_size 256 --overwrite
 	test -f $(DEMO)/world/world.json || psa-fast sandbox data --seed $(DEMO_SEED) --split test --out $(DEMO)/world
-	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --out $(DEMO) --batch_size 256 --overwrite
+	psa-fast evaluate --data $(DEMO)/world --run $(DEMO) --policy $(POLICY) --out $(DEMO) --batch_size 256 --overwrite
 	@echo; echo "report: $(DEMO)/report.html"
 
 # on top of the demo: what gets past its guard
 .PHONY: robustness
 robustness: $(STAMP)
 	test -f $(DEMO)/fit-world/world.json || psa-fast sandbox data --seed $(FIT_SEED) --split test --out $(DEMO)/fit-world
-	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --out $(DEMO)/robustness --suite natural,text,pictures,cloak \
+	psa-fast robustness --data $(DEMO)/world --run $(DEMO) --policy $(POLICY) --out $(DEMO)/robustness --suite natural,text,pictures,cloak \
 		--fit_data $(DEMO)/fit-world --limit 60
 
 # attacks on pixels, then a tower made robust and the same attacks on that

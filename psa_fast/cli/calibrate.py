@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_fast.cli.sources import STAGE_DIRS, find_data
+from psa_fast.cli.sources import addons_of, find_data
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from psa_fast.safety.policy import Policy
 
 TARGET = "over_refusal"
+COMPARED = 64  # rows by which two heads are held to read the same
 MARK = "# calibrated:"  # begins the comments that this command writes, and takes out again
 # of the keys that it writes: the line, and the indented or blank ones below it
 _BLOCKS = re.compile(r"^(?:calibration|type_thresholds)[ \t]*:[^\n]*\n?(?:[ \t]+[^\n]*(?:\n|\Z))*", re.MULTILINE)
@@ -34,7 +35,11 @@ def register(subparsers: Subcommands) -> None:
         "reported on afterwards.",
     )
     addon = parser.add_mutually_exclusive_group(required=True)
-    addon.add_argument("--run", metavar="DIR", help="training output: its last stage is calibrated")
+    addon.add_argument(
+        "--run",
+        metavar="DIR",
+        help="training output: its last stage is calibrated, and with it the other if its head reads the same",
+    )
     addon.add_argument("--addon", metavar="DIR", help="add-on folder to be calibrated")
     parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-on's config names)")
     parser.add_argument("--data", required=True, metavar="PATH", help="folder with SPLIT.jsonl, or a JSONL file")
@@ -54,7 +59,7 @@ def register(subparsers: Subcommands) -> None:
 
 def calibrate(args: argparse.Namespace) -> int:
     """Fit the policy and write it. Raises ValueError, with a sentence, for what cannot be promised."""
-    from psa_fast.evaluation.held_out import fit
+    from psa_fast.evaluation.held_out import fit, reads_alike
     from psa_fast.files import write_text
     from psa_fast.safety.load import checked_hash
     from psa_fast.safety.policy import DEFAULT_POLICY, Policy
@@ -70,17 +75,23 @@ def calibrate(args: argparse.Namespace) -> int:
     if Path(args.out).exists() and not args.overwrite:
         raise ValueError(f"--out {args.out} is there already; name another, or give --overwrite")
     with_values(text, policy, [])  # a file that cannot be changed is met before a model is loaded
-    addon = _last_stage(args.run) if args.addon is None else Path(args.addon)
+    *others, addon = map(Path, [args.addon] if args.run is None else addons_of(args.run).values())
     file, image_folder = find_data(args.data, args.split, args.image_folder)
     addon_sha256 = checked_hash(addon)
 
     rows = _read(args, addon, file, image_folder, policy)
+    same = [
+        other
+        for other in others
+        if reads_alike(rows[:COMPARED], _read(args, other, file, image_folder, policy, COMPARED))
+    ]
     try:
         found = fit(rows, policy, target, args.confidence, args.per == "type")
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    new = _calibrated(policy, found, target, args.confidence, _sha256(file), addon_sha256)
-    told = _told(new, found, file, addon)
+    hashes = [addon_sha256, *(checked_hash(one) for one in same)]
+    new = _calibrated(policy, found, target, args.confidence, _sha256(file), hashes)
+    told = _told(new, found, file, [addon, *same])
     write_text(args.out, with_values(text, new, told))
     print(*told, *_trade(rows, policy, new), sep="\n")
     print(f"wrote {args.out}")
@@ -99,21 +110,14 @@ def _share(text: str) -> float:
     return share
 
 
-def _last_stage(run: str) -> Path:
-    from psa_fast.safety.load import CONFIG
-
-    for name in reversed(STAGE_DIRS):
-        if (Path(run) / name / CONFIG).is_file():
-            return Path(run) / name
-    raise ValueError(f"--run {run} holds no add-on: neither {' nor '.join(STAGE_DIRS)} has a {CONFIG}")
-
-
 def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _read(args: argparse.Namespace, addon: Path, file: Path, image_folder: Path, policy: Policy) -> list[HeldOut]:
-    """Have the concept head read the labelled rows, without answering."""
+def _read(
+    args: argparse.Namespace, addon: Path, file: Path, image_folder: Path, policy: Policy, most: int | None = None
+) -> list[HeldOut]:
+    """Have the concept head read the labelled rows, the first `most` of them, without answering."""
     from psa_fast.data.records import load_records
     from psa_fast.evaluation.check import check_prompts, require_labels
     from psa_fast.evaluation.evaluate import pictures_of
@@ -124,10 +128,10 @@ def _read(args: argparse.Namespace, addon: Path, file: Path, image_folder: Path,
     base = base_of(addon) if args.base is None else args.base
     records = load_records(file, image_folder)
     unlabelled = require_labels(file, records)
-    if unlabelled:
+    if unlabelled and most is None:
         first = unlabelled[0].where
         print(f"{len(unlabelled)} of {len(records)} rows have no label and are left out; the first is {first}")
-    records = [record for record in records if record.group]
+    records = [record for record in records if record.group][:most]
     check_prompts(file, records, load_prompter(base, addon), 1)
     guard = load_guard(addon, base, policy)
     rows = []
@@ -140,7 +144,7 @@ def _read(args: argparse.Namespace, addon: Path, file: Path, image_folder: Path,
 
 
 def _calibrated(
-    policy: Policy, found: Fit, target: float, confidence: float, data_sha256: str, addon_sha256: str
+    policy: Policy, found: Fit, target: float, confidence: float, data_sha256: str, addons_sha256: Sequence[str]
 ) -> Policy:
     from psa_fast.evaluation.held_out import ALL_TYPES
     from psa_fast.safety.policy import RISKY_TYPES, Calibration
@@ -154,7 +158,8 @@ def _calibrated(
             confidence=confidence,
             rows=found.rows,
             data_sha256=data_sha256,
-            addon_sha256=addon_sha256,
+            addon_sha256=addons_sha256[0],
+            same_head_sha256=list(addons_sha256[1:]),
         )
     }
     if ALL_TYPES in found.thresholds:
@@ -166,11 +171,12 @@ def _calibrated(
     return policy.model_copy(update=values)
 
 
-def _told(new: Policy, found: Fit, file: Path, addon: Path) -> list[str]:
+def _told(new: Policy, found: Fit, file: Path, addons: Sequence[Path]) -> list[str]:
     """What was fitted, as comments of the file."""
     assert new.calibration is not None
     today = datetime.now(timezone.utc).date().isoformat()
-    lines = [f"{MARK} {today}, {new.calibration.promise}", f"{MARK} data {str(file)!r}, add-on {str(addon)!r}"]
+    which = ", ".join(repr(str(addon)) for addon in addons)
+    lines = [f"{MARK} {today}, {new.calibration.promise}", f"{MARK} data {str(file)!r}, add-on {which}"]
     for head, one in found.heads.items():
         lines.append(
             f"{MARK} {head} head: temperature {one.temperature:.4g}; calibration error on {one.n} other rows "

@@ -40,15 +40,21 @@ class Plan:
     addons: dict[str, str]
 
 
+def addons_of(run: str) -> dict[str, str]:
+    """The add-on folders of a run by their stages' names, in order. Raises ValueError if there is none."""
+    from psa_fast.safety.load import CONFIG
+
+    addons = {name: str(Path(run) / name) for name in STAGE_DIRS if (Path(run) / name / CONFIG).is_file()}
+    if not addons:
+        raise ValueError(f"--run {run} holds no add-on: neither {' nor '.join(STAGE_DIRS)} has a {CONFIG}")
+    return addons
+
+
 def plan(run: str | None, base: str | None, stages: Sequence[tuple[str, str]]) -> Plan:
     """Find the add-ons and their base. Raises ValueError if there is nothing to evaluate or the bases differ."""
-    from psa_fast.safety.load import CONFIG, base_of
+    from psa_fast.safety.load import base_of
 
-    addons: dict[str, str] = {}
-    if run is not None:
-        addons = {name: str(Path(run) / name) for name in STAGE_DIRS if (Path(run) / name / CONFIG).is_file()}
-        if not addons:
-            raise ValueError(f"--run {run} holds no add-on: neither {' nor '.join(STAGE_DIRS)} has a {CONFIG}")
+    addons = {} if run is None else addons_of(run)
     for name, folder in stages:
         if not name.replace("_", "").replace("-", "").isalnum() or name == "base":
             raise ValueError(f"{name!r} cannot name a stage: use letters, digits, - and _, and not 'base'")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from psa_fast.evaluation.calibration import (
+    BATCH_NOISE,
     Threshold,
     class_ece,
     fit_temperature,
@@ -62,6 +63,14 @@ class HeldOut:
         logits = np.array([reading.logits for reading in readings], dtype=np.float64)
         decides = list(readings).index(weigh(policy, readings).reading) if readings else 0
         return cls(record.group, labels, logits, decides, float("inf") if policy.on_error == "block" else -1.0)
+
+
+def reads_alike(rows: Sequence[HeldOut], others: Sequence[HeldOut]) -> bool:
+    """Whether two heads read the same rows the same, but for what another batch does to the digits."""
+    return len(rows) == len(others) and all(
+        a.logits.shape == b.logits.shape and np.allclose(a.logits, b.logits, rtol=0.0, atol=BATCH_NOISE)
+        for a, b in zip(rows, others, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,8 @@ class Calibration(_Strict):
     rows: int = Field(ge=1)
     data_sha256: str = Field(pattern=_SHA256)
     addon_sha256: str = Field(pattern=_SHA256)
+    #: add-ons whose concept head reads the same, as a stage 2 that leaves it alone has it from its stage 1
+    same_head_sha256: list[Annotated[str, Field(pattern=_SHA256)]] = []
 
     @property
     def promise(self) -> str:
@@ -193,6 +195,8 @@ class Policy(_Strict):
         for name, default in (("on_error", "block"), ("type_thresholds", None), ("calibration", None)):
             if values[name] == default:  # what a file without the key means
                 del values[name]
+        if self.calibration is not None and not self.calibration.same_head_sha256:
+            del values["calibration"]["same_head_sha256"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -207,11 +211,13 @@ class Policy(_Strict):
         return self.unsafe_threshold if given is None else given[RISK_TYPES[safe_type]]
 
     def require_model(self, model_hash: str | None) -> None:
-        """Raise ValueError if the policy was calibrated, and not on the add-on of this hash: its promise is void there.
+        """Raise ValueError if the policy was calibrated, and not for the add-on of this hash: its promise is void.
 
         None stands for a model whose add-on is not known.
         """
-        if self.calibration is None or self.calibration.addon_sha256 == model_hash:
+        if self.calibration is None:
+            return
+        if model_hash in (self.calibration.addon_sha256, *self.calibration.same_head_sha256):
             return
         which = "a model without a model_hash" if model_hash is None else f"the add-on of sha256 {model_hash}"
         raise ValueError(

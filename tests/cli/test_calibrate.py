@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from builders.tiny_llava import build_addon, picture
 
@@ -89,6 +90,26 @@ def test_the_policy_is_of_the_add_on_and_the_guard_applies_it(world, data, tmp_p
     capsys.readouterr()
     assert main(["policy", "check", str(again)]) == 0
     assert capsys.readouterr().out.count("max(1 - p(clean), 1 - p(none)), ") == 6
+
+
+@pytest.mark.parametrize("part", ["safety_tokens", "bottleneck.heads"])
+def test_a_stage_whose_head_reads_the_same_is_calibrated_with_it(world, data, tmp_path, capsys, part):
+    """Stage 2 trains tokens and language model: verdicts, and the promise about them, stay stage 1's."""
+    stages = [build_addon(world / "base", tmp_path / "run" / "stage1", seed=1), tmp_path / "run" / "stage2"]
+    model = load_guard(stages[0]).model
+    with torch.no_grad():
+        model.get_submodule(part).weight.mul_(1.5)
+    model.save_addon(stages[1])
+    out = tmp_path / "policy.yaml"
+    given = ("--run", tmp_path / "run", "--data", data, "--target", "over_refusal=0.1", "--out", out)
+    assert main(["calibrate", *map(str, given)]) == 0
+    fitted = Policy.load(out).calibration
+    same = part == "safety_tokens"
+    assert fitted.addon_sha256 == addon_hash(stages[1])
+    assert fitted.same_head_sha256 == ([addon_hash(stages[0])] if same else [])
+    assert ("stage1" in capsys.readouterr().out) == same
+    if same:
+        Policy.load(out).require_model(addon_hash(stages[0]))
 
 
 def test_what_cannot_be_promised_is_refused(world, data, tmp_path, capsys):
