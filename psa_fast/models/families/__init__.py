@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_fast.models.families.family import Family, ImageFeatures
+from psa_fast.models.families.family import PARTS, Family, Rows
 from psa_fast.models.families.llava import LlavaFamily
+from psa_fast.models.image_features import ImageFeatures
 
 FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily}
 
@@ -19,4 +20,4 @@ def get_family(vlm_or_config: Any) -> Family:
     return FAMILIES[model_type](config)
 
 
-__all__ = ["FAMILIES", "Family", "ImageFeatures", "get_family"]
+__all__ = ["FAMILIES", "PARTS", "Family", "ImageFeatures", "Rows", "get_family"]
