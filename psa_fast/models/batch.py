@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from psa_fast.models.families import Rows
+from psa_fast.models.families import Family, Rows
 from psa_fast.models.image_features import Features, GridFeatures, ImageFeatures
 from psa_fast.models.packing import Packing
 from psa_fast.models.placeholders import count_images
-from psa_fast.pictures import Images, Pictures
+from psa_fast.pictures import Grid, Images, Pictures
 
 if TYPE_CHECKING:
     from psa_fast.models.psa import PsaVLM
@@ -61,23 +61,27 @@ def read_batch_inputs(
         features = family.vision_features(psa.vlm, shown)
     if position_ids is None:
         grids = images.grids if isinstance(images, Pictures) else []
-        position_ids = positions_of(psa, input_ids, attention_mask, lengths, grids, counts)
+        position_ids = positions_of(
+            family, config.num_safety_tokens, input_ids, grids, counts, attention_mask=attention_mask, lengths=lengths
+        )
     return Batch(Rows(input_ids, embeds, attention_mask, position_ids), packing, features, counts)
 
 
 def positions_of(
-    psa: PsaVLM,
+    family: Family,
+    safety_tokens: int,
     input_ids: Tensor,
-    attention_mask: Tensor | None,
-    lengths: Sequence[int] | None,
-    grids: Sequence[Any],
+    grids: Sequence[Sequence[Grid]],
     counts: Sequence[int],
+    *,
+    attention_mask: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor | None:
     """The family's own position ids [P, B, T] of rows that come without; None where positions count the tokens.
 
     It reads the ids back from the device: data.collate and data.pack give positions along.
     """
-    if psa.family.positions([], 0, []) is None:
+    if family.positions([], 0, []) is None:
         return None
     ids = input_ids.tolist()
     if lengths is None:
@@ -90,7 +94,7 @@ def positions_of(
     first = 0
     found: list[Tensor] = []
     for row, count in zip(rows, counts, strict=True):
-        own = psa.family.positions(row, psa.config.num_safety_tokens, grids[first : first + count])
+        own = family.positions(row, safety_tokens, grids[first : first + count])
         assert own is not None  # a family that has positions has them for every row
         found.append(own)
         first += count

@@ -310,7 +310,8 @@ class PsaVLM(nn.Module):
         placeholders = input_ids == self.family.image_token_id
         counts = count_images(self.config, placeholders, tokens_of_features(features), image_counts)
         grids = features.grids if isinstance(features, GridFeatures) else []
-        positions = positions_of(self, input_ids, attention_mask, None, grids, counts)
+        safety = self.config.num_safety_tokens
+        positions = positions_of(self.family, safety, input_ids, grids, counts, attention_mask=attention_mask)
         rows = Rows(input_ids, self.family.embed(self.vlm, input_ids), attention_mask, positions)
         if not kwargs.setdefault("do_sample", False):
             kwargs = {"temperature": None, "top_p": None, "top_k": None, **kwargs}  # a base may have sampling defaults

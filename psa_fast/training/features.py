@@ -76,7 +76,8 @@ def cached_features(
             for start in range(0, len(own), config.micro_batch_size):
                 part = own[start : start + config.micro_batch_size]
                 images = [load_image(resolve(config.image_folder or "", name)) for _, name in part]
-                pixels = prepare_images(images, processor).pixel_values.to(device)
+                prepared: Any = prepare_images(images, processor).pixel_values
+                pixels = prepared.to(device)
                 found: Any = model.family.vision_features(model.vlm, pixels)
                 for (digest, _), features in zip(part, found, strict=True):
                     cache.put(digest, features)

@@ -230,9 +230,9 @@ def _bottleneck(model: PsaVLM) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Meter:
-    """What a run's MFU is measured with: the stage's FLOPs, and `matrix_rate` of one rank's device."""
+    """What a run's MFU is measured with: the stage's FLOPs, None if not known, and `matrix_rate` of a rank's device."""
 
-    flops: StageFlops
+    flops: StageFlops | None
     rate: float
 
 

@@ -26,7 +26,7 @@ from .flops import Meter, StageFlops, shared_matrix_rate
 from .model_building import build_model
 from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
-from .preflight import check_positions, commit_for, prepare_dataset, read_processor
+from .preflight import check_family, check_positions, commit_for, prepare_dataset, read_processor
 from .ranks import alike
 from .reporters import BOARD, check_reporters
 from .stages import optimizer_groups, prepare, print_table
@@ -158,6 +158,7 @@ def _check(config: TrainConfig, validation: Validation | None, world_size: int, 
     addon = str(resume.folder) if resume else config.addon
     commit = commit_for(config, addon)
     check_positions(config, commit)
+    check_family(config, commit)
     processor = read_processor(config, commit)
     if validation is not None:
         check_validation(config, validation, processor, commit)
@@ -186,7 +187,7 @@ def _build(
             config, ds_config, checked.addon, checked.attention, checked.commit, unlearnt_readings(dataset.records)
         )
     parts = prepare(model, config, resuming=resume is not None)
-    meter = Meter(StageFlops.of(model, config), rate)
+    meter = Meter(StageFlops.of(model, config) if "MFU" in model.family.works else None, rate)
     prepare_language_model(model, config)
     if config.feature_cache is not None:
         dataset.features_of = cached_features(config, model, checked.processor, dataset.records, console)

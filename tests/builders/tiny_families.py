@@ -1,0 +1,95 @@
+"""Tiny random VLMs of every family with their processors: nothing is downloaded."""
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                "<|video_pad|>"]  # fmt: skip
+
+
+def byte_tokenizer(special, template, **named):
+    """A fast tokenizer of single bytes."""
+    vocabulary = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **named)
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    return tokenizer
+
+
+def qwen_tokenizer():
+    return byte_tokenizer(QWEN_SPECIAL, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def qwen2_5_vl(tokenizer, tied=False):
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIAL}
+    config = Qwen2_5_VLConfig(
+        vision_config=dict(
+            depth=3, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=4,
+            window_size=16, fullatt_block_indexes=[1], spatial_merge_size=2, temporal_patch_size=2,
+        ),
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None,
+            eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            tie_word_embeddings=tied,
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen_images():
+    return Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024)
+
+
+FAMILIES = {"qwen2_5_vl": (qwen2_5_vl, qwen_tokenizer, qwen_images)}
+
+
+def scaled(vlm, seed=0):
+    """Weights large enough that attention matters, and nothing zero."""
+    torch.manual_seed(seed)
+    for parameter in vlm.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(4)
+        elif not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    vlm.generation_config.eos_token_id = None
+    return vlm.eval()
+
+
+def build(family, dtype=torch.float64, tied=False):
+    """A model of the family and its tokenizer."""
+    make, tokenizer, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    tokens = tokenizer()
+    return scaled(make(tokens, tied).to(dtype)), tokens
+
+
+def build_folder(family, folder):
+    """Save a tiny base of the family with its processor's parts."""
+    vlm, tokenizer = build(family, torch.float32)
+    vlm.generation_config.eos_token_id = tokenizer.eos_token_id
+    vlm.generation_config.pad_token_id = tokenizer.pad_token_id
+    vlm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    FAMILIES[family][2]().save_pretrained(folder)
+    return folder
+
+
+def picture(width, height, seed=0):
+    """A picture of random pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
