@@ -192,7 +192,7 @@ def _build(
     if config.feature_cache is not None:
         dataset.features_of = cached_features(config, model, checked.processor, dataset.records, console)
     print_table(model, parts, config.weight_decay, console)
-    _print_run(config, checked, records, rate, console, world_size)
+    _print_run(config, checked, records, meter, console, world_size)
     keep_whole(model)
     format_1 = resume is not None and "format" not in resume.state
     groups = optimizer_groups(model, parts, config.weight_decay, format_1)
@@ -203,7 +203,7 @@ def _build(
 
 
 def _print_run(
-    config: TrainConfig, checked: Checked, records: Records, rate: float, console: Console, world_size: int
+    config: TrainConfig, checked: Checked, records: Records, meter: Meter, console: Console, world_size: int
 ) -> None:
     attention = checked.attention
     console.print(
@@ -214,9 +214,12 @@ def _print_run(
         f"{f'attention {ATTENTION_IN_WORDS.get(attention, attention)}' if attention else 'no language model'}, "
         f"{'packed rows' if config.packing else 'padded rows'}"
     )
+    share = "MFU is the share of it that a step's work makes use of"
+    if meter.flops is None:
+        share = "MFU is left out, as the FLOPs of a step are not known for this base"
     console.print(
-        f"matrix rate measured on rank 0: {rate / 1e9:,.0f} GFLOP/s, what this device reaches when it does nothing but "
-        f"multiply; MFU is the share of it that a step's work makes use of",
+        f"matrix rate measured on rank 0: {meter.rate / 1e9:,.0f} GFLOP/s, what this device reaches when it does "
+        f"nothing but multiply; {share}",
         soft_wrap=True,
     )
     if BOARD in config.reporters:
