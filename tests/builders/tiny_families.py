@@ -1,10 +1,24 @@
 """Tiny random VLMs of every family with their processors: nothing is downloaded."""
 
+from types import SimpleNamespace
+
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from psa_fast.models import get_family
 
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['content'] is string %}{{ m['content'] }}{% else %}"
@@ -55,7 +69,44 @@ def qwen_images():
     return Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024)
 
 
-FAMILIES = {"qwen2_5_vl": (qwen2_5_vl, qwen_tokenizer, qwen_images)}
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% if m['role'] == 'assistant' %}</s>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def llava_tokenizer():
+    return byte_tokenizer(["<image>", "<pad>", "</s>"], LLAVA_TEMPLATE, eos_token="</s>", pad_token="<pad>")
+
+
+def llava(tokenizer, tied=False):
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16,
+            patch_size=4,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=tied,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def llava_images():
+    side = {"height": 16, "width": 16}
+    return CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=side)
+
+
+#: model_type -> model, tokenizer, image processor
+FAMILIES = {
+    "llava": (llava, llava_tokenizer, llava_images),
+    "qwen2_5_vl": (qwen2_5_vl, qwen_tokenizer, qwen_images),
+}
 
 
 def scaled(vlm, seed=0):
@@ -84,9 +135,25 @@ def build_folder(family, folder):
     vlm.generation_config.eos_token_id = tokenizer.eos_token_id
     vlm.generation_config.pad_token_id = tokenizer.pad_token_id
     vlm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    FAMILIES[family][2]().save_pretrained(folder)
+    images = FAMILIES[family][2]()
+    if family == "llava":
+        LlavaProcessor(image_processor=images, tokenizer=tokenizer, chat_template=LLAVA_TEMPLATE).save_pretrained(
+            folder
+        )
+    else:
+        tokenizer.save_pretrained(folder)
+        images.save_pretrained(folder)
     return folder
+
+
+def build_processor(family, vlm, tokenizer, safety_tokens):
+    """The processor of a model that `build` made."""
+    images = FAMILIES[family][2]()
+    if family == "llava":
+        whole = LlavaProcessor(image_processor=images, tokenizer=tokenizer, chat_template=LLAVA_TEMPLATE)
+    else:
+        whole = SimpleNamespace(image_processor=images, tokenizer=tokenizer)
+    return get_family(vlm).extend_processor(whole, safety_tokens)
 
 
 def picture(width, height, seed=0):
