@@ -15,6 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -44,25 +48,46 @@ def qwen_tokenizer():
     return byte_tokenizer(QWEN_SPECIAL, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def qwen2_5_vl(tokenizer, tied=False):
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIAL}
-    config = Qwen2_5_VLConfig(
-        vision_config=dict(
-            depth=3, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=4,
-            window_size=16, fullatt_block_indexes=[1], spatial_merge_size=2, temporal_patch_size=2,
-        ),
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None,
-            eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"],
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-            tie_word_embeddings=tied,
-        ),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=tied,
+def qwen_text(tokenizer, tied, **more):
+    return dict(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}, **more,
     )  # fmt: skip
+
+
+def qwen_ids(tokenizer):
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+
+
+def qwen2_vl(tokenizer, tied=False):
+    vision = dict(depth=3, embed_dim=16, hidden_size=32, mlp_ratio=2, num_heads=2, patch_size=4, spatial_merge_size=2)
+    text = qwen_text(tokenizer, tied)
+    config = Qwen2VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **qwen_ids(tokenizer))
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl(tokenizer, tied=False):
+    vision = dict(
+        depth=3, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=4,
+        window_size=16, fullatt_block_indexes=[1], spatial_merge_size=2, temporal_patch_size=2,
+    )  # fmt: skip
+    text = qwen_text(tokenizer, tied)
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **qwen_ids(tokenizer))
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl(tokenizer, tied=False):
+    vision = dict(
+        depth=3, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=32, patch_size=4,
+        spatial_merge_size=2, temporal_patch_size=2, deepstack_visual_indexes=[0, 1], num_position_embeddings=16,
+    )  # fmt: skip
+    text = qwen_text(tokenizer, tied, head_dim=8)
+    config = Qwen3VLConfig(vision_config=vision, text_config=text, tie_word_embeddings=tied, **qwen_ids(tokenizer))
+    return Qwen3VLForConditionalGeneration(config)
 
 
 def qwen_images():
@@ -105,7 +130,9 @@ def llava_images():
 #: model_type -> model, tokenizer, image processor
 FAMILIES = {
     "llava": (llava, llava_tokenizer, llava_images),
+    "qwen2_vl": (qwen2_vl, qwen_tokenizer, qwen_images),
     "qwen2_5_vl": (qwen2_5_vl, qwen_tokenizer, qwen_images),
+    "qwen3_vl": (qwen3_vl, qwen_tokenizer, qwen_images),
 }
 
 

@@ -7,9 +7,16 @@ from typing import Any
 from psa_fast.models.families.family import PARTS, Family, Rows
 from psa_fast.models.families.llava import LlavaFamily
 from psa_fast.models.families.qwen2_5_vl import Qwen25VLFamily
+from psa_fast.models.families.qwen2_vl import Qwen2VLFamily
+from psa_fast.models.families.qwen3_vl import Qwen3VLFamily
 from psa_fast.models.image_features import ImageFeatures
 
-FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily, "qwen2_5_vl": Qwen25VLFamily}
+FAMILIES: dict[str, type[Family]] = {
+    "llava": LlavaFamily,
+    "qwen2_vl": Qwen2VLFamily,
+    "qwen2_5_vl": Qwen25VLFamily,
+    "qwen3_vl": Qwen3VLFamily,
+}
 
 
 def get_family(vlm_or_config: Any) -> Family:

@@ -154,17 +154,23 @@ class Family(ABC):
             kwargs: reach the attention.
         """
         visual, body = self.visual(tokens, features), cast(Any, vlm).model
-        hidden = body(
-            input_ids=rows.input_ids,
-            mm_encoder_outputs={"image": visual} if has_images else None,
-            attention_mask=rows.attention_mask,
-            position_ids=rows.position_ids,
-            use_cache=False,  # with a cache transformers builds no mask from packed position ids: samples would leak
-            **kwargs,
-        ).last_hidden_state
-        if not has_images:  # same modules, same graph as on a rank that has images
-            hidden = hidden + 0.0 * torch.cat(visual.pooler_output).sum().to(hidden.dtype)
-        return hidden
+        read = {
+            "input_ids": rows.input_ids,
+            "mm_encoder_outputs": {"image": visual} if has_images else None,
+            "attention_mask": rows.attention_mask,
+            "position_ids": rows.position_ids,
+            "use_cache": False,  # with a cache transformers builds no mask from packed position ids: samples would leak
+        }
+        if has_images:
+            return body(**read, **kwargs).last_hidden_state
+        # the same modules and gradients in the same order as on a rank that has images, or ZeRO-3 would hang
+        unseen = 0.0 * torch.cat(visual.pooler_output).sum()
+        embedding = cast(Any, vlm).get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda _module, _inputs, output: output + unseen.to(output.dtype))
+        try:
+            return body(**read, **kwargs).last_hidden_state
+        finally:
+            hook.remove()
 
     def answer(self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any | None, **kwargs: Any) -> Tensor:
         """New ids only, [B, t], of left-padded rows; features None: no images. kwargs are transformers' options."""
