@@ -31,17 +31,17 @@ class Frame:
         std = torch.tensor(images.image_std if normalised else [1.0] * 3, dtype=torch.float64)
         # values = pixels in 0..1 * scale + shift
         self._scale, self._shift = (255.0 * factor / std).view(3, 1, 1), (-mean / std).view(3, 1, 1)
-        blank = prepare_images([Image.new("RGB", (64, 64))], processor).pixel_values
+        blank = _pixels([Image.new("RGB", (64, 64))], processor)
         if blank.dim() != 4 or blank.shape[:2] != (1, 3):
             raise ValueError(f"the image processor makes {list(blank.shape)} of one picture; expected [1, 3, H, W]")
         self.size: tuple[int, int] = blank.shape[2], blank.shape[3]
         generator = torch.Generator().manual_seed(0)
         probe = torch.randint(0, 256, (3, *self.size), generator=generator, dtype=torch.uint8)
         given = prepare_images([self.pil(probe)], processor)
+        pixels = given.pixel_values
+        assert isinstance(pixels, Tensor)
         step = (self._scale / 255).abs().min().item()
-        if given.pixel_values.shape != blank.shape or (given.pixel_values[0] - self.values(probe / 255)).abs().max() > (
-            0.01 * step
-        ):
+        if pixels.shape != blank.shape or (pixels[0] - self.values(probe / 255)).abs().max() > 0.01 * step:
             raise ValueError(
                 f"{type(images).__name__} does not keep a picture of {self.size[1]} x {self.size[0]} pixels as it is: "
                 "attacked pixels would not be those that the guard sees"
@@ -55,7 +55,7 @@ class Frame:
 
     def pictures(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size -> uint8 [n, 3, H, W], by the processor's own resizing and cropping."""
-        values = prepare_images(images, self.processor).pixel_values.double()
+        values = _pixels(images, self.processor).double()
         pixels = (values - self._shift) / self._scale * 255
         return pixels.round().clamp(0, 255).to(torch.uint8)
 
@@ -72,3 +72,11 @@ class Frame:
         stream = io.BytesIO()
         self.pil(picture).save(stream, format="PNG")
         return stream.getvalue()
+
+
+def _pixels(images: Sequence[Image.Image], processor: Any) -> Tensor:
+    """[n, 3, H, W]. Raises ValueError for a processor that cuts pictures into patches of its own."""
+    pixels = prepare_images(images, processor).pixel_values
+    if not isinstance(pixels, Tensor):
+        raise ValueError("pixel attacks need images that are all alike, and this model's are of different sizes")
+    return pixels

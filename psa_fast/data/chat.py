@@ -26,14 +26,17 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from psa_fast.pictures import Images
+
 
 @dataclass(frozen=True)
 class Encoded:
     """One row as the model takes it.
 
     `input_ids`, `labels` (unshifted, -100 where nothing is supervised) and `query_mask` (prompt text, which the concept
-    query is made of) have the same length. `pixel_values` is [image_count, 3, H, W], None if no images were given;
-    `vision_features` [image_count, S, Dv] where they stand in for the images. Where `max_length` cuts the row,
+    query is made of) have the same length. `pixel_values` is [image_count, 3, H, W], or Pictures of a family whose
+    images differ in their tokens, None if no images were given; `vision_features` [image_count, S, Dv] where they stand
+    in for the images. `position_ids` are [P, length] where the family has its own. Where `max_length` cuts the row,
     `cut_answer` says that supervised tokens were lost, `cut_images` how many images; then all labels are -100, since
     what they are about may be gone. `picture_type` and `picture_level` are the picture's own, whatever the request,
     `words_type` and `words_level` those of its text by itself, -100 where there is none.
@@ -42,7 +45,7 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     query_mask: list[bool]
-    pixel_values: Tensor | None = None
+    pixel_values: Images | None = None
     image_count: int = 0
     safe_type: int = IGNORE_INDEX
     safe_level: int = IGNORE_INDEX
@@ -54,13 +57,22 @@ class Encoded:
     vision_features: Tensor | None = None
     cut_answer: bool = False
     cut_images: int = 0
+    position_ids: Tensor | None = None
 
 
 class ImageInputs(NamedTuple):
-    """Images after the processor: [N, 3, H, W] and the placeholder text of each. Reusable for several prompts."""
+    """Images after the processor, and the placeholder text of each. Reusable for several prompts.
 
-    pixel_values: Tensor
+    `pixel_values` is [N, 3, H, W] or Pictures; None: they are counted only (`count_images`).
+    """
+
+    pixel_values: Images | None
     placeholders: tuple[str, ...]
+
+    def only(self, place: int) -> ImageInputs:
+        """One of the images by itself."""
+        pixels = None if self.pixel_values is None else self.pixel_values[place : place + 1]
+        return ImageInputs(pixels, self.placeholders[place : place + 1])
 
 
 def prepare_images(images: Sequence[Image.Image], processor: Any) -> ImageInputs:
@@ -70,9 +82,23 @@ def prepare_images(images: Sequence[Image.Image], processor: Any) -> ImageInputs
     for image in images:  # a processor of transformers would open a path and fetch an address
         if not isinstance(image, Image.Image):
             raise ValueError(f"an image is {shorten(image)}; expected a PIL image")
+    if counts_by_size(processor):
+        pictures = processor.prepare(images)
+        return ImageInputs(pictures, tuple(processor.placeholder(tokens) for tokens in pictures.tokens))
     processed = processor.image_processor(images=list(images), return_tensors="pt")
     placeholders = tuple(processor.replace_image_token(processed, image_idx=i) for i in range(len(images)))
     return ImageInputs(processed["pixel_values"], placeholders)
+
+
+def counts_by_size(processor: Any) -> bool:
+    """Whether an image's tokens depend on its size (see models.families.FamilyProcessor)."""
+    return hasattr(processor, "count")
+
+
+def counted_images(sizes: Sequence[tuple[int, int]], processor: Any) -> ImageInputs | None:
+    """Images of these (width, height), known by their tokens alone; None for none. For `counts_by_size`."""
+    placeholders = tuple(processor.placeholder(processor.count(size)) for size in sizes)
+    return ImageInputs(None, placeholders) if placeholders else None
 
 
 def encode(
@@ -90,7 +116,7 @@ def encode(
         record_or_turns: a record, or turns that begin with the user's.
         processor: the model's processor, which expands an image to safety tokens + image tokens.
         images: one per `<image>` mark, as PIL images or already prepared. None: `pixel_values` stays None, which is
-            possible if all images have the same number of tokens.
+            possible if all images have the same number of tokens; else `counted_images` tells them apart.
         hint: a line before the text of the last user's turn, no part of the concept query (it would tell the label).
         add_generation_prompt: the prompt for the next answer, nothing supervised; a last answer is left out.
         max_length: cut the end of a longer conversation, never an image; images behind the cut are dropped, and with
@@ -147,7 +173,9 @@ def _encode(
     if add_generation_prompt:
         if max_length is not None and len(input_ids) > max_length:
             raise ValueError(f"the prompt has {len(input_ids)} tokens, more than max_length {max_length}")
-        return Encoded(input_ids, [IGNORE_INDEX] * len(input_ids), query, pixel_values, marks)
+        unlabelled = [IGNORE_INDEX] * len(input_ids)
+        positions = _positions(processor, input_ids, pixel_values, marks)
+        return Encoded(input_ids, unlabelled, query, pixel_values, marks, position_ids=positions)
 
     length = len(input_ids) if max_length is None else min(max_length, len(input_ids))
     while 0 < length < len(input_ids) and in_image[length] and in_image[length - 1]:
@@ -175,12 +203,20 @@ def _encode(
         kept,
         cut_answer=lost,
         cut_images=marks - kept,
+        position_ids=_positions(processor, input_ids[:length], pixel_values, kept),
     )
+
+
+def _positions(processor: Any, input_ids: list[int], pixel_values: Images | None, images: int) -> Tensor | None:
+    """The family's own position ids; None where it has none, or where the images are only counted."""
+    if not counts_by_size(processor) or (images and pixel_values is None):
+        return None
+    return processor.positions(input_ids, getattr(pixel_values, "grids", []))
 
 
 def _image_inputs(
     images: Sequence[Image.Image] | ImageInputs | None, marks: int, processor: Any
-) -> tuple[Tensor | None, tuple[str, ...]]:
+) -> tuple[Images | None, tuple[str, ...]]:
     if images is None:
         return None, (fixed_placeholder(processor),) * marks if marks else ()
     prepared = images if isinstance(images, ImageInputs) else prepare_images(images, processor) if images else None
@@ -197,6 +233,8 @@ def fixed_placeholder(processor: Any) -> str:
     """Return the placeholder text of any image; ValueError for a processor whose images differ in their tokens."""
     from PIL import Image
 
+    if counts_by_size(processor):
+        raise ValueError("this model's images have different numbers of tokens: pass the images to encode")
     image_processor = processor.image_processor
     if image_processor not in _blank_images:
         blank = [Image.new("RGB", (64, 64)), Image.new("RGB", (64, 128))]

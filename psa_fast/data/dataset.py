@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from psa_fast.data.augment import AUGMENTATIONS, Augmentation, augment
-from psa_fast.data.chat import Encoded, encode
-from psa_fast.data.images import ImageError, load_image, resolve
+from psa_fast.data.chat import Encoded, counted_images, counts_by_size, encode
+from psa_fast.data.images import ImageError, load_image, resolve, upright_size
 from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.data.records import Record
+from psa_fast.pictures import join
 from psa_fast.taxonomy import IGNORE_INDEX
 
 HintFor = Callable[[int, int], "str | None"]
@@ -99,9 +100,9 @@ class PsaDataset(torch.utils.data.Dataset):
         return encode(record, self.processor, images=images, hint=hint, max_length=self.max_length)
 
     def length(self, index: int, epoch: int = 0) -> int:
-        """Tokens of `self[index, epoch]`, images and safety tokens included; no image is read.
+        """Tokens of `self[index, epoch]`, images and safety tokens included; of an image at most its header is read.
 
-        Raises ValueError naming the record's file and line, and for images with different numbers of tokens.
+        Raises ValueError naming the record's file and line.
         """
         hint = self._hint(self.records[index], index, epoch)
         key = index, hint is not None
@@ -121,8 +122,16 @@ class PsaDataset(torch.utils.data.Dataset):
         return [hint] if self.hint_rate == 1 else [None, hint]
 
     def without_images(self, index: int, hint: str | None) -> Encoded:
-        """The row with the given hint, its images known by their number only; its length is kept in `lengths`."""
-        row = encode(self.records[index], self.processor, hint=hint, max_length=self.max_length)
+        """The row with the given hint, its images known by their number or size only; `lengths` keeps its length."""
+        record = self.records[index]
+        images = None
+        if record.images and counts_by_size(self.processor):
+            try:
+                sizes = [upright_size(resolve(self.image_folder or "", name)) for name in record.images]
+                images = counted_images(sizes, self.processor)
+            except ValueError as error:
+                raise ImageError(f"{record.where}: {error}") from error
+        row = encode(record, self.processor, images=images, hint=hint, max_length=self.max_length)
         self.lengths[index, hint is not None] = len(row.input_ids)
         return row
 
@@ -155,8 +164,8 @@ def collate(
 ) -> dict[str, Any]:
     """Pad rows to one batch of PsaVLM.forward's arguments, plus "where": the rows' file:line.
 
-    Returns input_ids, attention_mask, labels int64 [B, T], query_mask bool [B, T], pixel_values [N, 3, H, W] or None,
-    image_counts and the CONCEPT_LABELS int64 [B].
+    Returns input_ids, attention_mask, labels int64 [B, T], query_mask bool [B, T], pixel_values [N, 3, H, W], Pictures
+    or None, image_counts and the CONCEPT_LABELS int64 [B], and where the family has them position_ids [P, B, T].
     """
     if not items:
         raise ValueError("a batch needs at least one row")
@@ -171,7 +180,9 @@ def collate(
         left = padding_side == "left"
         return torch.tensor([[*f, *row] if left else [*row, *f] for f, row in zip(fill, rows, strict=True)])
 
+    positions = [item.position_ids for item in items if item.position_ids is not None]
     return {
+        **({"position_ids": _padded_positions(positions, longest, padding_side)} if positions else {}),
         "input_ids": padded([item.input_ids for item in items], pad_token_id),
         "attention_mask": padded([[1] * len(item.input_ids) for item in items], 0),
         "labels": padded([item.labels for item in items], IGNORE_INDEX),
@@ -184,12 +195,14 @@ def pack(items: Sequence[Encoded]) -> dict[str, Any]:
     """Lay rows end to end: one row of PsaVLM.forward's arguments without padding, plus "where" as in `collate`.
 
     Returns input_ids, labels int64 [1, T], query_mask bool [1, T], lengths (python ints, one for each sample), and
-    pixel_values, image_counts and the labels as `collate`. The first label of each sample is -100.
+    pixel_values, image_counts, position_ids and the labels as `collate`. The first label of each sample is -100.
     """
     if not items:
         raise ValueError("a batch needs at least one row")
     labels = [label for item in items for label in (IGNORE_INDEX, *item.labels[1:])]
+    positions = [item.position_ids for item in items if item.position_ids is not None]
     return {
+        **({"position_ids": torch.cat(positions, 1).unsqueeze(1)} if positions else {}),
         "input_ids": torch.tensor([[token for item in items for token in item.input_ids]]),
         "labels": torch.tensor([labels]),
         "query_mask": torch.tensor([[asked for item in items for asked in item.query_mask]]),
@@ -198,13 +211,22 @@ def pack(items: Sequence[Encoded]) -> dict[str, Any]:
     }
 
 
+def _padded_positions(rows: Sequence[torch.Tensor], longest: int, side: str) -> torch.Tensor:
+    """[P, T] of each row -> [P, B, longest], zeros where there is padding."""
+    laid = torch.zeros(rows[0].shape[0], len(rows), longest, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        first = longest - row.shape[1] if side == "left" else 0
+        laid[:, number, first : first + row.shape[1]] = row
+    return laid
+
+
 def _per_sample(items: Sequence[Encoded]) -> dict[str, Any]:
     pixels = [item.pixel_values for item in items if item.pixel_values is not None]
     features = [item.vision_features for item in items if item.vision_features is not None]
     return {
         # rows of a cached run all have features, if of no image: then no rank runs the tower
         **({"vision_features": torch.cat(features)} if features else {}),
-        "pixel_values": torch.cat(pixels) if pixels else None,
+        "pixel_values": join(pixels) if pixels else None,
         "image_counts": torch.tensor([item.image_count for item in items]),
         **{name: torch.tensor([getattr(item, name) for item in items]) for name in CONCEPT_LABELS},
         "where": [item.where for item in items],

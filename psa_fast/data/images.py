@@ -145,6 +145,24 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
         return image.size
 
 
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return the (width, height) that `to_rgb` gives a file's picture, from its header.
+
+    Raises:
+        ImageError: what the header tells, as `to_rgb`.
+    """
+    name = _name(path)
+    with _open(path, name) as image:
+        _check_header(image, name)
+        if image.format == "ICO":  # an icon learns its size from the picture inside it
+            return to_rgb(path).size
+        try:
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        except Exception as error:  # see to_rgb
+            raise ImageError(f"{name} is damaged: {_reason(error)}") from error
+        return (image.size[1], image.size[0]) if turned else image.size
+
+
 def _name(source: Path | bytes | Image.Image) -> str:
     """What messages call a picture; of a long path the end, where the file's name is."""
     path = source if isinstance(source, Path) else getattr(source, "filename", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from psa_fast.data.chat import fixed_placeholder
+from psa_fast.data.chat import counts_by_size, fixed_placeholder
 from psa_fast.data.dataset import PsaDataset
 from psa_fast.data.records import Problem, Record
 
@@ -41,7 +41,7 @@ class RowCheck:
 def check_rows(
     dataset: PsaDataset, indices: Iterable[int] | None = None, advance: Callable[[int], object] = lambda rows: None
 ) -> RowCheck:
-    """Encode rows, with and without the hint that they may get, and count their tokens; no image is read.
+    """Encode rows, with and without the hint that they may get, and count their tokens; no image is decoded.
 
     `dataset.lengths` then holds the lengths of all good rows. Ranks can share the work: each checks its own indices,
     then the lengths and the RowChecks are put together (`dict.update`, `RowCheck.update`).
@@ -52,10 +52,10 @@ def check_rows(
         advance: called with the number of rows done.
 
     Raises:
-        ValueError: for a processor whose images have different numbers of tokens, which only the images could tell.
+        ValueError: for a processor that cannot tell an image's tokens without the image.
     """
     chosen = range(len(dataset)) if indices is None else list(indices)
-    if any(dataset.records[index].images for index in chosen):
+    if not counts_by_size(dataset.processor) and any(dataset.records[index].images for index in chosen):
         fixed_placeholder(dataset.processor)
     found = RowCheck()
     first_of: dict[int, int] = {}  # balancing repeats records: each needs to be looked at once

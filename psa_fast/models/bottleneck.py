@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from psa_fast.models.concept_attention import ConceptReadout
-from psa_fast.models.grids import Grid
+from psa_fast.models.image_features import Features, GridFeatures, Ragged
 from psa_fast.models.projector import SafetyProjector
 from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.queries import unsafe_log_odds
 from psa_fast.models.tokens import SafetyTokens
 from psa_fast.ops import ConceptLoss, concept_loss
+from psa_fast.pictures import Grid
 
 
 class ConceptHeads(nn.Linear):
@@ -92,6 +93,7 @@ class ConceptBottleneck(nn.Module):
             pooled [B, E], or [B, Q, E], or [B, Q + 1, E] with windows.
         """
         b, s1, width = vision_features.shape
+        assert self.image_tokens is not None  # images of different sizes go through project_images and pool
         features = self.project(vision_features.reshape(-1, self.image_tokens, width)).reshape(b, s1, -1)
         return self.pool(features, query_embeds, features_mask, windows)
 
@@ -102,6 +104,12 @@ class ConceptBottleneck(nn.Module):
         mask of their cells.
         """
         return self.projector(vision_features.to(self.heads.weight.dtype), grids)
+
+    def project_images(self, features: Features | Tensor) -> Tensor | Ragged:
+        """`project` of a vision pass: [N, S, E], or each image's cells where they differ in number."""
+        if isinstance(features, GridFeatures):
+            return Ragged(self.project(features.vision.values, features.flat_grids), features.vision.sizes)
+        return self.project(features if isinstance(features, Tensor) else features.vision)
 
     def pool(
         self,

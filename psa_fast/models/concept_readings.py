@@ -8,12 +8,14 @@ decides at inference, so none has to learn what another finds: a picture is not 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from psa_fast.models.bottleneck import ConceptBottleneck
+from psa_fast.models.image_features import GridFeatures, Ragged
 from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.queries import spaced_windows
 from psa_fast.models.transfer import to_device
@@ -54,7 +56,7 @@ class ConceptReadings(NamedTuple):
 def read_batch(
     bottleneck: ConceptBottleneck,
     config: PsaConfig,
-    features: Tensor,
+    features: Tensor | GridFeatures,
     counts: Sequence[int],
     embeds: Tensor,
     text: Tensor,
@@ -67,7 +69,7 @@ def read_batch(
     Args:
         bottleneck: the add-on's.
         config: the add-on's.
-        features: h_o of the images of all samples in order, [N, S, Dv], a blank one if there is none.
+        features: h_o of the images of all samples in order, [N, S, Dv] or GridFeatures, a blank one's if there is none.
         counts: images of each of B samples.
         embeds: word embeddings [B, T, E], or [1, T, E] of a packed row.
         text: bool [B, T], what may ask.
@@ -81,7 +83,7 @@ def read_batch(
     else:
         rows = [row for row, count in enumerate(counts) if count]
     index = to_device(rows or [0], device)
-    vision, mask = by_row(features, [counts[row] for row in rows] or [1])
+    shown = [counts[row] for row in rows] or [1]
     prompt = bottleneck.queries(embeds, text)
     windows = None
     if config.query_window and any(label is not None for label in (*labels.request, *labels.words)):
@@ -98,7 +100,13 @@ def read_batch(
     asked = windows if labels.request != (None, None) else None
     if asked is not None:
         targets.append(request)
-    pooled = bottleneck(vision, torch.stack(query, 1)[index], mask, None if asked is None else asked[index])
+    tried = None if asked is None else asked[index]
+    if isinstance(features, GridFeatures):
+        laid, mask = by_row(bottleneck.project_images(features), shown)
+        pooled = bottleneck.pool(laid, torch.stack(query, 1)[index], mask, tried)
+    else:
+        vision, mask = by_row(features, shown)
+        pooled = bottleneck(vision, torch.stack(query, 1)[index], mask, tried)
     wanted = torch.stack(targets, 1)[index]
     wanted = wanted if rows else torch.full_like(wanted, IGNORE_INDEX)
     places = [number * pooled.shape[1] for number in range(len(rows))]
@@ -115,8 +123,13 @@ def read_batch(
     return ConceptReadings(torch.cat(found[0]), torch.cat(found[1]), to_device(rows, device), to_device(places, device))
 
 
-def by_row(vision: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """[N, S, Dv] of all images -> [R, max images * S, Dv] and its mask (None where every row has as many)."""
+def by_row(vision: Tensor | Ragged, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """[N, S, Dv] of all images -> [R, max images * S, Dv] and its mask (None where every row has as many).
+
+    Images with different numbers of rows are padded row by row: [R, longest, Dv].
+    """
+    if isinstance(vision, Ragged):
+        return _ragged_by_row(vision, counts)
     s, width = vision.shape[1:]
     most = max(*counts, 1)
     if min(counts) == most:
@@ -129,6 +142,19 @@ def by_row(vision: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor | None
     rows = vision[to_device(index, vision.device)].reshape(len(counts), most * s, width)
     mask = to_device(valid, vision.device).view(len(counts), most).repeat_interleave(s, dim=1)
     return rows, mask
+
+
+def _ragged_by_row(vision: Ragged, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    ends = list(accumulate(counts))
+    sizes = [sum(vision.sizes[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    longest = max(*sizes, 1)
+    if min(sizes) == longest:
+        return vision.values.reshape(len(counts), longest, -1), None
+    places = [row * longest + cell for row, size in enumerate(sizes) for cell in range(size)]
+    index = to_device(places, vision.values.device)
+    laid = vision.values.new_zeros(len(counts) * longest, vision.values.shape[1]).index_copy(0, index, vision.values)
+    valid = to_device([[cell < size for cell in range(longest)] for size in sizes], vision.values.device)
+    return laid.reshape(len(counts), longest, -1), valid
 
 
 def _targets(pair: Pair, samples: int, device: torch.device) -> Tensor:

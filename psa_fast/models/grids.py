@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Grid = tuple[int, int]  # height, width
+from psa_fast.pictures import Grid
 
 
 class Box:

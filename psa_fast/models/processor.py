@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoProcessor
-
 from psa_fast.files import shown
 from psa_fast.models.base_model import read_base_config, reading_base
 from psa_fast.models.families import get_family
@@ -14,7 +12,7 @@ from psa_fast.models.psa_config import PsaConfig
 
 
 def load_processor(base: str | Path, config: PsaConfig | None = None, revision: str | None = None) -> Any:
-    """AutoProcessor of `base` whose `<image>` expands to num_safety_tokens + S placeholders.
+    """The processor of `base`, whose images expand to num_safety_tokens + S placeholders.
 
     Args:
         base: folder or hub name of the base model.
@@ -29,7 +27,7 @@ def load_processor(base: str | Path, config: PsaConfig | None = None, revision: 
     options = {} if revision is None else {"revision": revision}
     family = get_family(read_base_config(base, revision))
     with reading_base(base):
-        processor: Any = AutoProcessor.from_pretrained(str(base), **options)
+        processor = family.read_processor(str(base), **options)
     if not all(hasattr(processor, part) for part in ("tokenizer", "image_processor")):
         raise ValueError(f"base model {shown(base)} has no processor of images and text")
     return family.extend_processor(processor, 0 if config is None else config.num_safety_tokens)

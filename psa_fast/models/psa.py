@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,17 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from psa_fast.models import addon as addon_files
+from psa_fast.models.batch import Batch, positions_of, read_batch_inputs, tokens_of_features
 from psa_fast.models.bottleneck import ConceptBottleneck
 from psa_fast.models.concept_readings import ConceptLabels, by_row, read_batch
-from psa_fast.models.families import Family, ImageFeatures, get_family
+from psa_fast.models.families import Family, Rows, get_family
+from psa_fast.models.image_features import Features, GridFeatures, Ragged
 from psa_fast.models.lm_head import supervise
 from psa_fast.models.packing import Packing
 from psa_fast.models.placeholders import as_list, count_images
 from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.tokens import SafetyTokens
+from psa_fast.pictures import Images
 from psa_fast.taxonomy import IGNORE_INDEX
 
 
@@ -44,17 +47,6 @@ class PsaOutput(ModelOutput):
     loss_level: Tensor | None = None
     concept_logits: Tensor | None = None
     concept_rows: Tensor | None = None
-
-
-class _Batch(NamedTuple):
-    """What both parts of a forward pass read: images once, and what they stand for."""
-
-    input_ids: Tensor  # int64 [B, T]
-    attention_mask: Tensor | None
-    packing: Packing | None
-    embeds: Tensor  # [B, T, E]
-    features: Tensor  # [N, S, Dv], a blank image's if there is none
-    counts: list[int]  # images of each row or sample
 
 
 class PsaVLM(nn.Module):
@@ -129,20 +121,21 @@ class PsaVLM(nn.Module):
         """The safety modules' tensors, named as in `named_parameters()`."""
         return {name: p for name, p in self.state_dict().items() if not name.startswith("vlm.")}
 
-    def encode_images(self, pixel_values: Tensor) -> ImageFeatures:
-        """The one vision pass: [N, 3, H, W] -> h_o [N, S, Dv] and h_i [N, S, E]."""
+    def encode_images(self, pixel_values: Images) -> Features:
+        """The one vision pass: [N, 3, H, W] -> h_o [N, S, Dv] and h_i [N, S, E]; Pictures -> GridFeatures."""
         return self.family.encode_images(self.vlm, pixel_values)
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        pixel_values: Tensor | None = None,
+        pixel_values: Images | None = None,
         image_counts: Tensor | None = None,
         labels: Tensor | None = None,
         query_mask: Tensor | None = None,
         lengths: Sequence[int] | None = None,
         vision_features: Tensor | None = None,
+        position_ids: Tensor | None = None,
         safe_type: Tensor | None = None,
         safe_level: Tensor | None = None,
         picture_type: Tensor | None = None,
@@ -162,15 +155,18 @@ class PsaVLM(nn.Module):
         losses. image_counts, safe_type, safe_level and the concept rows are per sample in either case.
 
         Args:
-            input_ids: int64 [B, T]; each image has num_safety_tokens + image_tokens placeholders.
+            input_ids: int64 [B, T]; each image has num_safety_tokens + S placeholders.
             attention_mask: [B, T], 1 = real; left or right padding. None: no padding.
-            pixel_values: [N, 3, H, W], the batch's images in order; None: no row has an image.
+            pixel_values: the batch's images in order, [N, 3, H, W] or, of a family whose images differ in their
+                tokens, Pictures; None: no row has an image.
             image_counts: int64 [B], images of each row (kept on the CPU it costs no synchronisation); None: counted.
             labels: int64 [B, T], unshifted as in transformers; -100 ignored. None: the language model is not run.
             query_mask: bool [B, T], the prompt's text positions; None: all text that is not padding and has no label.
             lengths: tokens of each sample of a packed row, as python ints; None: the rows are padded.
             vision_features: h_o of the batch's images, [N, S, Dv], N may be 0; the vision tower is not run. In place of
                 pixel_values.
+            position_ids: int64 [P, B, T], where the family has its own (data.collate and data.pack give them); None:
+                made here, which reads input_ids back from the device.
             safe_type, safe_level: int64 [B], the request's label, -100 = none: asked of rows with an image whose
                 words are not risky by themselves (concept_readings.py). Each counts once by its whole prompt and, if
                 the add-on has windows, once more by the worst of them (the prompt itself if it is no longer).
@@ -189,7 +185,9 @@ class PsaVLM(nn.Module):
         Raises:
             ValueError: images, image_counts and placeholders do not agree, or input_ids and lengths.
         """
-        batch = self._batch(input_ids, attention_mask, lengths, pixel_values, vision_features, image_counts)
+        batch = read_batch_inputs(
+            self, input_ids, attention_mask, lengths, pixel_values, vision_features, image_counts, position_ids
+        )
         targets = ConceptLabels((safe_type, safe_level), (picture_type, picture_level), (words_type, words_level))
         out, concepts = PsaOutput(), None
         if labels is None or targets.given:
@@ -202,34 +200,10 @@ class PsaVLM(nn.Module):
             out.loss = torch.stack([loss.to(torch.promote_types(loss.dtype, torch.float32)) for loss in losses]).sum()
         return out
 
-    def _batch(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        lengths: Sequence[int] | None,
-        pixel_values: Tensor | None,
-        vision_features: Tensor | None,
-        image_counts: Tensor | None,
-    ) -> _Batch:
-        packing = None if lengths is None else Packing.of_row(lengths, input_ids, attention_mask)
-        embeds = self.family.embed(self.vlm, input_ids)
-        given = pixel_values if vision_features is None else vision_features
-        counts = count_images(self.config, input_ids == self.family.image_token_id, given, image_counts, packing)
-        if vision_features is not None:
-            if pixel_values is not None:
-                raise ValueError("give either pixel_values or vision_features")
-            shape = (self.config.image_tokens, self.config.vision_hidden_size)
-            features = (vision_features if any(counts) else vision_features.new_zeros(1, *shape)).to(embeds.dtype)
-        else:
-            if pixel_values is None or not any(counts):
-                pixel_values = self.family.blank_image(input_ids.device)
-            features = self.family.vision_features(self.vlm, pixel_values)
-        return _Batch(input_ids, attention_mask, packing, embeds, features, counts)
-
     def _concepts(
         self,
         out: PsaOutput,
-        batch: _Batch,
+        batch: Batch,
         text: Tensor,
         targets: ConceptLabels,
         class_weights: Tensor | Sequence[Tensor | None] | None,
@@ -237,7 +211,7 @@ class PsaVLM(nn.Module):
         num_rows: float | Tensor | None,
     ) -> Tensor | None:
         """Read the batch into `out`; the concept losses' sum, None without targets."""
-        read = read_batch(self.bottleneck, self.config, batch.features, batch.counts, batch.embeds, text, targets)
+        read = read_batch(self.bottleneck, self.config, batch.features, batch.counts, batch.rows.embeds, text, targets)
         concept = self.bottleneck.loss(read.pooled, read.targets, class_weights, label_smoothing, num_rows)
         out.concept_rows, out.concept_logits = read.rows, concept.logits[read.places]
         if not targets.given:
@@ -246,35 +220,34 @@ class PsaVLM(nn.Module):
         # the zero keeps every parameter in the graph of a rank whose rows have no target
         return concept.loss + 0.0 * concept.logits.sum().to(concept.loss.dtype)
 
-    def _language_loss(self, batch: _Batch, labels: Tensor, num_items: float | Tensor | None) -> Tensor:
+    def _language_loss(self, batch: Batch, labels: Tensor, num_items: float | Tensor | None) -> Tensor:
         projected = self.family.project(self.vlm, batch.features)
-        embeds = self.insert_images(batch.embeds, batch.input_ids, projected, any(batch.counts))
         aligned = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        packing, mask = batch.packing, batch.attention_mask
+        packing, rows, attention = batch.packing, batch.rows, {}
         if packing is not None:
-            hidden = self.family.hidden_states(
-                self.vlm, embeds, None, packing.position_ids, **packing.attention_kwargs()
-            )
+            attention = packing.attention_kwargs()
+            rows = rows if rows.position_ids is not None else rows._replace(position_ids=packing.position_ids)
             aligned = aligned.index_fill(1, packing.last(), IGNORE_INDEX)  # the next sample is no continuation
-        else:
-            hidden = self.family.hidden_states(self.vlm, embeds, mask, None if mask is None else _position_ids(mask))
+        elif rows.position_ids is None and rows.attention_mask is not None:
+            rows = rows._replace(position_ids=_position_ids(rows.attention_mask))
+        hidden = self.family.states(self.vlm, rows, self.safety_tokens, projected, any(batch.counts), **attention)
         head: Any = self.family.module(self.vlm, "lm_head")
         return head(hidden, labels=aligned, num_items=num_items)
 
     def concept_logits(
         self,
-        features: ImageFeatures | None,
+        features: Features | None,
         image_counts: Tensor | Sequence[int],
         input_ids: Tensor,
         query_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        projected: Tensor | None = None,
+        projected: Tensor | Ragged | None = None,
     ) -> Tensor:
         """Logits from features already computed, differentiable.
 
         Args:
             features: of all rows' images in order; None where no row has one, or where `projected` is given.
-            projected: in place of features: what `bottleneck.project` made of them, [N, S, E].
+            projected: in place of features: what `bottleneck.project_images` made of them.
             image_counts: int [B]; a row without an image (0) is read by its words alone.
             input_ids: int64 [B, T], of which only text is read: placeholders need not fit the images.
             query_mask: bool [B, T], or [B, Q, T] for Q queries from one launch. A mask without any True is the learned
@@ -287,8 +260,9 @@ class PsaVLM(nn.Module):
         Raises ValueError for another number of images, and for a row with neither images nor head tokens.
         """
         counts = as_list(image_counts)
-        given = projected if features is None else features.vision
-        if (0 if given is None else given.shape[0]) != sum(counts):
+        if features is not None:
+            projected = self.bottleneck.project_images(features)
+        if (0 if projected is None else len(projected)) != sum(counts):
             raise ValueError(f"image_counts names {sum(counts)} images, features hold another number")
         if 0 in counts and self.config.num_head_tokens == 0:
             raise ValueError("a row has no image, and the add-on no head tokens: there is nothing to read")
@@ -299,8 +273,9 @@ class PsaVLM(nn.Module):
         pooled = []
         if shown:
             if projected is None:
-                blank = torch.zeros(1, self.config.image_tokens, self.config.vision_hidden_size, dtype=query.dtype)
-                projected = self.bottleneck.project(blank.to(query.device) if features is None else features.vision)
+                cells = 1 if self.config.image_tokens is None else self.config.image_tokens
+                blank = torch.zeros(1, cells, self.config.vision_hidden_size, dtype=query.dtype)
+                projected = self.bottleneck.project(blank.to(query.device))
             rows, mask = by_row(projected, [counts[row] for row in shown])
             pooled.append(self.bottleneck.pool(rows, query[shown], mask))
         if bare:
@@ -315,7 +290,7 @@ class PsaVLM(nn.Module):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        features: ImageFeatures | None = None,
+        features: Features | None = None,
         image_counts: Tensor | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -332,14 +307,15 @@ class PsaVLM(nn.Module):
             attention_mask = torch.ones_like(input_ids)
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("generate needs left padding: the last position of every row must be a token")
-        images = None if features is None else features.projected
-        counts = count_images(self.config, input_ids == self.family.image_token_id, images, image_counts)
-        embeds = self.family.embed(self.vlm, input_ids)
-        if images is not None and any(counts):
-            embeds = self.insert_images(embeds, input_ids, images)
+        placeholders = input_ids == self.family.image_token_id
+        counts = count_images(self.config, placeholders, tokens_of_features(features), image_counts)
+        grids = features.grids if isinstance(features, GridFeatures) else []
+        safety = self.config.num_safety_tokens
+        positions = positions_of(self.family, safety, input_ids, grids, counts, attention_mask=attention_mask)
+        rows = Rows(input_ids, self.family.embed(self.vlm, input_ids), attention_mask, positions)
         if not kwargs.setdefault("do_sample", False):
             kwargs = {"temperature": None, "top_p": None, "top_k": None, **kwargs}  # a base may have sampling defaults
-        return self.family.generate(self.vlm, embeds, attention_mask, **kwargs)
+        return self.family.answer(self.vlm, rows, self.safety_tokens, features if any(counts) else None, **kwargs)
 
     def insert_images(self, embeds: Tensor, input_ids: Tensor, projected: Tensor, has_images: bool = True) -> Tensor:
         """Put [s_llm ; h_i] in place of the placeholders.
@@ -350,12 +326,7 @@ class PsaVLM(nn.Module):
             projected: h_i of the images in order, [N, S, E].
             has_images: False: there are none, and `projected` is a blank image's, which stays in the graph only.
         """
-        tokens = self.safety_tokens(projected.shape[0]).to(embeds.dtype)
-        visual = torch.cat([tokens, projected.to(embeds.dtype)], dim=1)
-        if not has_images:  # same modules, same graph as on a rank that has images
-            return embeds + 0.0 * visual.sum()
-        mask = (input_ids == self.family.image_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(mask, visual)
+        return self.family.insert_images(embeds, input_ids, self.safety_tokens, projected, has_images)
 
     def query_text(
         self,

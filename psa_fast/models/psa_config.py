@@ -14,7 +14,7 @@ from typing import Any
 from psa_fast.files import read_json, shorten, write_text
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
-VERSION = 4
+VERSION = 5
 QUERIES = ("prompt", "first")
 # inclusive ranges; the upper ends are far beyond any model, and keep products of two within 64 bits
 _RANGES = {
@@ -35,6 +35,7 @@ _ADDED: dict[int, dict[str, Any]] = {
     2: {"layer_norm_eps": 1e-6},
     3: {"neutral_query": False, "query_window": 0, "reads_text": False},
     4: {"num_text_tokens": 0},
+    5: {},  # image_tokens may be null
 }
 DEFAULT_WINDOW = 16
 
@@ -46,7 +47,8 @@ class PsaConfig:
     Attributes:
         vision_hidden_size: Dv, width of the vision features h_o.
         hidden_size: E, width of the language model.
-        image_tokens: S, tokens of one image; a square number (the safety projector works on the grid).
+        image_tokens: S, tokens of one image; a square number (the safety projector works on the grid). None: they
+            vary, and each image comes with its grids; files up to version 4 always have a number.
         num_safety_tokens: tokens before an image's tokens in the language model's input (s_llm).
         num_head_tokens: tokens only the concept attention sees (s_head).
         num_attention_heads: heads of the concept attention; divides hidden_size.
@@ -75,7 +77,7 @@ class PsaConfig:
 
     vision_hidden_size: int
     hidden_size: int
-    image_tokens: int
+    image_tokens: int | None
     num_safety_tokens: int = 64
     num_head_tokens: int = 64
     num_attention_heads: int = 8
@@ -123,14 +125,15 @@ class PsaConfig:
         if self.num_text_tokens is None:
             self.num_text_tokens = self.num_head_tokens if self.reads_text else 0
         for name in _RANGES:
-            _check_integer(name, getattr(self, name))
+            if name != "image_tokens" or self.image_tokens is not None:
+                _check_integer(name, getattr(self, name))
         if self.num_text_tokens and not self.reads_text:
             raise ValueError(f"num_text_tokens is {self.num_text_tokens}, but reads_text is False: nothing reads them")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
             )
-        if isqrt(self.image_tokens) ** 2 != self.image_tokens:
+        if self.image_tokens is not None and isqrt(self.image_tokens) ** 2 != self.image_tokens:
             raise ValueError(f"image_tokens is {self.image_tokens}; the safety projector needs a square grid")
         eps = self.layer_norm_eps
         if type(eps) not in (int, float) or not (math.isfinite(eps) and 1e-12 <= eps <= 0.1):
@@ -152,6 +155,13 @@ class PsaConfig:
     def head_sizes(self) -> tuple[int, int]:
         """Classes of the type head and of the level head."""
         return len(self.risk_types), len(self.risk_levels)
+
+    @property
+    def fixed_image_tokens(self) -> int:
+        """S, where all images have as many. Raises ValueError where it varies."""
+        if self.image_tokens is None:
+            raise ValueError("the base's images have different numbers of tokens, which this does not support yet")
+        return self.image_tokens
 
     def revision_of(self, base: str | Path) -> str | None:
         """The commit to load `base` at: the recorded one of the add-on's own base, wherever the hub's main is by now.
@@ -193,7 +203,9 @@ class PsaConfig:
         needed = (*_REQUIRED, *(name for added in range(2, version + 1) for name in _ADDED[added]))
         if missing := [name for name in needed if name not in raw]:
             raise ValueError(f"{path} lacks: {', '.join(missing)}")
-        if later:
+        if version < VERSION:
+            if raw["image_tokens"] is None:
+                raise ValueError(f"{path}: image_tokens is null; version {version} has a number")
             raw.update({**later, "version": VERSION})
         try:
             config = cls(**raw)

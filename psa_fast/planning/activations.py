@@ -54,7 +54,7 @@ class Dims:
             vision_hidden=psa.vision_hidden_size,
             tower_hidden=vision.hidden_size,
             tower_intermediate=vision.intermediate_size,
-            image_tokens=psa.image_tokens,
+            image_tokens=psa.fixed_image_tokens,
             image_size=vision.image_size,
             projector_hidden=psa.projector_hidden_size,
             projector_depth=psa.projector_depth,

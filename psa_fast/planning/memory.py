@@ -141,6 +141,7 @@ def measure(config: TrainConfig) -> Sizes:
     from psa_fast.training.stages import part_parameters, prepare
 
     base = base_config(str(config.model_name_or_path))
+    get_family(base).require("plan")
     with torch.device("meta"):
         whole = config.runs_language_model
         vlm = AutoModelForImageTextToText.from_config(base if whole else get_family(base).without_language_layers(base))

@@ -12,6 +12,7 @@ from psa_fast.data.chat import Encoded, ImageInputs, encode
 from psa_fast.data.records import IMAGE_MARK, Turn
 from psa_fast.data.template import stop_token_ids
 from psa_fast.files import shorten
+from psa_fast.pictures import join
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.prepared import Prepared
@@ -271,9 +272,9 @@ class Guard:
             return Prepared(number, turns, images, prompt, neutral, readable=readable)
         alone = []
         for place in range(prompt.image_count):
-            image = ImageInputs(images.pixel_values[place : place + 1], images.placeholders[place : place + 1])
+            image = images.only(place)
             own = self._prompter.prompt(keep_mark(turns, place, NEUTRAL_QUESTION), image, max_new_tokens)
-            alone.append((replace(own, pixel_values=None), self._neutral_prompt(image)))
+            alone.append((replace(own, pixel_values=None, position_ids=None), self._neutral_prompt(image)))
         return Prepared(number, turns, images, prompt, neutral, tuple(alone))
 
     def _with_hint(self, request: Prepared, hint: str | None, max_new_tokens: int) -> Encoded:
@@ -283,11 +284,12 @@ class Guard:
 
     def _encode_images(self, asked: Sequence[Prepared]) -> Any:
         """Features of all images, in order, from the one vision pass; None without images."""
-        pixels = [request.images.pixel_values for request in asked if request.images is not None]
+        found = [request.images.pixel_values for request in asked if request.images is not None]
+        pixels = [images for images in found if images is not None]
         if not pixels:
             return None
         weight = next(self.model.parameters())
-        return self.model.encode_images(torch.cat(pixels).to(weight.device, weight.dtype))
+        return self.model.encode_images(join(pixels).to(weight.device, weight.dtype))
 
     def _neutral_prompt(self, images: ImageInputs | None) -> Encoded | None:
         """The neutral question about the images, in the layout of training's records; None without images."""

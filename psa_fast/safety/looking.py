@@ -44,10 +44,15 @@ def looked_at(guard: Guard, request: Request, verdict: Verdict) -> list[list[flo
                 mask[0, list(positions)] = True
             text = model.query_text(ids, query_mask=mask.to(weight.device))
             asks = model.bottleneck.queries(model.family.embed(model.vlm, ids), text)
-            pixels = prepared.images.pixel_values[list(question.images)].to(weight.device, weight.dtype)
-            features = model.bottleneck.project(model.encode_images(pixels).vision)
-            shares = model.bottleneck.looked_at(features.flatten(0, 1).unsqueeze(0), asks)[0]
-            for place, part in zip(question.images, shares.unflatten(0, features.shape[:2]), strict=True):
+            pixels: Any = prepared.images.pixel_values
+            shown = pixels[list(question.images)].to(weight.device, weight.dtype)
+            features = model.bottleneck.project_images(model.encode_images(shown))
+            if isinstance(features, torch.Tensor):
+                rows, sizes = features.flatten(0, 1), [features.shape[1]] * len(features)
+            else:
+                rows, sizes = features.values, features.sizes
+            shares = model.bottleneck.looked_at(rows.unsqueeze(0), asks)[0]
+            for place, part in zip(question.images, shares.split(sizes), strict=True):
                 found[place] = part.double().tolist()
             return found
     raise ValueError(f"the verdict's reading ({verdict.query}, {verdict.query_number}) is none of the request's")

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from psa_fast.pictures import Images, Pictures
+
 
 class PlainVLM(nn.Module):
     """A stock Hugging Face VLM, run by its own `generate`. Its "features" are the pixel values: it sees them once."""
@@ -15,22 +17,29 @@ class PlainVLM(nn.Module):
         super().__init__()
         self.vlm = vlm
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Pixel values [N, 3, H, W] as they are."""
+    def encode_images(self, pixel_values: Images) -> Images:
+        """Pixel values [N, 3, H, W] or Pictures as they are."""
         return pixel_values
 
     def generate(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        features: torch.Tensor | None,
+        features: Images | None,
         image_counts: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
         """New token ids [B, t] for left-padded `input_ids` [B, T]; `features` are the pixel values of all images."""
+        from psa_fast.models.batch import positions_of
+        from psa_fast.models.families import get_family
+
         if (0 if features is None else len(features)) != int(image_counts.sum()):
             raise ValueError(f"{int(image_counts.sum())} images announced, but not as many given")
         if features is not None:  # given as None, they would be looked for all the same
-            kwargs["pixel_values"] = features
+            kwargs |= features.tensors if isinstance(features, Pictures) else {"pixel_values": features}
+        family, grids = get_family(self.vlm), features.grids if isinstance(features, Pictures) else []
+        positions = positions_of(family, 0, input_ids, grids, image_counts.tolist(), attention_mask=attention_mask)
+        if positions is not None:
+            kwargs["position_ids"] = positions
         ids = self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[operator]
         return ids[:, input_ids.shape[1] :]

@@ -17,11 +17,13 @@ import torch
 
 from psa_fast.data.chat import Encoded
 from psa_fast.models.queries import window_starts
+from psa_fast.pictures import Pictures
 from psa_fast.safety.policy import ACTIONS, Decision, Policy
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
     from psa_fast.models import PsaVLM
+    from psa_fast.models.image_features import Ragged
 
 # short, about the image and about nothing in it; the sandbox's word-level vocabulary has all of its words
 NEUTRAL_QUESTION = "What do you see?"
@@ -164,7 +166,7 @@ def read_logits(
     found = []
     start = 0
     # each picture once, in however many rows it is read
-    projected = None if features is None else model.bottleneck.project(features.vision)
+    projected = None if features is None else model.bottleneck.project_images(features)
     while start < len(questions):
         end, most = start, 0
         while end < len(questions):
@@ -180,7 +182,7 @@ def read_logits(
 def _launch(
     model: PsaVLM,
     questions: Sequence[Question],
-    projected: torch.Tensor | None,
+    projected: torch.Tensor | Ragged | None,
     pad: Callable[[Sequence[Sequence[int]], int], torch.Tensor],
 ) -> list[torch.Tensor]:
     """Per question its logits [1 + parts, 7 + 4], from one launch."""
@@ -188,7 +190,7 @@ def _launch(
     mask = pad([question.prompt.query_mask for question in questions], 0).bool()
     counts = torch.tensor([len(question.images) for question in questions], device=ids.device)
     images = [image for question in questions for image in question.images]
-    chosen = projected[images] if images and projected is not None else None
+    chosen = take(projected, images) if images and projected is not None else None
     most = max(len(question.parts) for question in questions)
     if not most:
         return list(model.concept_logits(None, counts, ids, mask, projected=chosen).split(1))
@@ -209,9 +211,7 @@ def _launch(
 
 def take(features: Any, images: Sequence[int]) -> Any:
     """The features of some images, in that order; an image may come several times."""
-    if isinstance(features, torch.Tensor):
-        return features[list(images)]
-    return type(features)(*(tensor[list(images)] for tensor in features))
+    return features[list(images)] if isinstance(features, torch.Tensor | Pictures) else features.take(images)
 
 
 class Weighed(NamedTuple):

@@ -50,6 +50,7 @@ def cached_features(
     from deepspeed.accelerator import get_accelerator
 
     assert config.feature_cache is not None
+    model.family.require("--feature_cache")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     hashes = _hash_images(config, records, rank, world_size)
     tower = model.family.module(model.vlm, "vision")
@@ -62,7 +63,7 @@ def cached_features(
             "processor": json.loads(processor.image_processor.to_json_string()),
             "dtype": str(compute_dtype(config)),
         }
-        shape = (model.config.image_tokens, model.config.vision_hidden_size)
+        shape = (model.config.fixed_image_tokens, model.config.vision_hidden_size)
         cache = FeatureCache(config.feature_cache, fingerprint, shape, rank)
         first_names = {digest: name for name, digest in reversed(hashes.items())}
         _check_entries(cache, sorted(first_names), rank, world_size, console)
@@ -75,8 +76,10 @@ def cached_features(
             for start in range(0, len(own), config.micro_batch_size):
                 part = own[start : start + config.micro_batch_size]
                 images = [load_image(resolve(config.image_folder or "", name)) for _, name in part]
-                pixels = prepare_images(images, processor).pixel_values.to(device)
-                for (digest, _), features in zip(part, model.family.vision_features(model.vlm, pixels), strict=True):
+                prepared: Any = prepare_images(images, processor).pixel_values
+                pixels = prepared.to(device)
+                found: Any = model.family.vision_features(model.vlm, pixels)
+                for (digest, _), features in zip(part, found, strict=True):
                     cache.put(digest, features)
         dist.barrier()
     absent = [name for name, digest in hashes.items() if digest not in cache]

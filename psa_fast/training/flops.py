@@ -112,7 +112,7 @@ class StageFlops:
             parts["language_model"] = 2 * (weights * (1 + reached) + tuned)
             parts["attention"] = 4 * text.num_attention_heads * width * text.num_hidden_layers * (1 + 2 * reached)
             parts["lm_head"] = 2 * _weights(head) * (1 + reached + _trained(head))
-            parts["connector"] = _connector(connector, model.config.image_tokens)
+            parts["connector"] = _connector(connector, model.config.fixed_image_tokens)
         if config.runs_bottleneck:
             parts["bottleneck"], parts["pooling"], parts["words"] = _bottleneck(model)
         return cls(**parts)
@@ -204,7 +204,7 @@ def _connector(connector: nn.Module, image_tokens: int) -> int:
 def _bottleneck(model: PsaVLM) -> tuple[int, int, int]:
     """Of an image (safety projector, its keys in the attention), of a sample with one, and of its words alone."""
     projector, attention, heads = model.bottleneck.projector, model.bottleneck.attention, model.bottleneck.heads
-    tokens, width, rows = model.config.image_tokens, attention.embed_dim, attention.num_heads
+    tokens, width, rows = model.config.fixed_image_tokens, attention.embed_dim, attention.num_heads
     gates = sum(_weights(m) for m in projector.modules() if isinstance(m, SqueezeExcite))
     depthwise = sum(9 * m.in_channels for m in projector.modules() if isinstance(m, DepthwiseConv3x3))
     met = _weights(projector) - gates + depthwise
@@ -230,9 +230,9 @@ def _bottleneck(model: PsaVLM) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Meter:
-    """What a run's MFU is measured with: the stage's FLOPs, and `matrix_rate` of one rank's device."""
+    """What a run's MFU is measured with: the stage's FLOPs, None if not known, and `matrix_rate` of a rank's device."""
 
-    flops: StageFlops
+    flops: StageFlops | None
     rate: float
 
 

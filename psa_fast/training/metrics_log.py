@@ -165,8 +165,9 @@ def shown(loss: float | None) -> str:
 
 def speed(row: Row) -> str:
     """The part of a log line that says how fast a step was, and with how much memory."""
+    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
     return (
-        f"{row['tokens_per_s']:,.0f} tokens/s {row['samples_per_s']:.1f} samples/s MFU {row['mfu']:.1%} "
+        f"{row['tokens_per_s']:,.0f} tokens/s {row['samples_per_s']:.1f} samples/s MFU {mfu} "
         f"padding {row['padding_share']:.1%} {row['peak_memory_gb']:.1f} GiB"
     )
 

@@ -17,7 +17,7 @@ from psa_fast.data.dataset import HintFor
 from psa_fast.data.lengths import RowCheck, check_rows
 from psa_fast.data.progress import progress
 from psa_fast.data.records import MAX_LISTED
-from psa_fast.models import load_processor
+from psa_fast.models import get_family, load_processor
 from psa_fast.models.addon import check_base_folder, check_files
 from psa_fast.models.base_model import check_base, read_base_config, resolve_commit
 
@@ -122,6 +122,24 @@ def check_positions(config: TrainConfig, commit: str | None) -> None:
             f"--max_length {config.max_length} is more than the {positions} positions of {config.model_name_or_path}; "
             f"give --max_length {positions} or less"
         )
+
+
+def check_family(config: TrainConfig, commit: str | None) -> None:
+    """Refuse what the base's family cannot do yet.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    with naming_base(config):
+        family = get_family(read_base_config(str(config.model_name_or_path), commit))
+    asked = {
+        "packing": config.packing and config.runs_language_model,
+        "--feature_cache": config.feature_cache is not None,
+        "pixel attacks": config.stage == 0 or (config.stage == 1 and config.adversarial_weight > 0),
+    }
+    for part, wanted in asked.items():
+        if wanted:
+            family.require(part)
 
 
 @contextmanager

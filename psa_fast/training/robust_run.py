@@ -29,7 +29,7 @@ from .engine import build_engine, check_deepspeed_config, compute_dtype, init_di
 from .integrity import STATE, describe, read_state_file, sync_one, write_state_file
 from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
-from .preflight import naming_base, prepare_dataset, read_processor
+from .preflight import check_family, naming_base, prepare_dataset, read_processor
 from .ranks import alike, from_rank_0
 from .reporters import check_reporters, open_reporters
 from .robust_tower import RobustTower, picture_targets, tower_weights
@@ -119,6 +119,7 @@ def _set_up(config: TrainConfig, console: Console, rank: int, world_size: int) -
         resume = Resume(*found) if found else None
         refuse_used(config)
         _refuse_result(config)
+        check_family(config, None)
         processor = read_processor(config, None)
         scale = PixelScale.of(processor.image_processor)
     dataset = _with_pictures(prepare_dataset(config, processor, None, console), config)

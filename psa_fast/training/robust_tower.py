@@ -142,7 +142,8 @@ class RobustTower(nn.Module):
     def features(self, pixels: Tensor) -> Tensor:
         """The trained tower's features, [N, C, H, W] -> [N, S, Dv]."""
         psa, _ = self._outside
-        return psa.family.vision_features(psa.vlm, pixels)
+        found: Any = psa.family.vision_features(psa.vlm, pixels)
+        return found
 
     @torch.no_grad()
     def original_features(self, pixels: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ class RobustTower(nn.Module):
         psa, _ = self._outside
         named = list(self.tower.named_parameters())
         self.tower.requires_grad_(True)
-        blank = psa.family.blank_image(next(self.tower.parameters()).device)
+        blank: Any = psa.family.blank_image(next(self.tower.parameters()).device)
         slopes = torch.autograd.grad(self.features(blank).float().sum(), [p for _, p in named], allow_unused=True)
         for (_, parameter), slope in zip(named, slopes, strict=True):
             parameter.requires_grad_(slope is not None)

@@ -26,7 +26,7 @@ from .flops import Meter, StageFlops, shared_matrix_rate
 from .model_building import build_model
 from .optimizer_state import check_engine
 from .output_folder import claim, refuse_used
-from .preflight import check_positions, commit_for, prepare_dataset, read_processor
+from .preflight import check_family, check_positions, commit_for, prepare_dataset, read_processor
 from .ranks import alike
 from .reporters import BOARD, check_reporters
 from .stages import optimizer_groups, prepare, print_table
@@ -158,6 +158,7 @@ def _check(config: TrainConfig, validation: Validation | None, world_size: int, 
     addon = str(resume.folder) if resume else config.addon
     commit = commit_for(config, addon)
     check_positions(config, commit)
+    check_family(config, commit)
     processor = read_processor(config, commit)
     if validation is not None:
         check_validation(config, validation, processor, commit)
@@ -186,12 +187,12 @@ def _build(
             config, ds_config, checked.addon, checked.attention, checked.commit, unlearnt_readings(dataset.records)
         )
     parts = prepare(model, config, resuming=resume is not None)
-    meter = Meter(StageFlops.of(model, config), rate)
+    meter = Meter(StageFlops.of(model, config) if "MFU" in model.family.works else None, rate)
     prepare_language_model(model, config)
     if config.feature_cache is not None:
         dataset.features_of = cached_features(config, model, checked.processor, dataset.records, console)
     print_table(model, parts, config.weight_decay, console)
-    _print_run(config, checked, records, rate, console, world_size)
+    _print_run(config, checked, records, meter, console, world_size)
     keep_whole(model)
     format_1 = resume is not None and "format" not in resume.state
     groups = optimizer_groups(model, parts, config.weight_decay, format_1)
@@ -202,7 +203,7 @@ def _build(
 
 
 def _print_run(
-    config: TrainConfig, checked: Checked, records: Records, rate: float, console: Console, world_size: int
+    config: TrainConfig, checked: Checked, records: Records, meter: Meter, console: Console, world_size: int
 ) -> None:
     attention = checked.attention
     console.print(
@@ -213,9 +214,12 @@ def _print_run(
         f"{f'attention {ATTENTION_IN_WORDS.get(attention, attention)}' if attention else 'no language model'}, "
         f"{'packed rows' if config.packing else 'padded rows'}"
     )
+    share = "MFU is the share of it that a step's work makes use of"
+    if meter.flops is None:
+        share = "MFU is left out, as the FLOPs of a step are not known for this base"
     console.print(
-        f"matrix rate measured on rank 0: {rate / 1e9:,.0f} GFLOP/s, what this device reaches when it does nothing but "
-        f"multiply; MFU is the share of it that a step's work makes use of",
+        f"matrix rate measured on rank 0: {meter.rate / 1e9:,.0f} GFLOP/s, what this device reaches when it does "
+        f"nothing but multiply; {share}",
         soft_wrap=True,
     )
     if BOARD in config.reporters:

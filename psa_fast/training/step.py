@@ -16,6 +16,7 @@ from torch import Tensor
 from psa_fast.data.labels import CONCEPT_LABELS
 from psa_fast.models import PsaOutput
 from psa_fast.models.transfer import to_device
+from psa_fast.pictures import Pictures
 from psa_fast.training.metrics_log import LOSSES, Row
 
 from .adversarial import ConceptAttack
@@ -75,7 +76,7 @@ def train_step(
         began=began,
         ended=_Moment(device),
         learning_rate=learning_rate,
-        all_devices=meter.rate * world_size,
+        all_devices=0.0 if meter.flops is None else meter.rate * world_size,
         micro_batches=len(micros),
         computed=(*_computed(config), *(("loss_adversarial",) if attacked is not None else ())),
         where=[where for batch in micros for where in batch["where"]],
@@ -101,7 +102,9 @@ class _Passes:
     def losses(self, batch: dict[str, Any], step: int, attacked: ConceptAttack | None, last: bool) -> Tensor:
         """fp64 [len(LOSSES)] of one micro-batch, which has gone forward and backward; the last takes the step."""
         inputs = {
-            k: v.to(self.engine.device, non_blocking=True) if isinstance(v, Tensor) and k != "image_counts" else v
+            k: v.to(self.engine.device, non_blocking=True)
+            if isinstance(v, Tensor | Pictures) and k != "image_counts"
+            else v
             for k, v in batch.items()
             if k not in self._skipped
         }
@@ -204,7 +207,7 @@ class StepReport:
             "data_seconds": found["data_seconds"],
             "tokens_per_s": found["tokens"] / seconds,
             "samples_per_s": found["samples"] / seconds,
-            "mfu": found["flops"] / seconds / self.all_devices,
+            "mfu": found["flops"] / seconds / self.all_devices if self.all_devices else None,
             "peak_memory_gb": found["peak_memory_gb"],
         }
 
@@ -252,7 +255,8 @@ def _finite(found: dict[str, float]) -> bool:
 
 def _counts(loads: list[Load], meter: Meter, device: torch.device) -> Tensor:
     """fp64 [7]: the first values of _VALUES, of this rank's micro-batches."""
-    each = [(*(getattr(load, name) for name in _COUNTS), meter.flops.total(load)) for load in loads]
+    flops = meter.flops
+    each = [(*(getattr(load, name) for name in _COUNTS), flops.total(load) if flops else 0) for load in loads]
     return to_device([sum(column) for column in zip(*each, strict=True)], device, torch.float64)
 
 

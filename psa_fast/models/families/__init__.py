@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from psa_fast.models.families.family import Family, ImageFeatures
+from psa_fast.models.families.family import PARTS, Family, Rows
 from psa_fast.models.families.llava import LlavaFamily
+from psa_fast.models.families.qwen2_5_vl import Qwen25VLFamily
+from psa_fast.models.families.qwen2_vl import Qwen2VLFamily
+from psa_fast.models.families.qwen3_vl import Qwen3VLFamily
+from psa_fast.models.image_features import ImageFeatures
 
-FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily}
+FAMILIES: dict[str, type[Family]] = {
+    "llava": LlavaFamily,
+    "qwen2_vl": Qwen2VLFamily,
+    "qwen2_5_vl": Qwen25VLFamily,
+    "qwen3_vl": Qwen3VLFamily,
+}
 
 
 def get_family(vlm_or_config: Any) -> Family:
@@ -19,4 +28,4 @@ def get_family(vlm_or_config: Any) -> Family:
     return FAMILIES[model_type](config)
 
 
-__all__ = ["FAMILIES", "Family", "ImageFeatures", "get_family"]
+__all__ = ["FAMILIES", "PARTS", "Family", "ImageFeatures", "Rows", "get_family"]

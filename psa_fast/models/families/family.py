@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from psa_fast.models.families.parts_processor import FamilyProcessor
+from psa_fast.models.image_features import Features, GridFeatures
+from psa_fast.pictures import Grid, Images, Pictures
+
+Tokens = Callable[[int], Tensor]
+
+#: what a family may lack, by the name that messages use -> what it is
+PARTS = {
+    "packing": "packed rows",
+    "--feature_cache": "the cache of vision features",
+    "plan": "the memory that a run needs, known before it starts",
+    "MFU": "the FLOPs of a step",
+    "pixel attacks": "attacks on pixels, and training against them (stages 0 and 1)",
+}
 
 
-class ImageFeatures(NamedTuple):
-    """One vision pass: vision = h_o [N, S, Dv], projected = h_i [N, S, E] (arXiv 2411.11543, section 3)."""
+class Rows(NamedTuple):
+    """What the language model reads: padded rows, or one packed row.
 
-    vision: Tensor
-    projected: Tensor
+    `embeds` are the word embeddings [B, T, E]; `position_ids` [B, T] or [P, B, T], None: they count the tokens.
+    """
+
+    input_ids: Tensor
+    embeds: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor | None
 
 
 class Family(ABC):
-    """Adapter of one family; stateless but for the config, the model is an argument."""
+    """Adapter of one family; stateless but for the config, the model is an argument.
+
+    What is the same for nearly all is here: the language model is run from token ids, with what stands at the image
+    placeholders handed over as transformers' `mm_encoder_outputs`, which keeps all that a stock forward does.
+    """
 
     #: dotted names inside the VLM: vision, connector, language, lm_head
     module_names: dict[str, str]
+    #: names of PARTS that work
+    works: frozenset[str] = frozenset({"packing"})
 
     def __init__(self, config: Any):
         self.config = config
 
     @property
-    @abstractmethod
     def image_token_id(self) -> int:
         """Id of the image placeholder."""
+        return self.config.image_token_id
 
     @property
     @abstractmethod
@@ -36,69 +67,153 @@ class Family(ABC):
         """Dv, width of the vision features."""
 
     @property
-    @abstractmethod
     def hidden_size(self) -> int:
         """E, width of the language model."""
+        return self.config.get_text_config().hidden_size
 
     @abstractmethod
-    def image_tokens(self, config: Any | None = None) -> int:
-        """S, tokens of one image."""
+    def image_tokens(self, config: Any | None = None) -> int | None:
+        """S, tokens of one image; None: it varies with the image's size."""
 
-    @abstractmethod
+    def require(self, part: str) -> None:
+        """Raise ValueError for one of PARTS that does not work with this family."""
+        if part not in self.works:
+            raise ValueError(f"{part} does not work with {self.config.model_type} yet ({PARTS[part]})")
+
     def without_language_layers(self, config: Any) -> Any:
         """A copy of the base's config whose language model has no decoder layer; its embeddings and head stay."""
+        config = copy.deepcopy(config)
+        text = config.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = []
+        return config
 
-    @abstractmethod
     def vision_choices(self) -> dict[str, Any]:
         """JSON values that decide, beside the tower's weights, what `vision_features` returns."""
+        raise ValueError(f"--feature_cache does not work with {self.config.model_type} yet")
 
-    @abstractmethod
     def vision_run(self) -> tuple[int, int]:
         """Encoder layers that `vision_features` runs, and an image's positions in them."""
+        raise ValueError(f"the FLOPs of the vision tower of {self.config.model_type} are not known")
 
     @abstractmethod
-    def blank_image(self, device: torch.device) -> Tensor:
-        """One image of zeros [1, 3, H, W], which keeps a rank without images in step with the others."""
+    def blank_image(self, device: torch.device) -> Images:
+        """One small image, which keeps a rank without images in step with the others."""
 
     @abstractmethod
-    def vision_features(self, vlm: nn.Module, pixel_values: Tensor) -> Tensor:
-        """h_o [N, S, Dv] of [N, 3, H, W]."""
+    def vision_features(self, vlm: nn.Module, images: Images) -> Tensor | GridFeatures:
+        """h_o: [N, S, Dv] of [N, 3, H, W], or of images of different sizes, without h_i."""
 
-    @abstractmethod
     def features_of_tower(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """`vision_features` of a tower like the model's own that stands by itself."""
-
-    def encode_images(self, vlm: nn.Module, pixel_values: Tensor) -> ImageFeatures:
-        """One vision pass over [N, 3, H, W]."""
-        vision = self.vision_features(vlm, pixel_values)
-        return ImageFeatures(vision, self.project(vlm, vision))
-
-    def project(self, vlm: nn.Module, vision: Tensor) -> Tensor:
-        """The VLM's own projector: h_o [N, S, Dv] -> h_i [N, S, E]."""
-        return self.module(vlm, "connector")(vision)
+        raise ValueError(f"stage 0 does not work with {self.config.model_type} yet")
 
     @abstractmethod
+    def project(self, vlm: nn.Module, vision: Any) -> Any:
+        """The VLM's own connector: h_o [N, S, Dv] -> h_i [N, S, E], or GridFeatures -> the same with h_i."""
+
+    def encode_images(self, vlm: nn.Module, images: Images) -> Features:
+        """One vision pass over images, as `Images` of the family's kind."""
+        return self.project(vlm, self.vision_features(vlm, images))
+
     def embed(self, vlm: nn.Module, input_ids: Tensor) -> Tensor:
-        """Word embeddings [B, T, E]."""
+        """Word embeddings [B, T, E]; placeholders are embedded too and overwritten later."""
+        return vlm.get_input_embeddings()(input_ids)  # type: ignore[operator]
 
-    @abstractmethod
-    def hidden_states(
-        self,
-        vlm: nn.Module,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        **attention_kwargs: Any,
+    def positions(self, input_ids: Sequence[int], safety_tokens: int, grids: Sequence[Sequence[Grid]]) -> Tensor | None:
+        """Position ids of one row without padding, int64 [P, T]; None: they count its tokens.
+
+        Args:
+            input_ids: the row's.
+            safety_tokens: placeholders before each image's own.
+            grids: of the row's images, as Pictures has them.
+        """
+        return None
+
+    def visual(self, tokens: Tokens, features: GridFeatures) -> Any:
+        """[s_llm ; h_i] of each image, as transformers takes it in place of pixels. Made anew for each call, which may
+        change it.
+        """
+        assert features.projected is not None
+        rows = zip(tokens(features.images), features.projected.split(), strict=True)
+        laid: Any = tuple(torch.cat([s.to(h.dtype), h]) for s, h in rows)
+        return BaseModelOutputWithPooling(pooler_output=laid)
+
+    def states(
+        self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any, has_images: bool = True, **kwargs: Any
     ) -> Tensor:
-        """Last hidden states [B, T, E] of the language model, without a cache; attention_kwargs reach the attention."""
+        """Last hidden states [B, T, E] of the language model, without a cache.
 
-    @abstractmethod
-    def generate(self, vlm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """New ids only, [B, t]."""
+        Args:
+            vlm: the model.
+            rows: what it reads.
+            tokens: n -> s_llm n times, [n, S0, E].
+            features: what `project` returned.
+            has_images: False: there are none, and `features` are a blank image's, which stay in the graph only.
+            kwargs: reach the attention.
+        """
+        visual, body = self.visual(tokens, features), cast(Any, vlm).model
+        read = {
+            "input_ids": rows.input_ids,
+            "mm_encoder_outputs": {"image": visual} if has_images else None,
+            "attention_mask": rows.attention_mask,
+            "position_ids": rows.position_ids,
+            "use_cache": False,  # with a cache transformers builds no mask from packed position ids: samples would leak
+        }
+        if has_images:
+            return body(**read, **kwargs).last_hidden_state
+        # the same modules and gradients in the same order as on a rank that has images, or ZeRO-3 would hang
+        unseen = 0.0 * torch.cat(visual.pooler_output).sum()
+        embedding = cast(Any, vlm).get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda _module, _inputs, output: output + unseen.to(output.dtype))
+        try:
+            return body(**read, **kwargs).last_hidden_state
+        finally:
+            hook.remove()
 
-    @abstractmethod
+    def answer(self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any | None, **kwargs: Any) -> Tensor:
+        """New ids only, [B, t], of left-padded rows; features None: no images. kwargs are transformers' options."""
+        visual = {} if features is None else {"mm_encoder_outputs": {"image": self.visual(tokens, features)}}
+        positions = {} if rows.position_ids is None else {"position_ids": rows.position_ids}
+        ids = cast(Any, vlm).generate(
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, **positions, **visual, **kwargs
+        )
+        return ids[:, rows.input_ids.shape[1] :]
+
+    def insert_images(
+        self, embeds: Tensor, input_ids: Tensor, tokens: Tokens, projected: Tensor, has_images: bool = True
+    ) -> Tensor:
+        """Put [s_llm ; h_i] of images that are all alike, [N, S, E], in place of the placeholders of [B, T, E]."""
+        visual = torch.cat([tokens(projected.shape[0]).to(embeds.dtype), projected.to(embeds.dtype)], dim=1)
+        if not has_images:  # same modules, same graph as on a rank that has images
+            return embeds + 0.0 * visual.sum()
+        mask = (input_ids == self.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(mask, visual)
+
+    def read_processor(self, base: str, **options: Any) -> Any:
+        """What `extend_processor` needs of the base's files.
+
+        Image processor and tokenizer alone: a whole processor may have a part for videos, which needs torchvision.
+        """
+        image_processor = AutoImageProcessor.from_pretrained(base, **options)
+        tokenizer = AutoTokenizer.from_pretrained(base, **options)
+        return SimpleNamespace(image_processor=image_processor, tokenizer=tokenizer)
+
     def extend_processor(self, processor: Any, num_safety_tokens: int) -> Any:
-        """Make every image expand to num_safety_tokens + S placeholders. Calling it twice changes nothing."""
+        """A processor every image of which expands to num_safety_tokens + S placeholders.
+
+        Raises ValueError for one that cannot be used.
+        """
+        return FamilyProcessor(self, processor.image_processor, processor.tokenizer, num_safety_tokens)
+
+    def prepare(self, images: Sequence[Any], image_processor: Any) -> Pictures:
+        """Run the image processor on PIL images."""
+        raise NotImplementedError
+
+    def count(self, size: tuple[int, int], image_processor: Any) -> int:
+        """S of an image of that (width, height), from these numbers alone."""
+        raise NotImplementedError
 
     def module(self, vlm: nn.Module, part: str) -> nn.Module:
         """The module of one part: vision, connector, language or lm_head."""

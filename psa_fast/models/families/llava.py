@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -11,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoProcessor
 
-from psa_fast.models.families.family import Family
+from psa_fast.models.families.family import PARTS, Family, Rows, Tokens
+from psa_fast.models.image_features import ImageFeatures
+from psa_fast.pictures import Images
 
 #: supported vision towers, and whether they put a class token first
 _CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "dpt": True}
@@ -28,11 +30,7 @@ class LlavaFamily(Family):
         "language": "model.language_model",
         "lm_head": "lm_head",
     }
-
-    @property
-    def image_token_id(self) -> int:
-        """Id of `<image>`."""
-        return self.config.image_token_id
+    works = frozenset(PARTS)
 
     @property
     def vision_hidden_size(self) -> int:
@@ -40,25 +38,12 @@ class LlavaFamily(Family):
         layers = self.config.vision_feature_layer
         return self.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
-    @property
-    def hidden_size(self) -> int:
-        """E."""
-        return self.config.text_config.hidden_size
-
     def image_tokens(self, config: Any | None = None) -> int:
         """S: patches, plus the class token, minus the position the "default" strategy drops."""
         config = self.config if config is None else config
         vision = config.vision_config
         dropped = config.vision_feature_select_strategy == "default"
         return (vision.image_size // vision.patch_size) ** 2 + _class_tokens(config) - dropped
-
-    def without_language_layers(self, config: Any) -> Any:
-        """num_hidden_layers 0 in the text config."""
-        config = copy.deepcopy(config)
-        config.text_config.num_hidden_layers = 0
-        if getattr(config.text_config, "layer_types", None):
-            config.text_config.layer_types = []
-        return config
 
     def vision_choices(self) -> dict[str, Any]:
         """The layer that is taken, whether its class token is dropped, and the tower's own config."""
@@ -85,11 +70,21 @@ class LlavaFamily(Family):
         vision = self.config.vision_config
         return torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=device)
 
-    def vision_features(self, vlm: nn.Module, pixel_values: Tensor) -> Tensor:
+    def encode_images(self, vlm: nn.Module, images: Images) -> ImageFeatures:
+        """One vision pass over [N, 3, H, W]."""
+        vision = self.vision_features(vlm, images)
+        return ImageFeatures(vision, self.project(vlm, vision))
+
+    def project(self, vlm: nn.Module, vision: Tensor) -> Tensor:
+        """h_o [N, S, Dv] -> h_i [N, S, E]."""
+        return self.module(vlm, "connector")(vision)
+
+    def vision_features(self, vlm: nn.Module, images: Images) -> Tensor:
         """One vision pass: only up to the layer that is used.
 
         Without a graph where nothing could use it: the tower is frozen and the pixels do not require a gradient.
         """
+        pixel_values = _tensor(images)
         tower = self.module(vlm, "vision")
         needed = pixel_values.requires_grad or any(p.requires_grad for p in tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and needed):
@@ -113,10 +108,6 @@ class LlavaFamily(Family):
             picked = [x[:, 1:] for x in picked]
         return picked[0] if len(picked) == 1 else torch.cat(picked, dim=-1)
 
-    def embed(self, vlm: nn.Module, input_ids: Tensor) -> Tensor:
-        """Word embeddings; placeholders are embedded too and overwritten later."""
-        return vlm.get_input_embeddings()(input_ids)  # type: ignore[operator]
-
     def hidden_states(
         self,
         vlm: nn.Module,
@@ -125,7 +116,7 @@ class LlavaFamily(Family):
         position_ids: Tensor | None,
         **attention_kwargs: Any,
     ) -> Tensor:
-        """Last hidden states, final norm included, use_cache off."""
+        """Last hidden states [B, T, E], final norm included, use_cache off; attention_kwargs reach the attention."""
         body: Any = vlm.model
         return body(
             inputs_embeds=inputs_embeds,
@@ -135,17 +126,40 @@ class LlavaFamily(Family):
             **attention_kwargs,
         ).last_hidden_state
 
-    def generate(self, vlm: nn.Module, inputs_embeds: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+    def states(
+        self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any, has_images: bool = True, **kwargs: Any
+    ) -> Tensor:
+        """From embeddings, h_i [N, S, E] put in place: no look-up and no check of the placeholders in each step."""
+        embeds = self.insert_images(rows.embeds, rows.input_ids, tokens, features, has_images)
+        return self.hidden_states(vlm, embeds, rows.attention_mask, rows.position_ids, **kwargs)
+
+    def answer(self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any | None, **kwargs: Any) -> Tensor:
         """transformers' generate from embeddings, which returns new ids only."""
         model: Any = vlm
-        return model.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        embeds = rows.embeds
+        if features is not None:
+            embeds = self.insert_images(embeds, rows.input_ids, tokens, features.projected)
+        return model.generate(inputs_embeds=embeds, attention_mask=rows.attention_mask, **kwargs)
+
+    def read_processor(self, base: str, **options: Any) -> Any:
+        """AutoProcessor's."""
+        return AutoProcessor.from_pretrained(base, **options)
 
     def extend_processor(self, processor: Any, num_safety_tokens: int) -> Any:
-        """Set the processor from the model's config, so that its class default (off by one for CLIP) never matters."""
+        """Make every image expand to num_safety_tokens + S placeholders; calling it twice changes nothing.
+
+        All is set from the model's config, so that the processor's class default (off by one for CLIP) never matters.
+        """
         processor.patch_size = self.config.vision_config.patch_size
         processor.vision_feature_select_strategy = self.config.vision_feature_select_strategy
         processor.num_additional_image_tokens = num_safety_tokens + _class_tokens(self.config)
         return processor
+
+
+def _tensor(images: Images) -> Tensor:
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images are a {type(images).__name__}; LLaVA takes pixel values [N, 3, H, W]")
+    return images
 
 
 def _class_tokens(config: Any) -> int:
