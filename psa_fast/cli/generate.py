@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from psa_fast.cli import policy_log
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:
+    from psa_fast.safety.guard import Guard, Request
     from psa_fast.safety.policy import Policy
     from psa_fast.safety.verdict import Verdict
 
@@ -23,17 +25,7 @@ def register(subparsers: Subcommands) -> None:
         description="Answer a question about images. The concept head reads the images once, the policy decides, and "
         "the language model answers from the same vision pass.",
     )
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="add-on folder (psa_config.json, psa.safetensors)"
-    )
-    parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-on's config names)")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="image; may be given several times"
-    )
-    parser.add_argument(
-        "--prompt", required=True, help="the question; may hold <image> marks, else the images come first"
-    )
-    parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
+    add_request(parser)
     parser.add_argument("--unguarded", action="store_true", help="report the verdict, but do not apply it")
     parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     parser.add_argument("--json", action="store_true", help="print answer and verdict as one JSON object")
@@ -48,27 +40,46 @@ def register(subparsers: Subcommands) -> None:
     policy_log.register(commands)
 
 
+def add_request(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add the options of one request: model, policy, images and prompt; `required` tells whether a prompt is."""
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="add-on folder (psa_config.json, psa.safetensors)"
+    )
+    parser.add_argument("--base", metavar="PATH", help="base VLM (default: the one the add-on's config names)")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="image; may be given several times"
+    )
+    parser.add_argument(
+        "--prompt", required=required, help="the question; may hold <image> marks, else the images come first"
+    )
+    parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
+
+
+def guard_for(args: argparse.Namespace, request: Request, new_tokens: int) -> tuple[Guard, Request]:
+    """The guard that the options name, and the request, its pictures read.
+
+    A request that cannot be asked is refused, with a ValueError, before a model is loaded.
+    """
+    from psa_fast.safety.load import base_of, checked_hash, load_guard, load_prompter
+    from psa_fast.safety.policy import Policy
+
+    policy = Policy.load(args.policy)
+    turns, request = request.turns, replace(request, images=tuple(request.pictures()))
+    checked_hash(args.model, policy)
+    base = base_of(args.model) if args.base is None else args.base
+    prompter = load_prompter(base, args.model)
+    prompter.prompt(turns, prompter.prepare(request), new_tokens)
+    return load_guard(args.model, base, policy), request
+
+
 def generate(args: argparse.Namespace) -> int:
     """Print the answer and its verdict. Raises ValueError, with a sentence, for input that cannot be used."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens is {args.max_new_tokens}; expected at least 1")
-    from psa_fast.safety.policy import Policy
-
-    policy = Policy.load(args.policy)
-
     from psa_fast.safety.guard import Request
 
-    request = Request(args.prompt, tuple(map(Path, args.image)))
-    turns, request = request.turns, Request(args.prompt, tuple(request.pictures()))
-
-    from psa_fast.safety.load import base_of, checked_hash, load_guard, load_prompter
-
-    # a request that cannot be asked is refused before a model is loaded
-    checked_hash(args.model, policy)
-    base = base_of(args.model) if args.base is None else args.base
-    prompter = load_prompter(base, args.model)
-    prompter.prompt(turns, prompter.prepare(request), args.max_new_tokens)
-    guard = load_guard(args.model, base, policy)
+    asked = Request(args.prompt, tuple(map(Path, args.image)))
+    guard, request = guard_for(args, asked, args.max_new_tokens)
     (answer,) = guard.answer(
         [request], guarded=not args.unguarded, max_new_tokens=args.max_new_tokens, on_error="raise"
     )
