@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from psa_fast.cli import policy_log
+from psa_fast.cli import policy_explain, policy_log
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument("--json", action="store_true", help="print answer and verdict as one JSON object")
     parser.set_defaults(func=generate)
 
-    commands = subparsers.add_parser("policy", help="check a policy file").add_subparsers(
-        dest="policy_command", required=True, metavar="{check,replay,diff}"
+    commands = subparsers.add_parser("policy", help="check or explain a policy, replay a log").add_subparsers(
+        dest="policy_command", required=True, metavar="{check,explain,replay,diff}"
     )
     check = commands.add_parser("check", help="show what a policy does, or what is wrong with its file; loads no model")
     check.add_argument("file", nargs="?", metavar="FILE", help="policy YAML (default: the shipped one)")
     check.set_defaults(func=check_policy)
+    policy_explain.register(commands)
     policy_log.register(commands)
 
 
