@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psa_fast.cli.generate import add_request, guard_for
+from psa_fast.cli.intervening import add_intervention, intervention_of
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument(
         "--request", metavar="FILE", help="in place of --prompt and --image: JSON, the body of a chat completion"
     )
+    add_intervention(parser)
     parser.add_argument("--picture", metavar="FILE", help="write an SVG of it, which shows where the readings looked")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(func=explain_request)
@@ -44,6 +47,8 @@ def explain_request(args: argparse.Namespace) -> int:
     from psa_fast.safety.request import Request
 
     asked = read_request(args.request) if args.request else Request(args.prompt, tuple(map(Path, args.image)))
+    if (intervention := intervention_of(args)) is not None:
+        asked = replace(asked, intervention=intervention)
     guard, request = guard_for(args, asked, 1)
 
     from psa_fast.files import write_text

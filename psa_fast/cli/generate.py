@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psa_fast.cli import policy_explain, policy_log
+from psa_fast.cli.intervening import add_intervention, intervention_of
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def register(subparsers: Subcommands) -> None:
         "the language model answers from the same vision pass.",
     )
     add_request(parser)
+    add_intervention(parser)
     parser.add_argument("--unguarded", action="store_true", help="report the verdict, but do not apply it")
     parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
     parser.add_argument("--json", action="store_true", help="print answer and verdict as one JSON object")
@@ -79,7 +81,10 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError(f"--max_new_tokens is {args.max_new_tokens}; expected at least 1")
     from psa_fast.safety.guard import Request
 
-    asked = Request(args.prompt, tuple(map(Path, args.image)))
+    intervention = intervention_of(args)
+    if intervention is not None and args.unguarded:
+        raise ValueError(f"--{intervention.kind} does nothing with --unguarded: the verdict is not applied")
+    asked = Request(args.prompt, tuple(map(Path, args.image)), intervention)
     guard, request = guard_for(args, asked, args.max_new_tokens)
     (answer,) = guard.answer(
         [request], guarded=not args.unguarded, max_new_tokens=args.max_new_tokens, on_error="raise"
@@ -106,7 +111,8 @@ def describe(verdict: Verdict) -> str:
     number = "" if verdict.query_number is None else f" {verdict.query_number + 1}"
     picture = "" if verdict.picture is None else f", in picture {verdict.picture + 1}"
     words = ", in the words alone" if verdict.words_alone else ""
-    return f"{verdict.action}{note}: {verdict.rule}{kind}{score}{query}{number}{picture}{words}"
+    by_hand = "" if verdict.intervention is None else f"INTERVENED ({verdict.intervention}): "
+    return f"{by_hand}{verdict.action}{note}: {verdict.rule}{kind}{score}{query}{number}{picture}{words}"
 
 
 def check_policy(args: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ class Explanation:
         threshold_key: where it stands in the policy's file: "unsafe_threshold" or "type_thresholds.privacy".
         margin: the unsafe score less the threshold.
         heads: which heads reach the threshold by themselves: "type", "level".
-        flips: what would have changed the action, by concept (`flips.nearest_flips`).
+        flips: what would have changed the action, by concept (`flips.nearest_flips`); none after an intervention.
         looks: where the strictest readings that were shown a picture looked, the one that decided first.
         seen: the request's pictures as the model saw them.
     """
@@ -66,6 +66,8 @@ class Explanation:
         """The explanation in plain words."""
         verdict = self.verdict
         found = [f"action: {verdict.action}, because {verdict.rule}"]
+        if verdict.intervention is not None:
+            found.append(f"by hand: {verdict.intervention}")
         if verdict.query is not None:
             found.append(f"read by: {reading_name(verdict)}")
         if verdict.type is not None and verdict.level is not None and verdict.unsafe:
@@ -129,9 +131,11 @@ def explained(policy: Policy, verdict: Verdict) -> Explanation:
         return Explanation(verdict, "responses.unchecked")
     if verdict.code in ("no_image", "no_head"):
         return Explanation(verdict, "on_error")
-    deciding = deciding_reading(verdict)
+    deciding, intervention = deciding_reading(verdict), verdict.intervention
     if verdict.code == "not_finite":
         return Explanation(verdict, "responses.unchecked")
+    if intervention is not None:
+        (deciding,) = intervention.apply([deciding])
     kind = policy.likeliest_risk(deciding.type_probs)
     threshold, score = policy.threshold(kind), verdict.unsafe_score or 0.0
     of_type = policy.type_thresholds is not None
@@ -144,7 +148,7 @@ def explained(policy: Policy, verdict: Verdict) -> Explanation:
         f"type_thresholds.{RISK_TYPES[kind]}" if of_type else "unsafe_threshold",
         score - threshold,
         tuple(name for name, risk in risks.items() if risk >= threshold),
-        nearest_flips(policy, verdict.readings, deciding),
+        () if intervention is not None else nearest_flips(policy, verdict.readings, deciding),
     )
 
 
