@@ -179,7 +179,7 @@ def explain(guard: Guard, request: Request, verdict: Verdict | None = None) -> E
     if verdict is None:
         (verdict,) = guard.verdicts([request])
     found = explained(guard.policy, verdict)
-    if not verdict.readings:
+    if not verdict.readings or verdict.code == "not_finite":
         return found
     order = _to_look_at(guard.policy, verdict)
     return replace(found, looks=tuple(looks(guard, request, order)), seen=pictures_seen(guard, request))
