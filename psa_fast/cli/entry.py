@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         calibrate,
         data,
         evaluation,
+        explain,
         generate,
         judge,
         plan,
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", dest="launched_as", help=argparse.SUPPRESS)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (
-        data, bases, sandbox, train, plan, generate, serve, score,
+        data, bases, sandbox, train, plan, generate, explain, serve, score,
         evaluation, report_page, calibrate, judge, bench, ability, robustness, publish,
     ):  # fmt: skip
         command.register(subparsers)

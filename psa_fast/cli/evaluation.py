@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from psa_fast.data.records import Record
+    from psa_fast.evaluation.metrics import Estimate
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.evaluation.report import StageReport
     from psa_fast.evaluation.results import Result
@@ -51,6 +52,10 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument(
         "--thresholds", action="store_true", help="put every threshold, what it misses and flags, into report.json"
     )
+    parser.add_argument(
+        "--intervene", type=int, metavar="N",
+        help="also force each concept on N harmless requests and clear it in N risky ones (rows of their own)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     parser.set_defaults(func=evaluate)
 
@@ -71,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def asked(args: argparse.Namespace) -> Plan:
     """What the options ask for. Raises ValueError for options that cannot be used."""
-    for name in ("batch_size", "max_new_tokens", "limit"):
+    for name in ("batch_size", "max_new_tokens", "limit", "intervene"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; expected at least 1")
@@ -91,8 +96,9 @@ def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
     """What was asked for: a second run with the same replaces the first one's report."""
     names = ("data", "split", "image_folder", "policy", "max_new_tokens", "limit", "refusal_list", "refusal_mode")
     settings = {name: getattr(args, name) for name in (*names, "seed")} | {"base": todo.base, "stages": todo.addons}
-    # without the option a report is the same as one of a version that did not know it
-    return settings | {"thresholds": True} if args.thresholds else settings
+    # without the options a report is the same as one of a version that did not know them
+    settings |= {"thresholds": True} if args.thresholds else {}
+    return settings if args.intervene is None else settings | {"intervene": args.intervene}
 
 
 def evaluate_on(args: argparse.Namespace, ranks: Ranks) -> int:
@@ -254,7 +260,8 @@ def _run(
             has_head = guard.has_head
             metrics = compute_metrics(results, has_head, args.seed)
             sources, others = (per_source(results, has_head, args.seed, left_out) for left_out in (False, True))
-            reports[stage] = StageReport(metrics, per_type(results), facts, sources, others)
+            forced = ranks.from_first(partial(_forced, args, guard, records, image_folder))
+            reports[stage] = StageReport(metrics, per_type(results), facts, sources, others, forced)
             everything[stage] = results
             unread[stage] = {
                 "guarded": count_unread(results),
@@ -280,6 +287,17 @@ def _complete(
     found = with_looks(guard, records, results, image_folder, looks)
     out.merge(stage, (result.to_json() for result in found))
     return found
+
+
+def _forced(
+    args: argparse.Namespace, guard: Guard, records: Sequence[Record], image_folder: Path
+) -> dict[str, dict[str, Estimate]]:
+    """What interventions do, where that was asked for and there is a concept head."""
+    from psa_fast.evaluation.forced_concepts import measure_interventions
+
+    if args.intervene is None or not guard.has_head:
+        return {}
+    return measure_interventions(guard, records, image_folder, args.intervene, args.max_new_tokens, args.batch_size)
 
 
 def batch_seconds(times: Sequence[float]) -> dict[str, float | int] | None:

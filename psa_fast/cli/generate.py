@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from psa_fast.cli import policy_log
+from psa_fast.cli import policy_explain, policy_log
+from psa_fast.cli.intervening import add_intervention, intervention_of
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:
+    from psa_fast.safety.guard import Guard, Request
     from psa_fast.safety.policy import Policy
     from psa_fast.safety.verdict import Verdict
 
@@ -23,6 +26,25 @@ def register(subparsers: Subcommands) -> None:
         description="Answer a question about images. The concept head reads the images once, the policy decides, and "
         "the language model answers from the same vision pass.",
     )
+    add_request(parser)
+    add_intervention(parser)
+    parser.add_argument("--unguarded", action="store_true", help="report the verdict, but do not apply it")
+    parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
+    parser.add_argument("--json", action="store_true", help="print answer and verdict as one JSON object")
+    parser.set_defaults(func=generate)
+
+    commands = subparsers.add_parser("policy", help="check or explain a policy, replay a log").add_subparsers(
+        dest="policy_command", required=True, metavar="{check,explain,replay,diff}"
+    )
+    check = commands.add_parser("check", help="show what a policy does, or what is wrong with its file; loads no model")
+    check.add_argument("file", nargs="?", metavar="FILE", help="policy YAML (default: the shipped one)")
+    check.set_defaults(func=check_policy)
+    policy_explain.register(commands)
+    policy_log.register(commands)
+
+
+def add_request(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add the options of one request: model, policy, images and prompt; `required` tells whether a prompt is."""
     parser.add_argument(
         "--model", required=True, metavar="DIR", help="add-on folder (psa_config.json, psa.safetensors)"
     )
@@ -31,44 +53,39 @@ def register(subparsers: Subcommands) -> None:
         "--image", action="append", default=[], metavar="FILE", help="image; may be given several times"
     )
     parser.add_argument(
-        "--prompt", required=True, help="the question; may hold <image> marks, else the images come first"
+        "--prompt", required=required, help="the question; may hold <image> marks, else the images come first"
     )
     parser.add_argument("--policy", metavar="FILE", help="policy YAML (default: the shipped one)")
-    parser.add_argument("--unguarded", action="store_true", help="report the verdict, but do not apply it")
-    parser.add_argument("--max_new_tokens", type=int, default=128, metavar="N", help="longest answer (default: 128)")
-    parser.add_argument("--json", action="store_true", help="print answer and verdict as one JSON object")
-    parser.set_defaults(func=generate)
 
-    commands = subparsers.add_parser("policy", help="check a policy file").add_subparsers(
-        dest="policy_command", required=True, metavar="{check,replay,diff}"
-    )
-    check = commands.add_parser("check", help="show what a policy does, or what is wrong with its file; loads no model")
-    check.add_argument("file", nargs="?", metavar="FILE", help="policy YAML (default: the shipped one)")
-    check.set_defaults(func=check_policy)
-    policy_log.register(commands)
+
+def guard_for(args: argparse.Namespace, request: Request, new_tokens: int) -> tuple[Guard, Request]:
+    """The guard that the options name, and the request, its pictures read.
+
+    A request that cannot be asked is refused, with a ValueError, before a model is loaded.
+    """
+    from psa_fast.safety.load import base_of, checked_hash, load_guard, load_prompter
+    from psa_fast.safety.policy import Policy
+
+    policy = Policy.load(args.policy)
+    turns, request = request.turns, replace(request, images=tuple(request.pictures()))
+    checked_hash(args.model, policy)
+    base = base_of(args.model) if args.base is None else args.base
+    prompter = load_prompter(base, args.model)
+    prompter.prompt(turns, prompter.prepare(request), new_tokens)
+    return load_guard(args.model, base, policy), request
 
 
 def generate(args: argparse.Namespace) -> int:
     """Print the answer and its verdict. Raises ValueError, with a sentence, for input that cannot be used."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max_new_tokens is {args.max_new_tokens}; expected at least 1")
-    from psa_fast.safety.policy import Policy
-
-    policy = Policy.load(args.policy)
-
     from psa_fast.safety.guard import Request
 
-    request = Request(args.prompt, tuple(map(Path, args.image)))
-    turns, request = request.turns, Request(args.prompt, tuple(request.pictures()))
-
-    from psa_fast.safety.load import base_of, checked_hash, load_guard, load_prompter
-
-    # a request that cannot be asked is refused before a model is loaded
-    checked_hash(args.model, policy)
-    base = base_of(args.model) if args.base is None else args.base
-    prompter = load_prompter(base, args.model)
-    prompter.prompt(turns, prompter.prepare(request), args.max_new_tokens)
-    guard = load_guard(args.model, base, policy)
+    intervention = intervention_of(args)
+    if intervention is not None and args.unguarded:
+        raise ValueError(f"--{intervention.kind} does nothing with --unguarded: the verdict is not applied")
+    asked = Request(args.prompt, tuple(map(Path, args.image)), intervention)
+    guard, request = guard_for(args, asked, args.max_new_tokens)
     (answer,) = guard.answer(
         [request], guarded=not args.unguarded, max_new_tokens=args.max_new_tokens, on_error="raise"
     )
@@ -94,7 +111,8 @@ def describe(verdict: Verdict) -> str:
     number = "" if verdict.query_number is None else f" {verdict.query_number + 1}"
     picture = "" if verdict.picture is None else f", in picture {verdict.picture + 1}"
     words = ", in the words alone" if verdict.words_alone else ""
-    return f"{verdict.action}{note}: {verdict.rule}{kind}{score}{query}{number}{picture}{words}"
+    by_hand = "" if verdict.intervention is None else f"INTERVENED ({verdict.intervention}): "
+    return f"{by_hand}{verdict.action}{note}: {verdict.rule}{kind}{score}{query}{number}{picture}{words}"
 
 
 def check_policy(args: argparse.Namespace) -> int:

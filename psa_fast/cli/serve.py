@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from psa_fast.compat.argparse import Subcommands
-from psa_fast.files import shorten
+from psa_fast.files import shorten, shown
 
 AUDIT_MB = 100
 NEEDED = "this command needs fastapi, uvicorn and prometheus-client: pip install 'psa-fast[serve]'"
@@ -38,6 +38,12 @@ def register(subparsers: Subcommands) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0: any free one (default: 8000)")
     parser.add_argument("--api_keys", metavar="FILE", help="keys, one a line; more may be in PSA_FAST_API_KEYS")
+    parser.add_argument(
+        "--operator_keys",
+        metavar="FILE",
+        help="keys, one a line, of those who may set, clear or clip a concept and have a verdict explained",
+    )
+    parser.add_argument("--explain", action="store_true", help="explain a verdict to everybody who may ask")
     parser.add_argument(
         "--open", action="store_true", help="listen on an address that others reach, without any API key"
     )
@@ -80,6 +86,9 @@ def serve(args: argparse.Namespace) -> int:
     if args.audit_mb is not None and args.audit_mb < 1:
         raise ValueError(f"--audit_mb is {args.audit_mb}; expected at least 1")
     keys = ApiKeys.load(args.api_keys)
+    operators = ApiKeys() if args.operator_keys is None else ApiKeys.load(args.operator_keys, {})
+    if operators.shares(keys):
+        raise ValueError(f"--operator_keys {shown(args.operator_keys)}: one is an API key of others too")
     if args.open and keys:
         raise ValueError("--open is for a server without API keys, and there are some; leave it or them out")
     if not keys and not args.open and not _is_loopback(args.host):
@@ -97,7 +106,7 @@ def serve(args: argparse.Namespace) -> int:
     if shadow is not None:
         shadow.require_model(guard.model_hash)
     audit = None if args.audit is None else AuditLog(args.audit, args.audit_mb or AUDIT_MB)
-    app = server.Server(guard, settings, keys, shadow, audit, args.ui).app
+    app = server.Server(guard, settings, keys, shadow, audit, args.ui, operators, args.explain).app
     # the log of requests names paths and addresses alone; uvicorn's own handlers would print everything twice
     uvicorn.run(
         app, host=args.host, port=args.port, log_config=None, timeout_graceful_shutdown=max(1, int(settings.timeout))

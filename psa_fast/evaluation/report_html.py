@@ -14,7 +14,7 @@ from psa_fast.evaluation.cards import Cards
 from psa_fast.evaluation.evaluate import image_readings
 from psa_fast.evaluation.output import REPORT
 from psa_fast.evaluation.paired import overall, threshold_curve
-from psa_fast.evaluation.report import METRICS, NO_GROUP, says_nothing
+from psa_fast.evaluation.report import NO_GROUP, ROWS, says_nothing
 from psa_fast.evaluation.results import Result, read_results
 from psa_fast.files import read_json, write_text
 from psa_fast.taxonomy import RISK_TYPES
@@ -68,7 +68,7 @@ class _Provenance(BaseModel):
 
 
 class Kept(BaseModel):
-    """What the page takes from report.json; those of older versions lack the last three tables."""
+    """What the page takes from report.json; those of older versions lack the last tables."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -78,6 +78,7 @@ class Kept(BaseModel):
     per_source: dict[str, _Table] = {}
     without_source: dict[str, _Table] = {}
     differences: _Table = {}
+    interventions: dict[str, _Table] = {}
 
     @classmethod
     def load(cls, folder: Path) -> tuple[Kept, Any]:
@@ -148,6 +149,7 @@ def render_page(kept: Kept, provenance: Any, results: _Results, cards: Cards) ->
         _table("Attack success by risk type", "risk type", _by_part(kept.per_type), None),
         _table("By source", "source", _by_part(kept.per_source), None),
         _table("With one source left out", "without", _by_part(kept.without_source), None),
+        _table("Interventions: a concept forced or cleared by hand", "concept", _by_part(kept.interventions), None),
     ]
     return environment.get_template("report.html").render(
         data=kept.provenance.data,
@@ -228,7 +230,7 @@ def _table(title: str, what: str, parts: Mapping[str, _Table], whole: _Table | N
     shown: list[dict[str, Any]] = []
     hidden: list[dict[str, Any]] = []
     for part, table in parts.items():
-        for name, (meaning, better) in METRICS.items():
+        for name, (meaning, better) in ROWS.items():
             cells = [table.get(column, {}).get(name) for column in columns]
             found = [cell for cell in cells if cell is not None]
             if not found:

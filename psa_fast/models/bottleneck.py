@@ -141,10 +141,24 @@ class ConceptBottleneck(nn.Module):
 
         The rest goes to the head tokens.
         """
-        query = query_embeds.to(self.heads.weight.dtype).unsqueeze(1)
-        query = query if self.query is None else query + self.query(1)[0]
-        tokens = self.head_tokens(1)[0]
+        query, tokens = self._asking(query_embeds), self.head_tokens(1)[0]
         return self.attention.weights(query, tokens, features)[:, 0, tokens.shape[0] :]
+
+    def contributions(self, features: Tensor, query_embeds: Tensor) -> Tensor:
+        """What each projected feature adds to the logits: [B, S1, E], [B, E] -> [B, 7 + 4, S1].
+
+        Pool and heads are linear once the attention is known, so the logits are the sums over features and head tokens,
+        and a constant. What a feature adds to all logits of a head alike changes no probability and is taken off: each
+        feature's numbers of a head sum to 0.
+        """
+        query, tokens = self._asking(query_embeds), self.head_tokens(1)[0]
+        added = self.attention.contributions(query, tokens, features, self.heads.weight)[:, 0, :, tokens.shape[0] :]
+        return torch.cat([part - part.mean(1, keepdim=True) for part in added.split(self.heads.head_sizes, 1)], 1)
+
+    def _asking(self, query_embeds: Tensor) -> Tensor:
+        """Queries [B, E] as the attention takes them: [B, 1, E], the learned one added."""
+        query = query_embeds.to(self.heads.weight.dtype).unsqueeze(1)
+        return query if self.query is None else query + self.query(1)[0]
 
     def read_words(self, query_embeds: Tensor, windows: Tensor | None = None) -> Tensor:
         """As `forward`, without a picture: what the query finds in the head and text tokens.

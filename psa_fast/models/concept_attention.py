@@ -66,13 +66,25 @@ class ConceptAttention(nn.Module):
 
         Arguments as for `forward`. It is for people to look at: every key is projected, and no gradient comes of it.
         """
-        e = self.embed_dim
+        return self._shares_and_values(query, safety_tokens, features)[0].mean(1)
+
+    @torch.no_grad()
+    def contributions(self, query: Tensor, safety_tokens: Tensor, features: Tensor, readout: Tensor) -> Tensor:
+        """What each token and feature adds to linear read-outs of the pooled output, the attention taken as it is.
+
+        `readout` is [C, E]; returns [B, Q, C, S0 + S1], whose sums are the read-outs without the bias of `out_proj`.
+        Other arguments as for `forward`, and as in `weights` no gradient comes of it.
+        """
+        shares, values = self._shares_and_values(query, safety_tokens, features)
+        by_head = (readout @ self.out_proj.weight).unflatten(-1, (self.num_heads, -1))  # [C, H, d]
+        return torch.einsum("bhqs,bhcs->bqcs", shares, torch.einsum("chd,bhsd->bhcs", by_head, values))
+
+    def _shares_and_values(self, query: Tensor, safety_tokens: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of every head [B, H, Q, S0 + S1], and the values it weighs [B, H, S0 + S1, d]."""
         keys = torch.cat([safety_tokens.expand(features.shape[0], -1, -1), self.read(features)], 1)
-        rows = zip(
-            (query, keys), self.in_proj_weight[: 2 * e].chunk(2), self.in_proj_bias[: 2 * e].chunk(2), strict=True
-        )
-        q, k = (F.linear(*row).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for row in rows)  # [B, H, rows, d]
-        return torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, -1).mean(1)
+        rows = zip((query, keys, keys), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
+        q, k, v = (F.linear(*row).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for row in rows)
+        return torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, -1), v
 
     def read(self, features: Tensor) -> Tensor:
         """What `absorbed` does to the features, done."""

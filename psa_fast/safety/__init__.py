@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
+    from psa_fast.safety.intervention import Intervention
     from psa_fast.safety.load import load_guard
     from psa_fast.safety.policy import Decision, Policy
     from psa_fast.safety.request import Request
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
 # looked up on use, so that the policy alone stays a light import
 _HOME = {
     "guard": ("Guard",),
+    "intervention": ("Intervention",),
     "load": ("load_guard",),
     "policy": ("Decision", "Policy"),
     "request": ("Request",),
     "verdict": ("Answer", "Verdict"),
 }
 
-__all__ = ["Answer", "Decision", "Guard", "Policy", "Request", "Verdict", "load_guard"]
+__all__ = ["Answer", "Decision", "Guard", "Intervention", "Policy", "Request", "Verdict", "load_guard"]
 
 
 def __getattr__(name: str) -> Any:

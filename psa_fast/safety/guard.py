@@ -16,9 +16,18 @@ from psa_fast.pictures import join
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.prepared import Prepared
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take, weigh
-from psa_fast.safety.request import OnError, Prompter, Request, check_count, checked, keep_mark, text_positions
-from psa_fast.safety.verdict import Answer, Verdict, as_applied, read_verdict, refusing_verdict, unread_verdict
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take
+from psa_fast.safety.request import (
+    OnError,
+    Prompter,
+    Request,
+    check_count,
+    checked,
+    keep_mark,
+    length_limit,
+    text_positions,
+)
+from psa_fast.safety.verdict import Answer, Verdict, as_applied, decided, refusing_verdict, unread_verdict
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
@@ -83,7 +92,7 @@ class Guard:
         self.processor = processor
         self.policy = policy
         self.neutral_question = neutral_question if self.has_head else None
-        self._prompter = Prompter(processor, _max_length(max_length, text_positions(model.vlm.config)))
+        self._prompter = Prompter(processor, length_limit(max_length, text_positions(model.vlm.config)))
         self.model_hash = model_hash
         self._policy_hash = policy.hash if policy else None
         self._stop_ids = stop_token_ids(processor)
@@ -185,6 +194,8 @@ class Guard:
         requests = checked(requests, batch_size, on_error)
         if not all(isinstance(guarded, bool) for guarded in modes):  # what is merely false would turn the guard off
             raise ValueError(f"guarded is {shorten(modes[0])}; expected True or False")
+        if True not in modes and any(isinstance(one, Request) and one.intervention for one in requests):
+            raise ValueError("an intervention does nothing to an unguarded answer")
         if True in modes and not self.has_head:
             raise ValueError("this model has no concept head: it can only answer unguarded")
         answers: list[tuple[Answer, ...]] = []
@@ -255,6 +266,12 @@ class Guard:
         """Check and encode a request, which takes `number` for its place. Raises ValueError if it cannot be asked."""
         if not isinstance(request, Request):
             raise ValueError(f"it is a {type(request).__name__}; expected a Request")
+        found = self._prepare(request, max_new_tokens, number)
+        if request.intervention is not None and not found.readable:
+            raise ValueError("the concept head does not read it, so there is no concept to intervene on")
+        return replace(found, intervention=request.intervention)
+
+    def _prepare(self, request: Request, max_new_tokens: int, number: int) -> Prepared:
         turns = request.turns
         images = self._prompter.prepare(request)
         prompt = self._prompter.prompt(turns, images, max_new_tokens)
@@ -336,8 +353,7 @@ class Guard:
                 response = self.policy.responses.unchecked if self.policy and action == "block" else None
                 decision = Decision(action, None, None, verdict.rule, None, response=response, code=verdict.code)
             else:
-                weighed = weigh(self.policy, readings[request.number])
-                verdict, decision = read_verdict(*weighed, readings[request.number]), weighed.decision
+                verdict, decision = decided(self.policy, readings[request.number], request.intervention)
             rows.append((self._signed(verdict), decision))
         return rows
 
@@ -381,14 +397,3 @@ class Guard:
             for row in rows
         ]
         return torch.tensor(filled, dtype=torch.int64, device=next(self.model.parameters()).device)
-
-
-def _max_length(wanted: int | None, positions: int | None) -> int | None:
-    """The limit of tokens, given what is asked for and what the base has. Raises ValueError for one beyond the base."""
-    if wanted is None:
-        return positions
-    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-        raise ValueError(f"max_length is {shorten(wanted)}; expected a whole number, at least 1")
-    if positions is not None and wanted > positions:
-        raise ValueError(f"max_length is {wanted}, but the base's language model has {positions} positions")
-    return wanted

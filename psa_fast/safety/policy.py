@@ -210,6 +210,15 @@ class Policy(_Strict):
         given = self.type_thresholds
         return self.unsafe_threshold if given is None else given[RISK_TYPES[safe_type]]
 
+    @property
+    def enabled(self) -> list[int]:
+        """Ids of the risk types that are on."""
+        return [i for i, name in enumerate(RISK_TYPES) if self.types.get(name)]
+
+    def likeliest_risk(self, type_probs: Sequence[float]) -> int:
+        """The id of the likeliest risk type that is on (of all, if none is), whose threshold and name count."""
+        return max(self.enabled or [type_id(name) for name in RISKY_TYPES], key=lambda i: type_probs[i])
+
     def require_model(self, model_hash: str | None) -> None:
         """Raise ValueError if the policy was calibrated, and not for the add-on of this hash: its promise is void.
 
@@ -257,12 +266,12 @@ class Policy(_Strict):
                 raise ValueError(f"{name}_probs must be {count} probabilities that sum to 1, not {shorten(probs)}")
 
         risky_ids = [type_id(name) for name in RISKY_TYPES]
-        enabled = [i for i in risky_ids if self.types[RISK_TYPES[i]]]
+        enabled = self.enabled
         # sums of the risky entries, not 1 - p: a small risk keeps its digits, which a ranking by score needs
         by_type, by_level = sum(types[i] for i in risky_ids), sum(levels[1:])
         score = max(by_type, by_level)
         level = max(range(1, len(levels)), key=lambda i: (levels[i], i))
-        kind = max(enabled or risky_ids, key=lambda i: types[i])
+        kind = self.likeliest_risk(types)
         threshold = self.threshold(kind)
         if score < threshold:
             return Decision("allow", CLEAN, 0, "clean", score, code="clean")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from psa_fast.data.chat import Encoded, ImageInputs
 from psa_fast.data.records import Turn
+from psa_fast.safety.intervention import Intervention
 from psa_fast.safety.reading import Part, Query, Question
 
 
@@ -17,7 +18,7 @@ class Prepared:
     `neutral` is the neutral question about its images, None where none is asked. `alone` holds both for each image,
     as if it had come alone, where there are several and the add-on has none of the readings of `parts`: those are the
     further queries of the prompt, of all its images and of each. `words` tells whether its words are read by themselves
-    besides, `readable` whether the head reads it at all.
+    besides, `readable` whether the head reads it at all. `intervention` is what is done to its readings by hand.
     """
 
     number: int
@@ -29,6 +30,7 @@ class Prepared:
     parts: tuple[Part, ...] | None = None
     words: bool = False
     readable: bool = True
+    intervention: Intervention | None = None
 
     @property
     def count(self) -> int:

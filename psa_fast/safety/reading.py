@@ -237,6 +237,12 @@ def weigh(policy: Policy, readings: Sequence[Reading]) -> Weighed:
     return Weighed(*max(decided, key=lambda pair: _strictness(pair[1])), highest)
 
 
+def strictest_first(policy: Policy, readings: Sequence[Reading]) -> list[Reading]:
+    """The readings in the order in which they count, equal ones as they came."""
+    key = [_strictness(policy.decide(reading.type_probs, reading.level_probs)) for reading in readings]
+    return [readings[place] for place in sorted(range(len(key)), key=lambda place: key[place], reverse=True)]
+
+
 def _strictness(decision: Decision) -> tuple[bool, bool, int, int, float]:
     level = decision.level if decision.code == "unsafe" and decision.level is not None else 0
     score = decision.unsafe_score or 0.0

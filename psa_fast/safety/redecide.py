@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from psa_fast.safety.policy import Policy
-from psa_fast.safety.reading import weigh
-from psa_fast.safety.verdict import Verdict, read_verdict, unread_verdict
+from psa_fast.safety.verdict import Verdict, decided, unread_verdict
 
 
 def redecide(policy: Policy, verdict: Verdict) -> Verdict:
@@ -25,4 +24,5 @@ def redecide(policy: Policy, verdict: Verdict) -> Verdict:
     if not verdict.readings:
         raise ValueError("the verdict's readings were not kept, so no other policy can decide on them")
     readings = [reading.under(policy.temperatures) for reading in verdict.readings]
-    return replace(read_verdict(*weigh(policy, readings), readings), **signed)  # type: ignore[arg-type]
+    found, _ = decided(policy, readings, verdict.intervention)
+    return replace(found, **signed)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from psa_fast.data.chat import Encoded, ImageInputs, encode, prepare_images
 from psa_fast.data.images import ImageError, to_rgb
 from psa_fast.data.records import IMAGE_MARK, Turn
 from psa_fast.files import shorten, unwritable_text
+from psa_fast.safety.intervention import Intervention
 
 Picture = bytes | Path | Image.Image
 # what becomes of a request that cannot be read
@@ -25,17 +26,20 @@ class Request:
 
     A plain string is one user turn; it may leave the marks out, the images then come first. An image is the bytes of a
     file, a Path or a PIL image, and is seen as training would see the same file. A str is none: what a client sends as
-    text is never opened or fetched.
+    text is never opened or fetched. An intervention is an operator's, never the client's: see there.
 
     Raises ValueError for a prompt or images of another type; what they hold is checked when it is used.
     """
 
     prompt: str | tuple[Turn, ...]
     images: tuple[Picture, ...] = ()
+    intervention: Intervention | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, list):
             object.__setattr__(self, "prompt", tuple(self.prompt))
+        if not isinstance(self.intervention, Intervention | None):
+            raise ValueError(f"intervention is {shorten(self.intervention, 40)}; expected an Intervention")
         of_turns = isinstance(self.prompt, tuple) and all(isinstance(turn, Turn) for turn in self.prompt)
         if not of_turns and not isinstance(self.prompt, str):
             raise ValueError(f"a prompt is a str or a tuple of Turn, not {shorten(self.prompt, 40)}")
@@ -146,6 +150,17 @@ def text_positions(config: Any) -> int | None:
     """The positions of a base's language model, from its config; None if it names no number."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def length_limit(wanted: int | None, positions: int | None) -> int | None:
+    """The limit of tokens, given what is asked for and what the base has. Raises ValueError for one beyond the base."""
+    if wanted is None:
+        return positions
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
+        raise ValueError(f"max_length is {shorten(wanted)}; expected a whole number, at least 1")
+    if positions is not None and wanted > positions:
+        raise ValueError(f"max_length is {wanted}, but the base's language model has {positions} positions")
+    return wanted
 
 
 def check_count(name: str, value: int) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from psa_fast.safety.policy import Action, Code, Decision
-from psa_fast.safety.reading import Query, Reading
+from psa_fast.safety.intervention import Intervention, intervened
+from psa_fast.safety.policy import Action, Code, Decision, Policy
+from psa_fast.safety.reading import Query, Reading, weigh
 from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
 
@@ -23,7 +24,8 @@ class Verdict:
     window `query_number` says which, from 0, and `query_span` its tokens in the prompt, [first, behind last].
     Probabilities and score are that reading's, `highest_score` is the highest of all readings, which a threshold is
     compared with; they are None if not read or not finite. `readings` holds all of them, so that another policy can
-    decide on the same (`psa_fast.safety.redecide`).
+    decide on the same (`psa_fast.safety.redecide`). `intervention` is what was done to them by hand before the policy
+    decided; `readings` are as they were before it.
     """
 
     checked: bool
@@ -46,6 +48,7 @@ class Verdict:
     picture: int | None = None
     words_alone: bool = False
     error: str | None = None
+    intervention: Intervention | None = None
     code: Code = field(kw_only=True)
     readings: tuple[Reading, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
@@ -72,7 +75,11 @@ class Answer:
 
 
 def read_verdict(
-    reading: Reading, decision: Decision, highest_score: float | None = None, readings: Sequence[Reading] = ()
+    reading: Reading,
+    decision: Decision,
+    highest_score: float | None = None,
+    readings: Sequence[Reading] = (),
+    intervention: Intervention | None = None,
 ) -> Verdict:
     """The verdict of a request that the concept head has read: by which reading, and what to keep of all of them."""
     finite = decision.unsafe_score is not None
@@ -94,9 +101,18 @@ def read_verdict(
         query_span=reading.span,
         picture=reading.picture,
         words_alone=reading.words_alone,
+        intervention=intervention,
         code=decision.code,
         readings=tuple(readings),
     )
+
+
+def decided(
+    policy: Policy, readings: Sequence[Reading], intervention: Intervention | None = None
+) -> tuple[Verdict, Decision]:
+    """What a policy says to the readings of a request, after an intervention where there is one."""
+    weighed = weigh(policy, intervened(intervention, readings))
+    return read_verdict(*weighed, readings, intervention), weighed.decision
 
 
 def as_applied(verdict: Verdict, decision: Decision) -> Verdict:

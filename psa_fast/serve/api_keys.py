@@ -60,12 +60,21 @@ class ApiKeys:
         """
         if not self._digests:
             return None
+        found = self.find(authorization, x_api_key)
+        if found is None:
+            raise ApiError(
+                401, "no known API key; send Authorization: Bearer KEY", "authentication_error", code="invalid_api_key"
+            )
+        return found
+
+    def find(self, authorization: str | None, x_api_key: str | None = None) -> str | None:
+        """The short name of a request's key if it is one of these, None otherwise; arguments as for `check`."""
         scheme, _, key = (authorization or f"Bearer {x_api_key or ''}").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         # every key is compared, so that time tells nothing of which one it nearly was
         known = [hmac.compare_digest(digest, own) for own in self._digests]
-        if scheme.lower() != "bearer" or not any(known):
-            raise ApiError(
-                401, "no known API key; send Authorization: Bearer KEY", "authentication_error", code="invalid_api_key"
-            )
-        return digest.hex()[:12]
+        return digest.hex()[:12] if scheme.lower() == "bearer" and any(known) else None
+
+    def shares(self, other: ApiKeys) -> bool:
+        """Whether a key is one of both."""
+        return bool(set(self._digests) & set(other._digests))

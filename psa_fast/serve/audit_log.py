@@ -34,6 +34,7 @@ _KEPT = (
     "query_span",
     "picture",
     "words_alone",
+    "intervention",
 )
 
 

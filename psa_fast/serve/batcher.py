@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from psa_fast.safety.explanation import Explanation, explain
 from psa_fast.safety.redecide import redecide
 from psa_fast.serve.settings import ServerSettings
 from psa_fast.serve.wire_errors import ApiError
@@ -29,18 +30,21 @@ class Result:
     """What the guard said to a request; `answer` is None where only a verdict was asked for.
 
     `queue_seconds` is the time the request waited, `model_seconds` the time that its batch took.
+    `explanation` is there where it was asked for.
     """
 
     verdict: Verdict
     answer: Answer | None
     queue_seconds: float
     model_seconds: float
+    explanation: Explanation | None = None
 
 
 @dataclass
 class _Job:
     request: Request
     new_tokens: int | None
+    explain: bool = False
     future: Future[Result] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
 
@@ -84,17 +88,20 @@ class Batcher:
         """Whether requests are taken."""
         return self._thread.is_alive() and not self._closed
 
-    def submit(self, requests: Sequence[Request], new_tokens: int | None = None) -> list[Future[Result]]:
+    def submit(
+        self, requests: Sequence[Request], new_tokens: int | None = None, explain: bool = False
+    ) -> list[Future[Result]]:
         """The results to come of requests, all of which are taken or none.
 
         Args:
             requests: what is asked.
             new_tokens: the longest answer; None: the verdict only.
+            explain: whether each verdict is to be explained.
 
         Raises:
             ApiError: 429 where the queue is full, 503 where the server stops.
         """
-        jobs = [_Job(request, new_tokens) for request in requests]
+        jobs = [_Job(request, new_tokens, explain) for request in requests]
         with self._lock:
             self.check_room(len(jobs))
             self._waiting += len(jobs)
@@ -159,6 +166,10 @@ class Batcher:
         start = time.monotonic()
         try:
             results = self._ask(jobs)
+            explained = [
+                explain(self.guard, job.request, verdict) if job.explain else None
+                for job, (verdict, _) in zip(jobs, results, strict=True)
+            ]
         except Exception as error:  # out of memory, a fault of ours: the thread must go on
             if len(jobs) > 1:
                 _log.warning("a batch of %d failed (%s); each is asked alone", len(jobs), type(error).__name__)
@@ -169,8 +180,8 @@ class Batcher:
             jobs[0].future.set_exception(error)
             return
         seconds = time.monotonic() - start
-        for job, (verdict, answer) in zip(jobs, results, strict=True):
-            job.future.set_result(Result(verdict, answer, start - job.since, seconds))
+        for job, (verdict, answer), why in zip(jobs, results, explained, strict=True):
+            job.future.set_result(Result(verdict, answer, start - job.since, seconds, why))
         self._decide_shadow(jobs, [verdict for verdict, _ in results])
 
     def _ask(self, jobs: list[_Job]) -> list[tuple[Verdict, Answer | None]]:
@@ -186,6 +197,8 @@ class Batcher:
             return
         try:
             for job, verdict in zip(jobs, verdicts, strict=True):
+                if verdict.intervention is not None:  # what was forced is no verdict of a policy to compare with
+                    continue
                 self._on_shadow(job.request, verdict, redecide(self.shadow, verdict))
         except Exception as error:  # it must never change an answer
             _log.error("the shadow policy failed: %s", type(error).__name__, exc_info=error)

@@ -7,14 +7,17 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psa_fast.files import shorten
+from psa_fast.safety.explanation import Explanation
+from psa_fast.safety.intervention import Intervention
+from psa_fast.safety.overlay import explanation_svg
 from psa_fast.safety.request import Request
 from psa_fast.safety.verdict import Answer
 from psa_fast.serve.settings import ServerSettings
-from psa_fast.serve.wire_content import conversation
+from psa_fast.serve.wire_content import conversation, only
 from psa_fast.serve.wire_errors import ApiError, bad
 
 #: parameters that must say what is done anyway: answers are greedy, one, of plain text
@@ -38,17 +41,22 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 #: parameters that cannot change an answer: who asks, and the seed of a choice that is never made
 HARMLESS = ("user", "metadata", "seed", "safety_identifier", "prompt_cache_key")
-READ = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options")
+READ = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options", "psa")
 
 
 @dataclass(frozen=True)
 class ChatCall:
-    """A chat request that can be asked."""
+    """A chat request that can be asked.
+
+    `explain` asks for an explanation with the verdict; an intervention is in the request. Who may have them is not
+    looked at here.
+    """
 
     request: Request
     new_tokens: int
     stream: bool
     stream_usage: bool
+    explain: bool = False
 
 
 def read_chat(body: dict[str, Any], settings: ServerSettings) -> ChatCall:
@@ -71,12 +79,30 @@ def read_chat(body: dict[str, Any], settings: ServerSettings) -> ChatCall:
     options = body.get("stream_options")
     if options is not None and not (stream and isinstance(options, dict) and set(options) <= {"include_usage"}):
         raise bad("stream_options goes with stream and holds include_usage alone", "stream_options")
+    explain, intervention = _operator_options(body.get("psa"))
     return ChatCall(
-        conversation(body.get("messages"), settings),
+        replace(conversation(body.get("messages"), settings), intervention=intervention),
         _new_tokens(body, settings),
         stream,
         _flag(options or {}, "include_usage"),
+        explain,
     )
+
+
+def _operator_options(given: Any) -> tuple[bool, Intervention | None]:
+    """What `psa` asks for: {"explain": true, "intervene": {...}}. Raises ApiError for anything else."""
+    if given is None:
+        return False, None
+    if not isinstance(given, dict):
+        raise bad(f"psa is {shorten(given, 40)}; expected an object", "psa")
+    only(given, ("explain", "intervene"), "psa")
+    explain = _flag(given, "explain", "psa.")
+    if given.get("intervene") is None:
+        return explain, None
+    try:
+        return explain, Intervention.from_json(given["intervene"])
+    except ValueError as error:
+        raise bad(f"psa.intervene: {error}", "psa.intervene") from None
 
 
 def check_model(body: dict[str, Any], settings: ServerSettings, required: bool = True) -> None:
@@ -89,10 +115,10 @@ def check_model(body: dict[str, Any], settings: ServerSettings, required: bool =
         raise ApiError(404, message, param="model", code="model_not_found")
 
 
-def _flag(body: dict[str, Any], key: str) -> bool:
+def _flag(body: dict[str, Any], key: str, within: str = "") -> bool:
     value = body.get(key)
     if value is not None and not isinstance(value, bool):
-        raise bad(f"{key} is {shorten(value, 40)}; expected true or false", key)
+        raise bad(f"{within}{key} is {shorten(value, 40)}; expected true or false", within + key)
     return bool(value)
 
 
@@ -123,18 +149,30 @@ def usage(answer: Answer) -> dict[str, int]:
     }
 
 
-def completion(answer: Answer, settings: ServerSettings) -> dict[str, Any]:
+def completion(answer: Answer, settings: ServerSettings, explanation: Explanation | None = None) -> dict[str, Any]:
     """The reply to a request that is not streamed."""
     message = {"role": "assistant", "content": answer.text, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(answer)}
     return _head("chat.completion", settings) | {
         "choices": [choice],
         "usage": usage(answer),
-        "psa": answer.verdict.to_json(),
+        "psa": _psa(answer, explanation),
     }
 
 
-def events(answer: Answer, settings: ServerSettings, with_usage: bool) -> Iterator[str]:
+def _psa(answer: Answer, explanation: Explanation | None) -> dict[str, Any]:
+    """The verdict, and where one was asked for its explanation, with the picture of it as SVG."""
+    verdict = answer.verdict.to_json()
+    if explanation is None:
+        return verdict
+    told = explanation.to_json(cells=False)
+    del told["verdict"]
+    return verdict | {"explanation": told | {"lines": explanation.lines(), "svg": explanation_svg(explanation)}}
+
+
+def events(
+    answer: Answer, settings: ServerSettings, with_usage: bool, explanation: Explanation | None = None
+) -> Iterator[str]:
     """The server-sent events of an answer that is there already, word by word; the verdict comes in the first."""
     head = _head("chat.completion.chunk", settings) | ({"usage": None} if with_usage else {})
 
@@ -142,7 +180,7 @@ def events(answer: Answer, settings: ServerSettings, with_usage: bool) -> Iterat
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
         return _event(head | {"choices": [choice]} | more)
 
-    yield event({"role": "assistant", "content": ""}, psa=answer.verdict.to_json())
+    yield event({"role": "assistant", "content": ""}, psa=_psa(answer, explanation))
     for piece in re.findall(r"\s*\S+\s*?|\s+", answer.text):
         yield event({"content": piece})
     yield event({}, finish_reason(answer))

@@ -23,7 +23,7 @@ from psa_fast.safety.verdict import Verdict
 from psa_fast.serve.api_keys import ApiKeys
 from psa_fast.serve.audit_log import AuditLog, audit_row
 from psa_fast.serve.batcher import Batcher, Result
-from psa_fast.serve.chat_completions import completion, events, read_chat
+from psa_fast.serve.chat_completions import ChatCall, completion, events, read_chat
 from psa_fast.serve.litellm_guardrail import guardrail, read_guardrail
 from psa_fast.serve.moderations import moderation, read_moderation
 from psa_fast.serve.page import add_page
@@ -48,8 +48,10 @@ class Server:
         shadow: a policy that decides on every request besides and is only counted and logged.
         audit: where every verdict is written before it is answered.
         page: serve the local page too.
+        operators: keys of those who may intervene on a request and have it explained; nobody may where there are none.
+        explains: whether everybody who may ask may have an explanation too.
 
-    Raises ValueError for a guard that cannot guard.
+    Raises ValueError for a guard that cannot guard, and for an operator's key that is everybody's.
     """
 
     def __init__(
@@ -60,11 +62,16 @@ class Server:
         shadow: Policy | None = None,
         audit: AuditLog | None = None,
         page: bool = False,
+        operators: ApiKeys | None = None,
+        explains: bool = False,
     ) -> None:
         if guard.policy is None or isinstance(guard.model, PlainVLM):
             raise ValueError("this model has no concept head, so nothing it answers would be guarded")
         self.guard, self.policy = guard, guard.policy
         self.settings, self.keys = settings or ServerSettings(), keys or ApiKeys()
+        self.operators, self.explains = operators or ApiKeys(), explains
+        if self.operators.shares(self.keys):
+            raise ValueError("a key of the operators is one of the other API keys too; give operators their own")
         self.shadow, self.audit = shadow, audit
         # whether the concept head asks with the request's words, or sees the picture alone
         self.reads_words = guard.model.config.query == "prompt"
@@ -77,7 +84,7 @@ class Server:
         self.app.get("/metrics")(self._counted("/metrics", self._metrics))
         self.app.get("/healthz")(self._health)
         if page:
-            add_page(self.app, self.settings.model_name)
+            add_page(self.app, self.settings.model_name, self.explains or bool(self.operators))
         for status in (404, 405):
             self.app.exception_handler(status)(_unknown)
 
@@ -113,9 +120,10 @@ class Server:
         async def answer(request: HttpRequest) -> Response:
             start = time.monotonic()
             try:
-                request.state.key = self.keys.check(
-                    request.headers.get("authorization"), request.headers.get("x-api-key")
-                )
+                given = request.headers.get("authorization"), request.headers.get("x-api-key")
+                operator = self.operators.find(*given)
+                request.state.operator = operator is not None
+                request.state.key = operator or self.keys.check(*given)
                 response = await reply(request)
             except ApiError as error:
                 response = _error(error)
@@ -131,16 +139,27 @@ class Server:
 
     async def _chat(self, request: HttpRequest) -> Response:
         call = await self._read(request, CHAT, read_chat)
-        (result,) = await self._ask(request, CHAT, [call.request], call.new_tokens)
+        self._check_allowed(call, request.state.operator)
+        (result,) = await self._ask(request, CHAT, [call.request], call.new_tokens, call.explain)
         if result.verdict.error is not None:
             raise bad(result.verdict.error, "messages", result.verdict.code)
         assert result.answer is not None
         headers = self._headers(result.verdict)
         if not call.stream:
-            return JSONResponse(completion(result.answer, self.settings), headers=headers)
-        chunks = events(result.answer, self.settings, call.stream_usage)
+            return JSONResponse(completion(result.answer, self.settings, result.explanation), headers=headers)
+        chunks = events(result.answer, self.settings, call.stream_usage, result.explanation)
         headers["cache-control"] = "no-cache"
         return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+
+    def _check_allowed(self, call: ChatCall, operator: bool) -> None:
+        """Raise ApiError, 403, for what only an operator may ask for."""
+        for key, asked, everybody in (
+            ("psa.intervene", call.request.intervention is not None, False),
+            ("psa.explain", call.explain, self.explains),
+        ):
+            if asked and not (operator or everybody):
+                reason = f"{key} is for operators, by a key of --operator_keys"
+                raise ApiError(403, reason, "permission_error", key, "operators_only")
 
     async def _moderate(self, request: HttpRequest) -> Response:
         requests = await self._read(request, MODERATIONS, read_moderation)
@@ -185,10 +204,15 @@ class Server:
         return found
 
     async def _ask(
-        self, http: HttpRequest, path: str, requests: Sequence[Request], new_tokens: int | None
+        self,
+        http: HttpRequest,
+        path: str,
+        requests: Sequence[Request],
+        new_tokens: int | None,
+        explain: bool = False,
     ) -> list[Result]:
         """The guard's results. Raises ApiError where it has none in time."""
-        futures = self._running().submit(requests, new_tokens)
+        futures = self._running().submit(requests, new_tokens, explain)
         waiting = asyncio.gather(*map(asyncio.wrap_future, futures))
         try:
             # who is given up is not read any more, unless its batch is being read

@@ -17,7 +17,19 @@ function show(file) {
   reader.readAsDataURL(file);
 }
 
-function say(kind, answer, verdict, rows) {
+// lines of words, and a picture that is shown as an image only: nothing in it can run
+function explain(explanation) {
+  by("why").textContent = (explanation?.lines ?? []).join("\n");
+  by("looks").replaceChildren();
+  if (!explanation) return;
+  const image = new Image();
+  image.alt = "where the readings looked";
+  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(explanation.svg)}`;
+  by("looks").append(image);
+}
+
+function say(kind, answer, verdict, rows, explanation) {
+  explain(explanation);
   by("result").hidden = false;
   by("answer").className = kind;
   by("answer").textContent = answer;
@@ -40,6 +52,7 @@ function describe(psa) {
   return `${psa.action} (${psa.rule})${risk}${score}${hint}`;
 }
 
+by("offer").hidden = document.documentElement.dataset.explains === undefined;
 by("file").onchange = (event) => show(event.target.files[0]);
 by("drop").ondragover = (event) => { event.preventDefault(); by("drop").classList.add("over"); };
 by("drop").ondragleave = () => by("drop").classList.remove("over");
@@ -57,12 +70,13 @@ by("form").onsubmit = async (event) => {
   const headers = { "content-type": "application/json" };
   if (by("key").value) headers.authorization = `Bearer ${by("key").value}`;
   const body = { model: document.documentElement.dataset.model, messages: [{ role: "user", content }] };
+  if (by("explain").checked) body.psa = { explain: true };
   try {
     const reply = await fetch("/v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body) });
     const said = await reply.json();
     if (said.error) say("error", said.error.message, `not answered (${reply.status})`, []);
     else say(said.psa.action, said.choices[0].message.content, describe(said.psa),
-             Object.entries(said.psa.type_probs ?? {}));
+             Object.entries(said.psa.type_probs ?? {}), said.psa.explanation);
   } catch (error) {
     say("error", String(error), "the server was not reached", []);
   } finally {

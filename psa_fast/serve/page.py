@@ -19,10 +19,14 @@ HEADERS = {
 }
 
 
-def add_page(app: FastAPI, model_name: str) -> None:
-    """Serve the page at `/` and its script at `/page.js`; both need no key, what the page asks for does."""
+def add_page(app: FastAPI, model_name: str, explains: bool = False) -> None:
+    """Serve the page at `/` and its script at `/page.js`; both need no key, what the page asks for does.
+
+    With `explains` it offers to explain verdicts.
+    """
     name = html.escape(model_name, quote=True)
-    page = HTML.read_text(encoding="utf-8").replace('<html lang="en">', f'<html lang="en" data-model="{name}">', 1)
+    told = f'<html lang="en" data-model="{name}"{" data-explains" if explains else ""}>'
+    page = HTML.read_text(encoding="utf-8").replace('<html lang="en">', told, 1)
     script = SCRIPT.read_text(encoding="utf-8")
 
     @app.get("/")

@@ -11,6 +11,7 @@ from typing import Any
 
 from psa_fast.data.rows import read_rows
 from psa_fast.files import shorten
+from psa_fast.safety.intervention import Intervention
 from psa_fast.safety.policy import Policy
 from psa_fast.safety.reading import Reading
 from psa_fast.safety.redecide import redecide
@@ -48,10 +49,17 @@ def _verdict(row: dict[str, Any]) -> Verdict:
                 one["query"], [], [], one["picture"], one["number"], span, _logits(one["logits"]), one["words_alone"]
             )
         )
+    # rows of older versions know of none
+    by_hand = None if row.get("intervention") is None else Intervention.from_json(row["intervention"])
     names = ("checked", "applied", "unsafe", "action", "type", "level", "unsafe_score", "code")
     kept = {name: row[name] for name in names}
     return Verdict(
-        rule=row["rule"] or "", policy_hash=row["policy"], model_hash=row["model"], readings=tuple(readings), **kept
+        rule=row["rule"] or "",
+        policy_hash=row["policy"],
+        model_hash=row["model"],
+        intervention=by_hand,
+        readings=tuple(readings),
+        **kept,
     )
 
 
@@ -106,8 +114,13 @@ def replay(path: str | Path, policy: Policy) -> Comparison:
 
 
 def difference(path: str | Path, old: Policy, new: Policy) -> Comparison:
-    """Decide the rows of a log under two policies, and compare. Raises ValueError as `read_log`."""
+    """Decide the rows of a log under two policies, and compare. Raises ValueError as `read_log`.
+
+    Rows that an operator intervened on are passed by: what was forced says nothing of a policy.
+    """
     found = Comparison()
     for line, verdict in read_log(path):
+        if verdict.intervention is not None:
+            continue
         found.add(line, redecide(old, verdict), redecide(new, verdict))
     return found

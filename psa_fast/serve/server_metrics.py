@@ -18,6 +18,9 @@ class ServerMetrics:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("psa_requests", "HTTP requests", ["endpoint", "status"], registry=registry)
         self.verdicts = Counter("psa_verdicts", "Verdicts", ["action", "code", "type"], registry=registry)
+        self.interventions = Counter(
+            "psa_interventions", "Verdicts after an operator's intervention", ["kind", "action"], registry=registry
+        )
         self.shadow = Counter(
             "psa_shadow_verdicts",
             "What a shadow policy would do",
@@ -37,7 +40,10 @@ class ServerMetrics:
         Gauge("psa_queue_length", "Requests that wait", registry=registry).set_function(waiting)
 
     def count_verdict(self, verdict: Verdict) -> None:
-        """Count a verdict that was given to a client."""
+        """Count a verdict that was given to a client; one that was intervened on by itself, among no others."""
+        if verdict.intervention is not None:
+            self.interventions.labels(verdict.intervention.kind, verdict.action).inc()
+            return
         self.verdicts.labels(verdict.action, verdict.code, verdict.type or "").inc()
 
     def count_shadow(self, verdict: Verdict, shadow: Verdict) -> None:

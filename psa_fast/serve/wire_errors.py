@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-ErrorType = Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
+ErrorType = Literal[
+    "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+]
 
 
 class ApiError(Exception):

@@ -161,6 +161,26 @@ def test_an_image_alone_is_evaluated(world, tmp_path):
     assert all(answer["unsafe_score"] is not None for answer in answers)
 
 
+def test_interventions_are_rows_of_their_own(world, tmp_path):
+    ask = ("--data", world / "data", "--stage", f"one={world / 'run' / 'stage1'}", "--max_new_tokens", 2)
+    assert run(*ask, "--intervene", 1, "--out", tmp_path / "with") == 0
+    assert run(*ask, "--out", tmp_path / "without") == 0
+    found, plain = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("with", "without"))
+    for part in ("stages", "per_type", "per_source", "differences"):
+        assert found[part] == plain[part], "no other figure knows of them"
+    rows = found["interventions"]
+    assert rows["base"] == {}
+    assert rows["one"]["all"]["set_names_concept"]["n"] == 12
+    assert rows["one"]["low"]["set_changes_answer"]["n"] == 6
+    assert "interventions" not in plain
+    assert found["provenance"]["settings"]["intervene"] == 1
+    for name in ("report.md", "report.html"):
+        assert "set_changes_answer" in (tmp_path / "with" / name).read_text()
+        assert "set_changes_answer" not in (tmp_path / "without" / name).read_text()
+    with pytest.raises(ValueError, match="--intervene is 0"):
+        run(*ask, "--intervene", 0, "--out", tmp_path / "none")
+
+
 def test_a_report_is_not_overwritten_by_another(world, tmp_path):
     data = data_with(world, tmp_path, rows_of(world)[:4])
     ask = (*data, "--base", world / "base", "--out", tmp_path / "out")

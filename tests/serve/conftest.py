@@ -49,8 +49,9 @@ def open_client():
 
     clients = []
 
-    def start(guard, keys=(), shadow=None, audit=None, page=False, **limits):
-        server = Server(guard, ServerSettings(**limits), ApiKeys(keys), shadow, audit, page)
+    def start(guard, keys=(), shadow=None, audit=None, page=False, operators=(), explains=False, **limits):
+        settings = ServerSettings(**limits)
+        server = Server(guard, settings, ApiKeys(keys), shadow, audit, page, ApiKeys(operators), explains)
         client = TestClient(server.app)
         client.server = server
         clients.append(client.__enter__())

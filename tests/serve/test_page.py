@@ -12,6 +12,7 @@ from builders.http_requests import QUESTION, data_url, png
 from builders.tiny import free_port
 
 from psa_fast.safety import Request
+from psa_fast.safety.explanation import explain
 
 DRIVER = """<!doctype html><body><iframe src="/" style="width:%dpx;height:900px"></iframe><script>
 const wait = async (done) => { while (!done()) await new Promise((next) => setTimeout(next, 20)); };
@@ -24,11 +25,15 @@ onload = async () => {
   await wait(() => doc.querySelector("#drop img")?.complete);
   by("question").value = "%s";
   by("key").value = "%s";
+  if (!by("offer").hidden) by("explain").click();
   by("ask").click();
   await wait(() => !by("result").hidden);
+  const looks = doc.querySelector("#looks img");
+  if (looks) await wait(() => looks.complete);
   const out = document.createElement("pre");
   const wide = doc.documentElement.scrollWidth > doc.documentElement.clientWidth;
   out.textContent = JSON.stringify({ answer: by("answer").textContent, kind: by("answer").className, wide,
+    why: by("why").textContent, looks: looks ? looks.naturalWidth : 0,
     verdict: by("verdict").textContent, scores: [...doc.querySelectorAll("#scores tr")].map((r) => r.textContent) });
   document.body.append(out);
 };
@@ -47,7 +52,7 @@ def address(guard):
     from psa_fast.serve.settings import ServerSettings
 
     settings = ServerSettings(model_name='a"<b>', max_new_tokens=6)
-    server = Server(guard, settings, ApiKeys(["a-key-of-some-length"]), page=True)
+    server = Server(guard, settings, ApiKeys(["a-key-of-some-length"]), page=True, explains=True)
     pages = {}
 
     @server.app.get("/driver/{name}")
@@ -76,12 +81,15 @@ def test_a_picture_is_dropped_and_asked_about(guard, address, tmp_path, key, wid
     if key == "no":
         assert seen["kind"] == "error"
         assert "API key" in seen["answer"]
+        assert (seen["why"], seen["looks"]) == ("", 0)
         return
     (expected,) = guard.answer([Request(f"<image>\n{QUESTION}", (png(2),))], max_new_tokens=6)
     verdict = expected.verdict
     assert seen["answer"] == expected.text
     assert seen["kind"] == verdict.action
     assert seen["verdict"].startswith(f"{verdict.action} ({verdict.rule})")
+    assert seen["why"].splitlines() == explain(guard, Request(f"<image>\n{QUESTION}", (png(2),))).lines()
+    assert seen["looks"] >= 640, "the picture of it was not drawn"
     assert seen["scores"] == [f"{name}{value:.3f}" for name, value in verdict.type_probs.items()]
 
 
