@@ -13,6 +13,7 @@ import math
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,20 +65,37 @@ def weights_version() -> str:
     return metadata.version(PACKAGE)
 
 
-def keep_tower(out: Path, seed: int, hint_for: HintFor, progress: bool = True) -> None:
-    """Train the tower of the sandbox's own base and save it alone: the same weights as that base of the same seed."""
+def keep_tower(out: Path, seed: int, hint_for: HintFor, progress: bool = True) -> float:
+    """Train the tower of the sandbox's own base and save it alone: the same weights as that base of the same seed.
+
+    Returns the last loss.
+    """
     recipe = BaseRecipe()
     processor = build_processor(all_texts(hint_for))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vlm = build_base(processor, recipe)
         vlm.train()
-        train_tower(vlm, processor, np.random.default_rng([seed, 1]), recipe.tower, progress)
+        loss = train_tower(vlm, processor, np.random.default_rng([seed, 1]), recipe.tower, progress)
     tower: Any = vlm.model.vision_tower
     tower.eval().save_pretrained(out)
+    return loss
 
 
-def build_smollm2_base(out: Path, seed: int, tower: Path, steps: int = STEPS, progress: bool = True) -> float:
+def train_smollm2_base(out: Path, seed: int, hint_for: HintFor, progress: bool = True) -> dict[str, float]:
+    """Train the tower, then write the base into `out`; returns the final losses of both.
+
+    Raises ValueError as `weights_file`, and where `out` already holds something.
+    """
+    weights_file()  # before minutes of training
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: already holds something; name a new or empty folder")
+    with TemporaryDirectory() as folder:
+        content = keep_tower(Path(folder), seed, hint_for, progress)
+        return {"content_loss": content, "projector_loss": build_smollm2_base(out, seed, Path(folder), progress)}
+
+
+def build_smollm2_base(out: Path, seed: int, tower: Path, progress: bool = True, steps: int = STEPS) -> float:
     """Write the base into the folder `out`; returns the last loss of the projector's fit.
 
     `tower` is a folder of `keep_tower`, or a base of the sandbox, whose tower is taken. Raises ValueError as
@@ -100,10 +118,12 @@ def _read_language_model() -> tuple[PreTrainedTokenizerFast, Any]:
     file = weights_file()
     given: dict[str, Any] = {"gguf_file": file.name}
     image = {"image_token": IMAGE_TOKEN}
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer: Any = AutoTokenizer.from_pretrained(
         str(file.parent), **given, extra_special_tokens=image, padding_side="left"
     )
-    return tokenizer, AutoModelForCausalLM.from_pretrained(str(file.parent), **given, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), **given, dtype=torch.float32)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    return tokenizer, model
 
 
 def chat_template(template: str) -> str:
@@ -150,9 +170,7 @@ def _assemble(language: Any, processor: LlavaProcessor, tower: Any) -> LlavaForC
         vision_feature_select_strategy="default",
         image_seq_length=SIDE * SIDE,
         tie_word_embeddings=True,
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
+        **{name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
     vlm = LlavaForConditionalGeneration(config)
     vlm.model.language_model.load_state_dict(language.model.state_dict())

@@ -20,6 +20,8 @@ SMALLER_ANSWERS = (
 )  # fmt: skip
 LARGER_ANSWERS = ("general_accuracy",)
 SMALLER_CONCEPT, LARGER_CONCEPT = ("over_flagged",), ("unsafe_auroc", "text_risk_auroc")
+# what a base or records may be called that psa-fast makes itself (psa_fast/sandbox/cache.py)
+EMBEDDED = ("sandbox", "sandbox-smollm2")
 REPORTERS = ("tensorboard", "wandb", "trackio")
 _REPORTER = f"({'|'.join(REPORTERS)})"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -62,12 +64,12 @@ class TrainConfig:
     )
     recipe: str = _data("sandbox", "name of a shipped recipe, or path of a YAML file")
     model_name_or_path: str | None = _data(
-        None, "base VLM: a Hugging Face id, a folder, or 'sandbox'", unset="the recipe's"
+        None, "base VLM: a Hugging Face id, a folder, 'sandbox' or 'sandbox-smollm2'", unset="the recipe's"
     )
     addon: str | None = _data(
         None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True, stage=(1, 2)
     )
-    data_path: str | None = _data(None, "JSONL records, or 'sandbox'", unset="the recipe's")
+    data_path: str | None = _data(None, "JSONL records, 'sandbox' or 'sandbox-smollm2'", unset="the recipe's")
     image_folder: str | None = _data(None, "folder that the records' image paths are relative to")
     output_dir: str = _data("runs/demo", "folder of stage1/ and stage2/, what a run writes", may_change=True)
     on_bad_sample: str = _data("error", "what rows that cannot be used do", choices=("error", "skip"))
@@ -221,7 +223,7 @@ class TrainConfig:
         stage=(1, 2),
     )  # fmt: skip
     eval_data_path: str | None = _run(
-        None, "JSONL records of the evaluations, or 'sandbox'", may_change=True, stage=(1, 2)
+        None, "JSONL records of the evaluations, 'sandbox' or 'sandbox-smollm2'", may_change=True, stage=(1, 2)
     )  # fmt: skip
     eval_image_folder: str | None = _run(
         None, "folder that their image paths are relative to", unset="image_folder", may_change=True, stage=(1, 2)
