@@ -23,8 +23,8 @@ from psa_fast.taxonomy import CLEAN
 # Rows per file and kind, one picture at most in each. The pictures are as many as in the other world (draw.py).
 ROWS: dict[str, dict[str, int]] = {
     "stage1": {
-        "clean": 800, "benign_twin": 1000, "risk": 1300, "text_risk": 1500, "text_twin": 1700,
-        "joint_risk": 1500, "joint_twin": 2400,
+        "clean": 700, "benign_twin": 900, "risk": 1100, "text_risk": 2200, "text_twin": 2500,
+        "joint_risk": 1400, "joint_twin": 2200,
     },
     "stage2": {
         "clean": 1800, "benign_twin": 1700, "risk": 2100, "text_risk": 700, "text_twin": 1000,
