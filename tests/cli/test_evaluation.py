@@ -217,7 +217,9 @@ def test_concept_heads_alone(world, tmp_path, monkeypatch, capsys):
     data = ("--data", world / "data", "--run", world / "run", "--batch_size", 8)
     assert run(*data, "--max_new_tokens", 4, "--out", tmp_path / "whole") == 0
     whole = json.loads((tmp_path / "whole" / "report.json").read_text())
-    monkeypatch.setattr("psa_fast.models.PsaVLM.generate", lambda *args, **kwargs: pytest.fail("something was answered"))
+    monkeypatch.setattr(
+        "psa_fast.models.PsaVLM.generate", lambda *args, **kwargs: pytest.fail("something was answered")
+    )
     out = tmp_path / "heads"
     assert run(*data, "--concepts_only", "--thresholds", "--out", out) == 0
     report = json.loads((out / "report.json").read_text())
