@@ -105,23 +105,23 @@ def run(typed: dict[str, str], prog: str) -> int:
 
 
 def resolve_inputs(config: Any, hint_for: Any) -> Any:
-    """Real paths where the recipe says 'sandbox' (made on first use), and stage 2's add-on."""
+    """Real paths where the recipe names an embedded base or world (made on first use), and stage 2's add-on."""
     from psa_fast.data.record_tables import EVALUATED_ON, TRAINED_ON, as_records, is_table
+    from psa_fast.made_once import default_cache
+    from psa_fast.sandbox.cache import ensure_base, ensure_world
     from psa_fast.training.checkpoint import find_resume, is_finished
+    from psa_fast.training.options import EMBEDDED
 
     changes: dict[str, Any] = {}
-    if "sandbox" in (config.model_name_or_path, config.data_path, config.eval_data_path):
-        from psa_fast.made_once import default_cache
-        from psa_fast.sandbox.cache import ensure
-
-        world, base = ensure(default_cache(), seed=config.seed, hint_for=hint_for)
-        if config.model_name_or_path == "sandbox":
-            changes["model_name_or_path"] = str(base)
-        if config.data_path == "sandbox":
-            changes["data_path"] = str(world / f"stage{max(config.stage, 1)}.jsonl")
-            changes["image_folder"] = str(world)
-        if config.eval_data_path == "sandbox":
-            changes["eval_data_path"], changes["eval_image_folder"] = str(world / "dev.jsonl"), str(world)
+    if config.model_name_or_path in EMBEDDED:
+        base = ensure_base(config.model_name_or_path, default_cache(), config.seed, hint_for)
+        changes["model_name_or_path"] = str(base)
+    if config.data_path in EMBEDDED:
+        world = ensure_world(config.data_path, default_cache(), config.seed)
+        changes |= {"data_path": str(world / f"stage{max(config.stage, 1)}.jsonl"), "image_folder": str(world)}
+    if config.eval_data_path in EMBEDDED:
+        world = ensure_world(config.eval_data_path, default_cache(), config.seed)
+        changes |= {"eval_data_path": str(world / "dev.jsonl"), "eval_image_folder": str(world)}
     for data, folder, split in (
         ("data_path", "image_folder", TRAINED_ON), ("eval_data_path", "eval_image_folder", EVALUATED_ON),
     ):  # fmt: skip

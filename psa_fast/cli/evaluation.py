@@ -56,6 +56,9 @@ def register(subparsers: Subcommands) -> None:
         "--intervene", type=int, metavar="N",
         help="also force each concept on N harmless requests and clear it in N risky ones (rows of their own)",
     )  # fmt: skip
+    parser.add_argument(
+        "--concepts_only", action="store_true", help="have the add-ons' concept heads read the records, and answer none"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
     parser.set_defaults(func=evaluate)
 
@@ -87,17 +90,33 @@ def asked(args: argparse.Namespace) -> Plan:
             raise ValueError(f"--stage {item}: expected NAME=DIR")
         named.append((name, folder))
     todo = plan(args.run, args.base, named)
+    if args.concepts_only:
+        _check_concepts_only(args, todo)
     if wrong := unwritable_text(_settings(args, todo)):
         raise ValueError(f"--{wrong}, which a report cannot hold; name it in UTF-8")
     return todo
+
+
+def _check_concepts_only(args: argparse.Namespace, todo: Plan) -> None:
+    """Raise ValueError where no head could be read, and for options of answers."""
+    if not todo.addons:
+        raise ValueError("--concepts_only needs an add-on: give --run, --stage1, --stage2 or --stage NAME=DIR")
+    for name, default in (
+        ("max_new_tokens", 32),
+        ("intervene", None),
+        ("refusal_list", DEFAULT_LIST),
+        ("refusal_mode", MODES[0]),
+    ):
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} does nothing with --concepts_only, which answers nothing; leave it out")
 
 
 def _settings(args: argparse.Namespace, todo: Plan) -> dict[str, Any]:
     """What was asked for: a second run with the same replaces the first one's report."""
     names = ("data", "split", "image_folder", "policy", "max_new_tokens", "limit", "refusal_list", "refusal_mode")
     settings = {name: getattr(args, name) for name in (*names, "seed")} | {"base": todo.base, "stages": todo.addons}
-    # without the options a report is the same as one of a version that did not know them
-    settings |= {"thresholds": True} if args.thresholds else {}
+    # without an option a report is the same as one of a version that did not know it
+    settings |= {name: True for name in ("thresholds", "concepts_only") if getattr(args, name)}
     return settings if args.intervene is None else settings | {"intervene": args.intervene}
 
 
@@ -126,8 +145,10 @@ def evaluate_on(args: argparse.Namespace, ranks: Ranks) -> int:
     def report() -> None:
         _report(args, todo, policy, settings, data, answered)
         out.finish()
-        page = write_page(out.path, image_folder).path
-        print(f"wrote {out.path / 'report.md'}, {out.path / 'report.json'} and {page}")
+        written = [out.path / "report.md", out.path / "report.json"]
+        if not args.concepts_only:  # the page is about answers
+            written.append(write_page(out.path, image_folder).path)
+        print(f"wrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
 
     with ExitStack() as stack:
         records, data = ranks.from_first(prepare)
@@ -203,7 +224,7 @@ def _run(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from psa_fast.evaluation.cards import shown_alone
-    from psa_fast.evaluation.evaluate import compute_metrics, per_source, per_type, run_stage
+    from psa_fast.evaluation.evaluate import batch_seconds, compute_metrics, per_source, per_type, run_stage
     from psa_fast.evaluation.evaluate import unread as count_unread
     from psa_fast.evaluation.report import StageReport
     from psa_fast.evaluation.sharding import share_of
@@ -216,7 +237,7 @@ def _run(
     share = share_of(records, args.batch_size, ranks.rank, ranks.size)
     own = [records[place] for place in share]
     with Progress(*columns, disable=ranks.rank > 0) as progress:
-        for stage in ("base", *todo.addons):
+        for stage in (*(() if args.concepts_only else ("base",)), *todo.addons):
             task = progress.add_task(stage, total=len(own))
             addon = todo.addons.get(stage)
             guard = load_plain(todo.base) if addon is None else load_guard(addon, todo.base, policy)
@@ -242,12 +263,13 @@ def _run(
                     args.batch_size,
                     keep,
                     kept,
+                    not args.concepts_only,
                 )
             progress.update(task, completed=len(own))
             seconds = round(time.perf_counter() - times[0], 1)
             everyones = ranks.gathered(list(zip(share, answered, strict=True)))
             found = [result for _, result in sorted(everyones, key=itemgetter(0))]
-            looks = shown_alone(everything["base"], found) if guard.has_head else []
+            looks = shown_alone(everything["base"], found) if guard.has_head and not args.concepts_only else []
             complete = partial(_complete, out, stage, guard, records, found, image_folder, looks)
             results = ranks.from_first(complete)
             facts: dict[str, Any] = {
@@ -298,19 +320,6 @@ def _forced(
     if args.intervene is None or not guard.has_head:
         return {}
     return measure_interventions(guard, records, image_folder, args.intervene, args.max_new_tokens, args.batch_size)
-
-
-def batch_seconds(times: Sequence[float]) -> dict[str, float | int] | None:
-    """Median and 95th percentile of the steps between times: of a batch, its pictures' decoding included.
-
-    None where every batch was kept from an earlier run.
-    """
-    import numpy as np
-
-    if len(times) < 2:
-        return None
-    p50, p95 = np.percentile(np.diff(times), [50, 95])
-    return {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "batches": len(times) - 1}
 
 
 def _kept(out: OutputFolder, stage: str, records: Sequence[Record]) -> dict[str, Result]:

@@ -10,6 +10,7 @@ from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
 from psa_fast.training.arguments import OneLine, add_group
 from psa_fast.training.config import TrainConfig, resolve
+from psa_fast.training.options import EMBEDDED
 
 if TYPE_CHECKING:
     from psa_fast.planning.memory import Estimate, Machine, Remedy, Sizes
@@ -76,7 +77,7 @@ def read_options(args: argparse.Namespace) -> TrainConfig:
         raise ValueError("a plan is made for stages 1 and 2; stage 0 holds a vision tower twice and no language model")
     # no record is read, but train.py asks where they are
     config = resolve(given | {"data_path": "-", "image_folder": "-"})
-    if config.model_name_or_path == "sandbox":
+    if config.model_name_or_path in EMBEDDED:
         raise ValueError(
             "a plan needs a folder for the sandbox's base: --model_name_or_path, see psa-fast sandbox base"
         )

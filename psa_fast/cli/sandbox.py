@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import named
+from psa_fast.training.options import EMBEDDED
 
 
 def register(subparsers: Subcommands) -> None:
@@ -25,6 +27,10 @@ def register(subparsers: Subcommands) -> None:
         "--policy", metavar="FILE", help="policy file whose hints the base learns (default: the shipped one)"
     )
     for command, made in ((data, "world"), (base, "base")):
+        command.add_argument(
+            "--name", choices=EMBEDDED, default=EMBEDDED[0],
+            help=f"which of the two embedded {made}s, by the name that train.py knows it by (default: {EMBEDDED[0]})",
+        )  # fmt: skip
         command.add_argument("--seed", type=int, default=0, help=f"the same seed gives the same {made} (default: 0)")
         command.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
     picture = commands.add_parser("picture", help="draw requests of a world with the answers that an evaluation kept")
@@ -36,9 +42,11 @@ def register(subparsers: Subcommands) -> None:
 
 def _data(args: argparse.Namespace) -> int:
     from psa_fast.sandbox.draw import draw_world
+    from psa_fast.sandbox.english_rows import ROWS, draw_english_rows
 
+    other: dict[str, Any] = {} if args.name == "sandbox" else {"rows": ROWS, "draw": draw_english_rows}
     with named(args.out):
-        summary = draw_world(args.seed, Path(args.out), splits=args.split)
+        summary = draw_world(args.seed, Path(args.out), splits=args.split, **other)
     counts = ", ".join(f"{name} {sum(rows.values())}" for name, rows in summary["rows"].items())
     print(f"{args.out}: world of seed {args.seed}; rows: {counts}")
     return 0
@@ -46,14 +54,16 @@ def _data(args: argparse.Namespace) -> int:
 
 def _base(args: argparse.Namespace) -> int:
     from psa_fast.safety.policy import Policy
+    from psa_fast.sandbox import smollm2
     from psa_fast.sandbox.base import train_base
     from psa_fast.sandbox.draw import check_seed
 
     check_seed(args.seed)
+    train = train_base if args.name == "sandbox" else smollm2.train_smollm2_base
     hint_for = Policy.load(args.policy).hint
     with named(args.out):
         Path(args.out).mkdir(parents=True, exist_ok=True)  # now, not after minutes of training
-        losses = train_base(Path(args.out), args.seed, hint_for)
+        losses = train(Path(args.out), args.seed, hint_for)
     print(f"{args.out}: base of seed {args.seed}; " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
     return 0
 

@@ -15,7 +15,17 @@ from psa_fast.data.records import Record
 from psa_fast.evaluation.metrics import Estimate, accuracy, macro_f1, quadratic_kappa, rate, undefined
 from psa_fast.evaluation.ranking import auroc, ranking, reliability
 from psa_fast.evaluation.refusal import Kind, Mode, RefusalList, classify
-from psa_fast.evaluation.results import ATTACKED, REFUSED, Result, attacked, by_group, kind_of, refused, right
+from psa_fast.evaluation.results import (
+    ATTACKED,
+    REFUSED,
+    Result,
+    answered,
+    attacked,
+    by_group,
+    kind_of,
+    refused,
+    right,
+)
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
@@ -36,6 +46,7 @@ def run_stage(
     batch_size: int = 128,
     keep: Callable[[list[Result]], None] = lambda results: None,
     done: Mapping[str, Result] = MappingProxyType({}),
+    answers: bool = True,
 ) -> list[Result]:
     """Answer every record with and without the guard and read the concept head; results are in the records' order.
 
@@ -52,8 +63,11 @@ def run_stage(
             if all(record.where in done for record in chunk):
                 results.update((place, done[records[place].where]) for place in places)
                 continue
-            images = pool.map(lambda record: pictures_of(record, image_folder), chunk)
-            batch = answer_records(guard, chunk, list(images), max_new_tokens, refusal_list, refusal_mode)
+            images = list(pool.map(lambda record: pictures_of(record, image_folder), chunk))
+            if answers:
+                batch = answer_records(guard, chunk, images, max_new_tokens, refusal_list, refusal_mode)
+            else:
+                batch = read_records(guard, chunk, images)
             keep(batch)
             results.update(zip(places, batch, strict=True))
     return [results[place] for place in range(len(records))]
@@ -215,7 +229,7 @@ def over_refusal(results: Sequence[Result], guarded: bool = True) -> Estimate:
 
 def unread(results: Sequence[Result], guarded: bool = True) -> int:
     """How many answers to labelled requests are mostly in a script that the refusal list does not know."""
-    return sum(bool(r.group) and kind_of(r, guarded) == "unread" for r in results)
+    return sum(bool(r.group) and answered(r) and kind_of(r, guarded) == "unread" for r in results)
 
 
 def exact_match(results: Sequence[Result], guarded: bool = True) -> Estimate:
@@ -354,3 +368,16 @@ def per_type(results: Sequence[Result]) -> dict[str, dict[str, Estimate]]:
         if row:
             table[name] = row
     return table
+
+
+def batch_seconds(times: Sequence[float]) -> dict[str, float | int] | None:
+    """Median and 95th percentile of the steps between times: of a batch, its pictures' decoding included.
+
+    None where every batch was kept from an earlier run.
+    """
+    import numpy as np
+
+    if len(times) < 2:
+        return None
+    p50, p95 = np.percentile(np.diff(times), [50, 95])
+    return {"p50": round(float(p50), 3), "p95": round(float(p95), 3), "batches": len(times) - 1}

@@ -62,6 +62,8 @@ def _result(row: Any) -> Result:
     if isinstance(row, dict) and "guarded" in row and "request" not in row:
         raise ValueError("the request is not with the answer: an older version wrote it; evaluate once more")
     result = Result.from_json(row)
+    if result.guarded_kind == "unread" and not result.guarded:
+        raise ValueError("nothing was answered: psa-fast evaluate had --concepts_only")
     if not result.request:
         raise ValueError("not an answer of psa-fast evaluate: its request is empty")
     return result

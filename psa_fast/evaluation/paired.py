@@ -22,8 +22,8 @@ def hits(results: Sequence[Result]) -> dict[str, dict[int, bool]]:
             found[ATTACKED[r.group]][place] = hit
         if r.group in REFUSED and (hit := refused(r)) is not None:
             found[REFUSED[r.group]][place] = hit
-        if r.group == "clean":
-            found["general_accuracy"][place] = right(r)
+        if r.group == "clean" and (hit := right(r)) is not None:
+            found["general_accuracy"][place] = hit
     return found
 
 

@@ -164,12 +164,15 @@ def render(
 ) -> str:
     """The report as Markdown."""
     data, decoding, refusal = (provenance[key] for key in ("data", "decoding", "refusal"))
+    read_alone = bool(provenance["settings"].get("concepts_only"))
     lines = [
         "# Safety evaluation",
         "",
         f"{data['rows']} of {data['rows_in_file']} rows of `{data['path']}`; value [95% interval].",
         "",
     ]
+    if read_alone:
+        lines += ["The concept heads were read; nothing was answered (`--concepts_only`).", ""]
     if without := data["groups"].get(NO_GROUP):
         lines += [f"**{without} of these rows have no label and are in no metric.**", ""]
     used = [name for name in METRICS if any(name in report.metrics for report in stages.values())]
@@ -210,9 +213,8 @@ def render(
         "",
         "## How they were obtained",
         "",
-        *_refusal_lines(refusal),
-        f"- decoding: {decoding['method']}, at most {decoding['max_new_tokens']} new tokens, "
-        f"batches of {decoding['batch_size']}, {decoding['dtype']}.",
+        *([] if read_alone else _refusal_lines(refusal)),
+        f"- decoding: {_decoding(decoding, read_alone)}batches of {decoding['batch_size']}, {decoding['dtype']}.",
         f"- data: sha256 `{data['sha256']}`, images `{data['images_sha256']}`, groups "
         + ", ".join(f"{group} {count}" for group, count in data["groups"].items())
         + ".",
@@ -226,6 +228,10 @@ def render(
     hardware = ", ".join(f"{name} {value}" for name, value in provenance["hardware"].items() if value is not None)
     lines += [f"- versions: {versions}.", f"- hardware: {hardware}.", f"- date: {provenance['date']}.", ""]
     return "\n".join(lines)
+
+
+def _decoding(decoding: Mapping[str, Any], read_alone: bool) -> str:
+    return "" if read_alone else f"{decoding['method']}, at most {decoding['max_new_tokens']} new tokens, "
 
 
 def _refusal_lines(refusal: Mapping[str, Any]) -> list[str]:

@@ -118,6 +118,8 @@ def write_page(folder: Path, image_folder: Path | None = None) -> Written:
     Raises ValueError for a report or answers that are damaged or do not belong together.
     """
     kept, provenance = Kept.load(folder)
+    if kept.provenance.settings.get("concepts_only"):
+        raise ValueError(f"{folder}: its evaluation answered nothing (--concepts_only), and the page is about answers")
     results = {stage: read_results(folder / f"answers-{stage}.jsonl") for stage in kept.stages}
     asked = {tuple((r.where, r.target) for r in rows) for rows in results.values()}
     if len(asked) != 1 or not all(results.values()):

@@ -153,8 +153,15 @@ def refused(result: Result, guarded: bool = True) -> bool | None:
     return None if kind == "unread" else kind != "answer"
 
 
-def right(result: Result, guarded: bool = True) -> bool:
-    """Whether an answer is the record's own, in the sense of `normalise.same_answer`."""
+def answered(result: Result) -> bool:
+    """Whether the request was answered at all, and not read by the concept head alone."""
+    return result.guarded_kind != "unread" or bool(result.guarded)
+
+
+def right(result: Result, guarded: bool = True) -> bool | None:
+    """Whether an answer is the record's own, in the sense of `normalise.same_answer`; None where none was given."""
+    if not answered(result):
+        return None
     return same_answer(result.guarded if guarded else result.unguarded, result.target)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from psa_fast.files import shorten
-from psa_fast.sandbox.conversations import KINDS, Picture, draw_rows, joint_scene
+from psa_fast.sandbox.conversations import KINDS, Picture, Pictures, draw_rows, joint_scene
 from psa_fast.sandbox.paint import paint
 from psa_fast.sandbox.world import Scene, Split, sample_scene
 
@@ -45,6 +45,7 @@ ROWS: dict[str, dict[str, int]] = {
 }  # fmt: skip
 _SPLIT_OF_FILE: dict[str, Split] = {"stage1": "train", "stage2": "train", "dev": "dev", "test": "test"}
 _FILES = tuple(ROWS)
+RowDrawer = Callable[[np.random.Generator, str, Split, str, int, Pictures], Iterator[dict[str, Any]]]
 
 
 def check_seed(seed: int) -> None:
@@ -59,12 +60,14 @@ def draw_world(
     images: dict[str, dict[str, int]] | None = None,
     rows: dict[str, dict[str, int]] | None = None,
     splits: Collection[str] | None = None,
+    draw: RowDrawer = draw_rows,
 ) -> dict[str, Any]:
     """Draw a world into the folder `out` and return what world.json says about it.
 
     Files: images/<split>/*.png, stage1.jsonl and stage2.jsonl (training rows), dev.jsonl (for choosing), test.jsonl
     (for reporting), world.json. `images` and `rows` replace the usual numbers (`IMAGES`, `ROWS`); of `splits`, where
-    given, alone anything is drawn, and it is the same as in the whole world.
+    given, alone anything is drawn, and it is the same as in the whole world. `draw` makes the records of one kind, from
+    (generator, file, split, kind, number of rows, the split's pictures by group).
     Raises ValueError for a negative seed, or where `out` already holds something.
     """
     out = Path(out)
@@ -91,7 +94,7 @@ def draw_world(
         split = _SPLIT_OF_FILE[name]
         for kind, count in counts.items():
             rng = np.random.default_rng([seed, 100 + _FILES.index(name), KINDS.index(kind)])
-            lines += [json.dumps(row) for row in draw_rows(rng, name, split, kind, count, pictures[split])]
+            lines += [json.dumps(row) for row in draw(rng, name, split, kind, count, pictures[split])]
         order = np.random.default_rng([seed, 200]).permutation(len(lines))
         (out / f"{name}.jsonl").write_text("".join(lines[i] + "\n" for i in order), encoding="utf-8")
     summary = {"world_version": WORLD_VERSION, "seed": seed, "images": images, "rows": rows}

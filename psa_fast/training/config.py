@@ -12,6 +12,7 @@ from psa_fast.files import read_yaml, shorten
 from .arguments import typed_options
 from .deepspeed_config import read_deepspeed_config as read_deepspeed_config
 from .options import (
+    EMBEDDED,
     LARGER_ANSWERS,
     LARGER_CONCEPT,
     OPTIONS,
@@ -140,9 +141,9 @@ def _check_inputs(config: TrainConfig) -> None:
     base = str(config.model_name_or_path)
     if base[0] in "/.~" and not Path(base).is_dir():  # anything else may be a name on the hub
         raise ValueError(f"--model_name_or_path {base}: no such folder")
-    if config.data_path != "sandbox" and config.image_folder is None and not is_table(str(config.data_path)):
+    if config.data_path not in EMBEDDED and config.image_folder is None and not is_table(str(config.data_path)):
         raise ValueError("--image_folder is needed with --data_path: image paths in the records are relative to it")
-    if config.data_path == "sandbox" and config.image_folder is not None:
+    if config.data_path in EMBEDDED and config.image_folder is not None:
         raise ValueError("--image_folder has no effect on the sandbox's own records; give --data_path too")
 
 
@@ -239,7 +240,7 @@ def _check_evaluation(config: TrainConfig, typed: Collection[str]) -> None:
         return
     if config.eval_data_path is None:
         raise ValueError("--eval_every needs --eval_data_path, records that are not trained on")
-    if config.eval_data_path == "sandbox" and config.eval_image_folder is not None:
+    if config.eval_data_path in EMBEDDED and config.eval_image_folder is not None:
         raise ValueError("--eval_image_folder has no effect on the sandbox's own records")
     if config.keep_best in SMALLER_ANSWERS + LARGER_ANSWERS and not config.runs_language_model:
         concept = ", ".join(SMALLER_CONCEPT + LARGER_CONCEPT)

@@ -20,6 +20,8 @@ SMALLER_ANSWERS = (
 )  # fmt: skip
 LARGER_ANSWERS = ("general_accuracy",)
 SMALLER_CONCEPT, LARGER_CONCEPT = ("over_flagged",), ("unsafe_auroc", "text_risk_auroc")
+# what a base or records may be called that psa-fast makes itself (psa_fast/sandbox/cache.py)
+EMBEDDED = ("sandbox", "sandbox-smollm2")
 REPORTERS = ("tensorboard", "wandb", "trackio")
 _REPORTER = f"({'|'.join(REPORTERS)})"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -62,13 +64,13 @@ class TrainConfig:
     )
     recipe: str = _data("sandbox", "name of a shipped recipe, or path of a YAML file")
     model_name_or_path: str | None = _data(
-        None, "base VLM: a Hugging Face id, a folder, or 'sandbox'", unset="the recipe's"
+        None, "base VLM: a Hugging Face id, a folder, 'sandbox' or 'sandbox-smollm2'", unset="the recipe's"
     )
     addon: str | None = _data(
         None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True, stage=(1, 2)
     )
     data_path: str | None = _data(
-        None, "JSONL records, Parquet, a folder of datasets, or 'sandbox'", unset="the recipe's"
+        None, "JSONL records, Parquet, a folder of datasets, 'sandbox' or 'sandbox-smollm2'", unset="the recipe's"
     )
     image_folder: str | None = _data(
         None, "folder that the records' image paths are relative to", unset="in tables, their own"

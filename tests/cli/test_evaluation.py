@@ -231,3 +231,41 @@ def test_plan_and_data_are_checked(world, tmp_path):
         run("--data", world, "--base", base, "--out", tmp_path, "--limit", 0)
     with pytest.raises(ValueError, match="expected NAME=DIR"):
         run("--data", world, "--stage", "x", "--out", tmp_path)
+
+
+def test_concept_heads_alone(world, tmp_path, monkeypatch, capsys):
+    data = ("--data", world / "data", "--run", world / "run", "--batch_size", 8)
+    assert run(*data, "--max_new_tokens", 4, "--out", tmp_path / "whole") == 0
+    whole = json.loads((tmp_path / "whole" / "report.json").read_text())
+    monkeypatch.setattr(
+        "psa_fast.models.PsaVLM.generate", lambda *args, **kwargs: pytest.fail("something was answered")
+    )
+    out = tmp_path / "heads"
+    assert run(*data, "--concepts_only", "--thresholds", "--out", out) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["stages"]) == ["stage1", "stage2"]
+    for stage, metrics in report["stages"].items():
+        for name in REQUIRED_HEAD:
+            assert metrics[name] == pytest.approx(whole["stages"][stage][name], abs=1e-6), name
+        assert all(metrics[name]["value"] is None for name in REQUIRED - REQUIRED_HEAD)
+    assert report["thresholds"]["stage1"]["risky"] == 8
+    text = (out / "report.md").read_text()
+    assert "nothing was answered" in text
+    assert "refusals: list" not in text
+    assert "not read" not in text
+
+    # what is made of answers says that there are none
+    assert not (out / "report.html").exists()
+    assert main(["report", str(out)]) == 2
+    assert "--concepts_only" in capsys.readouterr().err
+    assert main(["judge", "--answers", str(out), "--judge", "keywords", "--out", str(tmp_path / "judged")]) == 2
+    assert "nothing was answered" in capsys.readouterr().err
+
+
+def test_concept_heads_need_an_addon_and_no_options_of_answers(world, tmp_path, no_model):
+    data = ("--data", world / "data", "--concepts_only", "--out", tmp_path)
+    with pytest.raises(ValueError, match="--concepts_only needs an add-on"):
+        run(*data, "--base", world / "base")
+    for option in (("--max_new_tokens", 5), ("--refusal_list", "vlguard"), ("--refusal_mode", "startswith")):
+        with pytest.raises(ValueError, match=f"{option[0]} does nothing with --concepts_only"):
+            run(*data, "--run", world / "run", *option)

@@ -35,10 +35,10 @@ CONCEPT = ("--stage1_objective", "concept")
 EVAL = ("--eval_every", "5", "--eval_data_path", "sandbox")
 
 
-@pytest.mark.parametrize("name", ["sandbox", "llava-1.5-7b", "llava-1.5-13b"])
+@pytest.mark.parametrize("name", ["sandbox", "sandbox-smollm2", "llava-1.5-7b", "llava-1.5-13b"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_shipped_recipes_are_accepted(name, stage):
-    real = [] if name == "sandbox" else ["--data_path", "d.jsonl", "--image_folder", "images"]
+    real = [] if name.startswith("sandbox") else ["--data_path", "d.jsonl", "--image_folder", "images"]
     assert parse_args(["--stage", str(stage), "--recipe", name, *real]).recipe == name
 
 
