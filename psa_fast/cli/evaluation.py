@@ -285,10 +285,7 @@ def _run(
             forced = ranks.from_first(partial(_forced, args, guard, records, image_folder))
             reports[stage] = StageReport(metrics, per_type(results), facts, sources, others, forced)
             everything[stage] = results
-            unread[stage] = {
-                "guarded": count_unread(results),
-                "unguarded": count_unread(results, guarded=False),
-            }
+            unread[stage] = {name: count_unread(results, name == "guarded") for name in ("guarded", "unguarded")}
             del guard  # one model at a time: two copies of a large base do not fit
             gc.collect()
     return Answered(reports, unread, everything)
