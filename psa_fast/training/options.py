@@ -64,14 +64,12 @@ class TrainConfig:
     )
     recipe: str = _data("sandbox", "name of a shipped recipe, or path of a YAML file")
     model_name_or_path: str | None = _data(
-        None, "base VLM: a Hugging Face id, a folder, 'sandbox' or 'sandbox-smollm2'", unset="the recipe's"
+        None, "base VLM: hub id, folder, 'sandbox' or 'sandbox-smollm2'", unset="the recipe's"
     )
     addon: str | None = _data(
         None, "add-on folder to start from", unset="in stage 2 OUTPUT_DIR/stage1", may_change=True, stage=(1, 2)
     )
-    data_path: str | None = _data(
-        None, "JSONL records, Parquet, a folder of datasets, 'sandbox' or 'sandbox-smollm2'", unset="the recipe's"
-    )
+    data_path: str | None = _data(None, "JSONL, Parquet or folder of datasets, or as above", unset="the recipe's")
     image_folder: str | None = _data(
         None, "folder that the records' image paths are relative to", unset="in tables, their own"
     )
