@@ -30,6 +30,7 @@ NAMES = ("behind a cloak", "before a cloak")
 FIT_CASES = 32  # requests that a cloak is fitted on
 STEPS = 100
 ANY_PICTURE = 255  # the radius that is no limit: a cloak need not look like anything
+STEP_SIZE = 24.0  # in 255ths; twice the radius, APGD's usual first step, would only see black and white pictures
 PART = 16  # requests that are differentiated together
 
 
@@ -102,7 +103,9 @@ def fit(guard: Guard, cases: Sequence[Case], steps: int = STEPS, seed: int = 0, 
         ).all(0, True)
 
     start = torch.randint(0, 256, (1, 3, *target.frame.size), generator=search.generator(seed, 0, 0), dtype=torch.uint8)
-    (cloak,) = search.search(objective, start, ANY_PICTURE, steps, seed=seed, batch_size=1).pictures
+    (cloak,) = search.search(
+        objective, start, ANY_PICTURE, steps, seed=seed, batch_size=1, step_size=STEP_SIZE
+    ).pictures
     pixels = cloak.unsqueeze(0) / 255
     alone, together = requests.flagged(None, together=True), requests.flagged(pixels, together=True)
     return Cloak(
