@@ -88,7 +88,7 @@ class Explanation:
     def _flip_lines(self) -> list[str]:
         near = sorted((flip for flip in self.flips if flip.logit_change is not None), key=_distance)
         lines = [
-            f"  {_concept(flip)}: {flip.probability:.4f} -> {flip.changed_probability:.4f} "
+            f"  {_concept(flip)}: {flip.probability:.3g} -> {flip.changed_probability:.3g} "
             f"(logit {flip.logit_change:+.3f}): {flip.action}"
             + (f", {flip.type}, level {flip.level}" if flip.action != "allow" else "")
             for flip in near

@@ -131,7 +131,7 @@ def test_the_picture_is_whole_and_loads_nothing(guard):
     svg = explanation_svg(found)
     root = ET.fromstring(svg)
     hrefs = [one.get("href") for one in root.iter("{http://www.w3.org/2000/svg}image")]
-    assert all(href.startswith("data:image/png;base64,") for href in hrefs)
+    assert all(href.startswith("data:image/jpeg;base64,") for href in hrefs)
     assert "://" not in svg.replace('xmlns="http://www.w3.org/2000/svg"', "")
     shown = sum(shares is not None for look in found.looks for shares in look.attention)
     assert len(hrefs) == shown * (2 + len(RISK_TYPES) + 1)
