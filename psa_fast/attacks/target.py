@@ -64,9 +64,11 @@ class Readings(NamedTuple):
 
 
 def require_one_threshold(policy: Policy) -> None:
-    """Raise ValueError for a policy with a threshold for each type: an attack climbs above a single one."""
+    """Raise ValueError for a policy with more thresholds than one, or a memory: an attack climbs above a single one."""
     if policy.type_thresholds is not None:
         raise ValueError("attacks on pixels need a policy with one unsafe_threshold; this one has type_thresholds")
+    if policy.memory is not None:
+        raise ValueError("attacks on pixels need a policy with one unsafe_threshold; this one has a memory")
 
 
 class Target:

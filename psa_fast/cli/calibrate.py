@@ -70,6 +70,10 @@ def calibrate(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size is {args.batch_size}; expected at least 1")
     given = Policy.load(args.policy)
+    if given.memory is not None:
+        raise ValueError(
+            "the policy has a memory, which flags more than a threshold promises; calibrate one without it"
+        )
     policy = given.model_copy(update={"calibration": None, "type_thresholds": None})
     text = Path(args.policy or DEFAULT_POLICY).read_text(encoding="utf-8-sig")
     if Path(args.out).exists() and not args.overwrite:

@@ -364,6 +364,7 @@ def _report(
             "unsafe_threshold": policy.unsafe_threshold,
             "type_thresholds": policy.type_thresholds,
             "calibration": None if policy.calibration is None else policy.calibration.model_dump(),
+            "memory": None if policy.memory is None else policy.memory.model_dump(),
         },
         "refusal": {
             "list": refusals.name,

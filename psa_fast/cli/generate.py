@@ -142,6 +142,9 @@ def policy_table(policy: Policy, name: str) -> list[str]:
         rows.append((level, rule.action, json.dumps(rule.hint or texts[rule.action], ensure_ascii=False)))
     rows.append(("unread", policy.on_error, "requests that the concept head does not read"))
     rows.append(("unreadable", "block", json.dumps(policy.responses.unchecked, ensure_ascii=False)))
+    if policy.memory is not None:
+        told = f"of the turns' scores, decay {policy.memory.decay:g}, is level {policy.memory.level}"
+        rows.append(("memory", f"from {policy.memory.threshold:g}", told))
     if policy.calibration is not None:
         temperatures = ", ".join(f"{value:.4g}" for value in policy.temperatures)
         rows.append(("calibrated", "", f"temperatures {temperatures}; {policy.calibration.promise}"))

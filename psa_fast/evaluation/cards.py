@@ -110,6 +110,7 @@ class Cards:
             ],
             "verdict": _verdict(row),
             "probs": _bars(row),
+            "why": [_cut(line) for line in row.why],
         }
 
     def _picture(self, name: str, looked: Sequence[float] | None) -> dict[str, str | None]:

@@ -193,20 +193,23 @@ def with_looks(
     image_folder: str | Path,
     places: Sequence[int],
 ) -> list[Result]:
-    """The results, those at `places` with where the pool looked in their pictures (`Result.looked`)."""
+    """The results, those at `places` with where the pool looked in their pictures, and why (`Result.looked`, `why`)."""
+    from psa_fast.safety.explanation import explained
     from psa_fast.safety.guard import Request
     from psa_fast.safety.looking import looked_at
 
     found = list(results)
     for place in places:
         record = records[place]
-        if not record.images or results[place].query is None:
+        if results[place].query is None or guard.policy is None:
             continue
         request = Request(record.turns[:-1], pictures_of(record, image_folder))
         (verdict,) = guard.verdicts([request])
-        looked = looked_at(guard, request, verdict)
-        rounded = tuple(None if one is None else tuple(round(share, 4) for share in one) for one in looked)
-        found[place] = replace(found[place], looked=rounded)
+        found[place] = replace(found[place], why=tuple(explained(guard.policy, verdict).lines()))
+        if record.images:
+            looked = looked_at(guard, request, verdict)
+            rounded = tuple(None if one is None else tuple(round(share, 4) for share in one) for one in looked)
+            found[place] = replace(found[place], looked=rounded)
     return found
 
 

@@ -35,7 +35,8 @@ class Result:
     `query_number`, `picture`, `words_alone`, `highest_score` and both lists of probabilities (7 types, 4 levels) are
     the verdict's. `request` and `pictures` are what was asked, for whoever judges the answer: (role, text with
     `<image>` marks) by turn, and the images' names. `looked`, of the rows that the page shows alone, is for each image
-    the attention on its features, by rows; None for one that the deciding reading was not shown.
+    the attention on its features, by rows; None for one that the deciding reading was not shown; `why` is what
+    explains the verdict of such a row, in words.
     """
 
     where: str
@@ -67,6 +68,7 @@ class Result:
     looked: tuple[tuple[float, ...] | None, ...] | None = field(kw_only=True, default=None)
     request: tuple[tuple[str, str], ...] = field(kw_only=True, default=())
     pictures: tuple[str, ...] = field(kw_only=True, default=())
+    why: tuple[str, ...] = field(kw_only=True, default=())
 
     def to_json(self) -> dict[str, Any]:
         """A row of answers-<stage>.jsonl."""

@@ -29,10 +29,12 @@ class Explanation:
 
     Attributes:
         verdict: what was decided.
-        key: of the policy's file what the action follows from: "levels.high", "types.privacy", "on_error", ...; None
+        key: of the policy's file what the action follows from: "levels.high", "memory", "types.privacy", ...; None
             where no risk was found.
-        threshold: what the unsafe score of the reading that decided was compared with; None where nothing was read.
-        threshold_key: where it stands in the policy's file: "unsafe_threshold" or "type_thresholds.privacy".
+        threshold: what the unsafe score of the reading that decided, or the accumulated risk, was compared with; None
+            where nothing was read.
+        threshold_key: where it stands in the policy's file: "unsafe_threshold", "type_thresholds.privacy" or
+            "memory.threshold".
         margin: the unsafe score less the threshold.
         heads: which heads reach the threshold by themselves: "type", "level".
         flips: what would have changed the action, by concept (`flips.nearest_flips`); none after an intervention.
@@ -76,7 +78,7 @@ class Explanation:
             found.append(f"rule: {self.key} of the policy" + ("" if verdict.hint is None else f": {_quoted(verdict)}"))
         if self.margin is not None and self.threshold is not None:
             side = "above" if self.margin >= 0.0 else "below"
-            score = verdict.unsafe_score or 0.0
+            score = (verdict.accumulated if verdict.code == "accumulated" else verdict.unsafe_score) or 0.0
             found.append(
                 f"score: {score:.4f}, {abs(self.margin):.4f} {side} the threshold {self.threshold:g} "
                 f"({self.threshold_key})" + (f", by the {' and the '.join(self.heads)} head" if self.heads else "")
@@ -86,7 +88,7 @@ class Explanation:
     def _flip_lines(self) -> list[str]:
         near = sorted((flip for flip in self.flips if flip.logit_change is not None), key=_distance)
         lines = [
-            f"  {_concept(flip)}: {flip.probability:.4f} -> {flip.changed_probability:.4f} "
+            f"  {_concept(flip)}: {flip.probability:.3g} -> {flip.changed_probability:.3g} "
             f"(logit {flip.logit_change:+.3f}): {flip.action}"
             + (f", {flip.type}, level {flip.level}" if flip.action != "allow" else "")
             for flip in near
@@ -136,6 +138,10 @@ def explained(policy: Policy, verdict: Verdict) -> Explanation:
         return Explanation(verdict, "responses.unchecked")
     if intervention is not None:
         (deciding,) = intervention.apply([deciding])
+    if policy.memory is not None and verdict.code == "accumulated":
+        total, limit = verdict.accumulated or 0.0, policy.memory.threshold
+        flips = () if intervention is not None else nearest_flips(policy, verdict.readings, deciding)
+        return Explanation(verdict, "memory", limit, "memory.threshold", total - limit, flips=flips)
     kind = policy.likeliest_risk(deciding.type_probs)
     threshold, score = policy.threshold(kind), verdict.unsafe_score or 0.0
     of_type = policy.type_thresholds is not None

@@ -10,9 +10,10 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from psa_fast.safety.policy import ACTIONS, RISKY_TYPES, Action, Policy
-from psa_fast.safety.reading import Reading, weigh
+from psa_fast.safety.reading import Reading, over_turns, weigh
 from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
+FAR = 60.0  # in units of the temperature: how far beyond all others a logit says all that it can
 RISKY = [RISK_TYPES.index(name) for name in RISKY_TYPES]
 
 
@@ -117,12 +118,15 @@ def _nearest(policy: Policy, readings: Sequence[Reading], places: Sequence[int])
         middles = [(low + high) / 2 for low, high in pairwise(points)]
         tried = [points[0] - 1.0, *middles, points[-1] + 1.0] if points else [0.0]
         lines.append((points, [_rank(policy, shifted(policy, reading, places, change)) for change in tried]))
-    now = max(_rank(policy, shifted(policy, reading, places, 0.0)) for reading in readings) % len(ACTIONS)
+    remembered = _Remembered(policy, readings, places)
+    unchanged = [_rank(policy, shifted(policy, reading, places, 0.0)) for reading in readings]
+    now = max(*unchanged, remembered.rank(0.0)) % len(ACTIONS)
 
     def other(change: float) -> bool:
-        return max(values[bisect_right(points, change)] for points, values in lines) % len(ACTIONS) != now
+        ranks = [values[bisect_right(points, change)] for points, values in lines]
+        return max(*ranks, remembered.rank(change)) % len(ACTIONS) != now
 
-    everything = sorted({point for points, _ in lines for point in points})
+    everything = sorted({point for points, _ in lines for point in points} | remembered.crossings())
     best: float | None = None
     for sign in (1.0, -1.0):
         ahead = sorted(sign * point for point in everything if sign * point >= 0.0)
@@ -134,6 +138,40 @@ def _nearest(policy: Policy, readings: Sequence[Reading], places: Sequence[int])
                 best = change if best is None or abs(change) < abs(best) else best
                 break
     return best
+
+
+class _Remembered:
+    """What the user's turns add up to along a change; it only grows or only falls, so that it crosses once."""
+
+    def __init__(self, policy: Policy, readings: Sequence[Reading], places: Sequence[int]) -> None:
+        self._policy, self._readings, self._places = policy, readings, places
+
+    def rank(self, change: float) -> int:
+        """As `_rank`; 0 where nothing adds up to a risk."""
+        if self._policy.memory is None:
+            return 0
+        moved = [shifted(self._policy, reading, self._places, change) for reading in self._readings]
+        found = over_turns(self._policy, moved)
+        if found is None or not found[1].unsafe:
+            return 0
+        return len(ACTIONS) + ACTIONS.index(found[1].action)
+
+    def crossings(self) -> set[float]:
+        """The changes at which the memory's threshold is reached, to 1e-10."""
+        if self._policy.memory is None:
+            return set()
+        found = set()
+        spread = max(max(reading.logits or (0.0,)) - min(reading.logits or (0.0,)) for reading in self._readings)
+        most = spread + FAR * max(self._policy.temperatures)
+        for far in (most, -most):
+            near, start = 0.0, self.rank(0.0)
+            if self.rank(far) == start:
+                continue
+            while abs(far - near) > 1e-10:
+                middle = (near + far) / 2
+                near, far = (middle, far) if self.rank(middle) == start else (near, middle)
+            found.add(far)
+        return found
 
 
 def _rank(policy: Policy, reading: Reading) -> int:

@@ -16,7 +16,7 @@ from psa_fast.pictures import join
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.prepared import Prepared
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, require_turns, take
 from psa_fast.safety.request import (
     OnError,
     Prompter,
@@ -86,6 +86,7 @@ class Guard:
             if model.config.query != "prompt" or model.config.neutral_query:
                 neutral_question = None
             policy.require_model(model_hash)
+            require_turns(policy, model.config)
         elif policy is not None:
             raise ValueError("a base without an add-on has no concept head, so no policy can be applied to it")
         self.model = model

@@ -51,7 +51,8 @@ def explanation_svg(explanation: Explanation) -> str:
     """
     lines, rows = explanation.lines(), _rows(explanation)
     columns = max([len(cells) for _, cells in rows], default=0)
-    width = max(columns * (SIDE + GAP) + GAP, 640)
+    # a letter is about 6.6 pixels wide; 640 is what a page has room for at least
+    width = max(columns * (SIDE + GAP) + GAP, 640, GAP + math.ceil(6.6 * max(map(len, lines))))
     height = GAP + TEXT * len(lines) + len(rows) * (SIDE + 2 * TEXT + GAP) + GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
@@ -71,7 +72,7 @@ def explanation_svg(explanation: Explanation) -> str:
                 f'<image x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" href="{_uri(picture)}">'
                 f"<title>{_clean(name)}</title></image>"
             )
-            parts.append(_text(x, y + SIDE + TEXT - 5, name, 11))
+            parts.append(_text(x, y + SIDE + TEXT - 5, name, 9))
         y += SIDE + TEXT + GAP
     return "\n".join([*parts, "</svg>", ""])
 
@@ -127,8 +128,8 @@ def _coloured(picture: Image.Image, added: Sequence[float], side: int, most: flo
 
 def _uri(picture: Image.Image) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    picture.save(buffer, format="JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _text(x: int, y: int, text: str, size: int = 13) -> str:

@@ -7,7 +7,7 @@ import json
 import math
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +22,10 @@ MAX_FAULTS = 10  # faults of a file that its message names
 Action = Literal["allow", "hint", "refuse", "block"]
 # the actions from the mildest to the strictest
 ACTIONS: tuple[Action, ...] = ("allow", "hint", "refuse", "block")
-# why an action was taken. Read by the head: clean, unsafe, type_off, not_finite (it gave no number). Not read:
+# why an action was taken. Read by the head: clean, unsafe, accumulated (over several turns, none of them enough by
+# itself), type_off, not_finite (it gave no number). Not read:
 # no_image, no_head (a base without an add-on), not_checked (the request cannot be read, see `Verdict.error`)
-Code = Literal["clean", "unsafe", "type_off", "not_finite", "no_image", "no_head", "not_checked"]
+Code = Literal["clean", "unsafe", "accumulated", "type_off", "not_finite", "no_image", "no_head", "not_checked"]
 RISKY_TYPES = tuple(name for i, name in enumerate(RISK_TYPES) if i != CLEAN)
 RISKY_LEVELS = RISK_LEVELS[1:]
 _SHA256 = r"^[0-9a-f]{64}$"
@@ -36,6 +37,7 @@ class Decision:
 
     `type` and `level` are ids of the taxonomy (None: the probabilities could not be read). `hint` is set for the action
     "hint" only, `response` for "refuse" and "block" only. `unsafe_score` is before any switch (None: not a number).
+    `accumulated` is the risk over the user's turns, where the policy has a memory and there are several.
     """
 
     action: Action
@@ -45,12 +47,13 @@ class Decision:
     unsafe_score: float | None
     hint: str | None = None
     response: str | None = None
+    accumulated: float | None = None
     code: Code = field(kw_only=True)
 
     @property
     def unsafe(self) -> bool:
         """Whether the request was read as unsafe and not switched off; true for an unreadable one."""
-        return self.code in ("unsafe", "not_finite", "not_checked")
+        return self.code in ("unsafe", "accumulated", "not_finite", "not_checked")
 
 
 class _Strict(BaseModel):
@@ -140,6 +143,18 @@ class Calibration(_Strict):
         )
 
 
+class Memory(_Strict):
+    """Risk in words that adds up over the user's turns, each of which is below every threshold by itself.
+
+    Every turn multiplies what the turns before it left by `decay` and adds its own unsafe score; from `threshold` on
+    the request is unsafe, of `level`.
+    """
+
+    decay: float = Field(ge=0.0, le=1.0)
+    threshold: float = Field(gt=0.0, allow_inf_nan=False)
+    level: Literal["low", "medium", "high"]
+
+
 class Policy(_Strict):
     """A validated policy file (docs/policy.md); `Policy.load()` gives the shipped one, the paper's table."""
 
@@ -151,6 +166,7 @@ class Policy(_Strict):
     on_error: Literal["block", "allow"] = "block"
     type_thresholds: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
     calibration: Calibration | None = None
+    memory: Memory | None = None
 
     @field_validator("version")
     @classmethod
@@ -161,6 +177,8 @@ class Policy(_Strict):
 
     @model_validator(mode="after")
     def _complete(self) -> Policy:
+        if self.memory is not None and self.calibration is not None:
+            raise ValueError("memory: it flags more requests than a calibration promises; leave it or that out")
         tables: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [
             ("types", self.types, RISKY_TYPES),
             ("levels", self.levels, RISKY_LEVELS),
@@ -192,8 +210,8 @@ class Policy(_Strict):
     def hash(self) -> str:
         """SHA-256 of the content: comments, key order and spacing do not change it."""
         values = self.model_dump()
-        for name, default in (("on_error", "block"), ("type_thresholds", None), ("calibration", None)):
-            if values[name] == default:  # what a file without the key means
+        for name in ("on_error", "type_thresholds", "calibration", "memory"):
+            if values[name] == type(self).model_fields[name].default:  # what a file without the key means
                 del values[name]
         if self.calibration is not None and not self.calibration.same_head_sha256:
             del values["calibration"]["same_head_sha256"]
@@ -276,20 +294,50 @@ class Policy(_Strict):
         if score < threshold:
             return Decision("allow", CLEAN, 0, "clean", score, code="clean")
 
-        enabled_by_type = sum(types[i] for i in enabled)
-        share = enabled_by_type / by_type if by_type > 0.0 else float(bool(enabled))
-        if not enabled or max(enabled_by_type, by_level * share) < threshold:
+        if not enabled or self.kept_risk(types, levels) < threshold:
             off = max((i for i in risky_ids if i not in enabled), key=lambda i: types[i])
             return Decision("allow", off, level, f"type_off: {RISK_TYPES[off]} is switched off", score, code="type_off")
 
         unsafe_heads = [name for name, p in (("type", by_type), ("level", by_level)) if p >= threshold]
         rule = f"{RISK_LEVELS[level]}: unsafe by {' and '.join(unsafe_heads)}"
+        return self._unsafe(kind, level, rule, score, "unsafe")
+
+    def decide_over_turns(
+        self, turns: Sequence[tuple[Sequence[float], Sequence[float]]]
+    ) -> tuple[int, Decision] | None:
+        """Decide on what the user's turns add up to (see `Memory`), given their type and level probabilities in order.
+
+        Returns the turn that adds the most, from 0, and a decision, whose `accumulated` is the risk; None without a
+        memory, for fewer than two turns, and where one is not a number.
+        """
+        finite = all(math.isfinite(p) for types, levels in turns for p in (*types, *levels))
+        if self.memory is None or len(turns) < 2 or not finite:
+            return None
+        kept = [self.kept_risk(*turn) for turn in turns]
+        parts = [score * self.memory.decay ** (len(kept) - 1 - place) for place, score in enumerate(kept)]
+        total = sum(parts)
+        most = max(range(len(parts)), key=lambda place: parts[place])
+        if not self.enabled or total < self.memory.threshold:
+            return most, Decision("allow", CLEAN, 0, "clean", kept[most], accumulated=total, code="clean")
+        kind, level = self.likeliest_risk(turns[most][0]), level_id(self.memory.level)
+        rule = f"{self.memory.level}: unsafe by what {len(turns)} turns add up to"
+        return most, replace(self._unsafe(kind, level, rule, kept[most], "accumulated"), accumulated=total)
+
+    def kept_risk(self, types: Sequence[float], levels: Sequence[float]) -> float:
+        """The unsafe score of what the types keep that are on: by type, or as their share of the level head's risk."""
+        by_type = sum(types[type_id(name)] for name in RISKY_TYPES)
+        kept = sum(types[i] for i in self.enabled)
+        share = kept / by_type if by_type > 0.0 else float(bool(self.enabled))
+        return max(kept, sum(levels[1:]) * share)
+
+    def _unsafe(self, kind: int, level: int, rule: str, score: float, code: Code) -> Decision:
+        """The decision of a level's action."""
         action = self.levels[RISK_LEVELS[level]].action
         hint = self.hint(kind, level) if action == "hint" else None
         response: str | None = None
         if action in ("refuse", "block"):
             response = getattr(self.responses, action).format(type=RISK_TYPES[kind])
-        return Decision(action, kind, level, rule, score, hint, response, code="unsafe")
+        return Decision(action, kind, level, rule, score, hint, response, code=code)
 
 
 def require_policy(policy: Policy | None) -> None:

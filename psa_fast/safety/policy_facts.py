@@ -18,6 +18,7 @@ def policy_facts(policy: Policy) -> dict[str, Any]:
         "rows": [_row(policy, kind, level) for kind in RISKY_TYPES for level in RISKY_LEVELS],
         "not_read": {"action": policy.on_error, "says": policy.responses.unchecked if _blocks(policy) else None},
         "unreadable": {"action": "block", "says": policy.responses.unchecked},
+        "memory": None if policy.memory is None else policy.memory.model_dump(),
         "calibration": None if calibration is None else calibration.model_dump() | {"promise": calibration.promise},
     }
 
@@ -57,6 +58,12 @@ def policy_in_words(policy: Policy) -> list[str]:
     if on := [kind for kind in RISKY_TYPES if policy.types[kind]]:
         lines.append(f"For {', '.join(on)} the likeliest level says what is done:")
         lines += [f"  {level}: {_deed(policy, level)}" for level in RISKY_LEVELS]
+    if policy.memory is not None:
+        decay, limit, level = policy.memory.decay, policy.memory.threshold, policy.memory.level
+        lines.append(
+            f"Over the user's turns the scores of their words add up, each turn multiplying what was before it by "
+            f"{decay:g}; from {limit:g} on that is a risk of level {level}."
+        )
     said = json.dumps(policy.responses.unchecked, ensure_ascii=False)
     not_read = f"blocked with {said}" if _blocks(policy) else "answered unread"
     lines.append(f"What the concept head does not read (on_error) is {not_read}.")

@@ -227,14 +227,39 @@ class Weighed(NamedTuple):
 
 
 def weigh(policy: Policy, readings: Sequence[Reading]) -> Weighed:
-    """Let the policy decide on each reading; the strictest counts, the first of equal ones.
+    """Let the policy decide on each reading, and on the turns together; the strictest counts, the first of equal ones.
 
     No number anywhere comes before a risk, a risk before none, then the stricter action, the higher level, the score.
     """
     decided = [(reading, policy.decide(reading.type_probs, reading.level_probs)) for reading in readings]
     scores = [decision.unsafe_score for _, decision in decided]
     highest = None if None in scores else max(score for score in scores if score is not None)
-    return Weighed(*max(decided, key=lambda pair: _strictness(pair[1])), highest)
+    reading, decision = max(decided, key=lambda pair: _strictness(pair[1]))
+    if (remembered := over_turns(policy, readings)) is not None:
+        if _strictness(remembered[1]) > _strictness(decision) and remembered[1].code == "accumulated":
+            reading, decision = remembered
+        decision = replace(decision, accumulated=remembered[1].accumulated)
+    return Weighed(reading, decision, highest)
+
+
+def over_turns(policy: Policy, readings: Sequence[Reading]) -> tuple[Reading, Decision] | None:
+    """What a policy with a memory decides on the user's turns together, and the reading of the one that adds the most.
+
+    A turn is read by its words alone: a picture is read with every turn, and would count again with each. None where
+    the policy has no memory and for fewer than two turns.
+    """
+    turns = sorted(
+        (reading for reading in readings if reading.query == "turn" and reading.words_alone),
+        key=lambda reading: reading.number or 0,
+    )
+    found = policy.decide_over_turns([(reading.type_probs, reading.level_probs) for reading in turns])
+    return None if found is None else (turns[found[0]], found[1])
+
+
+def require_turns(policy: Policy, config: Any) -> None:
+    """Raise ValueError for a policy with a memory where an add-on's config reads no turn by its words alone."""
+    if policy.memory is not None and not config.num_text_tokens:
+        raise ValueError("the policy has a memory, but the add-on reads no turn's words alone, so nothing would add up")
 
 
 def strictest_first(policy: Policy, readings: Sequence[Reading]) -> list[Reading]:
@@ -244,6 +269,6 @@ def strictest_first(policy: Policy, readings: Sequence[Reading]) -> list[Reading
 
 
 def _strictness(decision: Decision) -> tuple[bool, bool, int, int, float]:
-    level = decision.level if decision.code == "unsafe" and decision.level is not None else 0
+    level = decision.level if decision.code in ("unsafe", "accumulated") and decision.level is not None else 0
     score = decision.unsafe_score or 0.0
     return decision.code == "not_finite", decision.unsafe, ACTIONS.index(decision.action), level, score

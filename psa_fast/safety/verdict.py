@@ -25,7 +25,8 @@ class Verdict:
     Probabilities and score are that reading's, `highest_score` is the highest of all readings, which a threshold is
     compared with; they are None if not read or not finite. `readings` holds all of them, so that another policy can
     decide on the same (`psa_fast.safety.redecide`). `intervention` is what was done to them by hand before the policy
-    decided; `readings` are as they were before it.
+    decided; `readings` are as they were before it. `accumulated` is the risk that the user's turns add up to, under a
+    policy with a memory.
     """
 
     checked: bool
@@ -49,6 +50,7 @@ class Verdict:
     words_alone: bool = False
     error: str | None = None
     intervention: Intervention | None = None
+    accumulated: float | None = None
     code: Code = field(kw_only=True)
     readings: tuple[Reading, ...] = field(default=(), kw_only=True, repr=False, compare=False)
 
@@ -102,6 +104,7 @@ def read_verdict(
         picture=reading.picture,
         words_alone=reading.words_alone,
         intervention=intervention,
+        accumulated=decision.accumulated,
         code=decision.code,
         readings=tuple(readings),
     )

@@ -35,6 +35,7 @@ _KEPT = (
     "picture",
     "words_alone",
     "intervention",
+    "accumulated",
 )
 
 

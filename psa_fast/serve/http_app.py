@@ -18,6 +18,7 @@ from psa_fast.files import parse_json, shorten
 from psa_fast.safety.guard import Guard
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Policy
+from psa_fast.safety.reading import require_turns
 from psa_fast.safety.request import Request
 from psa_fast.safety.verdict import Verdict
 from psa_fast.serve.api_keys import ApiKeys
@@ -72,6 +73,8 @@ class Server:
         self.operators, self.explains = operators or ApiKeys(), explains
         if self.operators.shares(self.keys):
             raise ValueError("a key of the operators is one of the other API keys too; give operators their own")
+        if shadow is not None:
+            require_turns(shadow, guard.model.config)
         self.shadow, self.audit = shadow, audit
         # whether the concept head asks with the request's words, or sees the picture alone
         self.reads_words = guard.model.config.query == "prompt"

@@ -50,7 +50,7 @@ def rows(read=True, number=40):
             fields |= {
                 "unsafe_score": score, "highest_score": score, "read_type": 0 if risky else CLEAN, "read_level": 1,
                 "type_probs": probs, "level_probs": [0.25] * 4, "query": "window", "query_number": 2, "images": 2,
-                "looked": (tuple(i / 45 for i in range(1, 10)), None) if i % 2 else None,
+                "why": (f"why: {text}",), "looked": (tuple(i / 45 for i in range(1, 10)), None) if i % 2 else None,
             }  # fmt: skip
         found.append(dataclasses.replace(one, **fields))
     return found
@@ -139,6 +139,7 @@ def test_nothing_that_records_hold_becomes_markup(folder):
     assert "more characters)" in shown
     assert "[picture 2 cannot be read]" in shown
     assert any(value == "where the head looked in picture 1" for _, name, value in page.attributes if name == "alt")
+    assert "why: " in shown
     assert "dark where the reading that decided did not look" in shown
     assert "owned" not in shown.split("What was compared")[0]
 
@@ -164,7 +165,17 @@ def test_an_older_report_has_its_page_too(folder):
         del report[key]
     del report["provenance"]["policy"]["unsafe_threshold"]
     (folder / REPORT).write_text(json.dumps(report))
-    new = ("source", "highest_score", "type_probs", "level_probs", "query_number", "picture", "words_alone", "looked")
+    new = (
+        "source",
+        "highest_score",
+        "type_probs",
+        "level_probs",
+        "query_number",
+        "picture",
+        "words_alone",
+        "looked",
+        "why",
+    )
     for stage in report["stages"]:
         file = folder / f"answers-{stage}.jsonl"
         kept = [{k: v for k, v in json.loads(line).items() if k not in new} for line in file.read_text().splitlines()]

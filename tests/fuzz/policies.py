@@ -195,7 +195,7 @@ def _wrong(policy: Any, data: bytes) -> str | None:
         return f"the key {key!a} stands twice"
     stated = yaml.safe_load(data.decode("utf-8-sig"))
     got = policy.model_dump()
-    for name in ("type_thresholds", "calibration"):  # may be left out
+    for name in ("type_thresholds", "calibration", "memory"):  # may be left out
         if got[name] is None and name not in stated:
             del got[name]
     for level in got["levels"].values():

@@ -123,6 +123,15 @@ def test_types_off_and_what_is_not_read_name_their_key(guard):
     assert ET.fromstring(explanation_svg(unreadable)) is not None
 
 
+def test_a_head_that_gives_no_number_is_explained_too(guard):
+    (verdict,) = guard.verdicts([ASKED])
+    broken = tuple(replace(reading, logits=[float("nan")] * 11) for reading in verdict.readings)
+    found = explain(guard, ASKED, redecide(guard.policy, replace(verdict, readings=broken)))
+    assert (found.verdict.code, found.key, found.flips, found.looks) == ("not_finite", "responses.unchecked", (), ())
+    assert "NaN" not in json.dumps(found.to_json())
+    assert ET.fromstring(explanation_svg(found)) is not None
+
+
 def test_the_picture_is_whole_and_loads_nothing(guard):
     found = explain(guard, ASKED)
     assert [image.size for image in found.seen] == [(12, 12), (12, 12)]
@@ -131,7 +140,7 @@ def test_the_picture_is_whole_and_loads_nothing(guard):
     svg = explanation_svg(found)
     root = ET.fromstring(svg)
     hrefs = [one.get("href") for one in root.iter("{http://www.w3.org/2000/svg}image")]
-    assert all(href.startswith("data:image/png;base64,") for href in hrefs)
+    assert all(href.startswith("data:image/jpeg;base64,") for href in hrefs)
     assert "://" not in svg.replace('xmlns="http://www.w3.org/2000/svg"', "")
     shown = sum(shares is not None for look in found.looks for shares in look.attention)
     assert len(hrefs) == shown * (2 + len(RISK_TYPES) + 1)

@@ -7,9 +7,11 @@ import yaml
 from builders.http_requests import QUESTION, chat, png, user
 
 from psa_fast.cli import main
-from psa_fast.safety import Guard, Policy, Request
+from psa_fast.data.records import Turn
+from psa_fast.safety import Guard, Policy, Request, load_guard
 from psa_fast.safety.redecide import redecide
 from psa_fast.serve.audit_log import AuditLog
+from psa_fast.serve.replay import replay
 
 WORDS = (QUESTION, "red ?", "blue green red ? be careful", "sorry , i cannot help")
 
@@ -60,8 +62,6 @@ def test_temperatures_are_those_of_the_policy_that_decides(guard, requests):
 
 
 def test_what_is_not_read_stays_so(folders, other):
-    from psa_fast.safety.load import load_guard
-
     guard = load_guard(folders[1])
     lenient = Policy.model_validate(other.model_dump() | {"on_error": "allow"})
     (mine,) = guard.verdicts([Request(QUESTION)])
@@ -110,3 +110,26 @@ def test_a_log_is_replayed_and_two_policies_compared(guard, other, open_client, 
         log.write_text(json.dumps(rows[0]) + "\n" + json.dumps(wrong))
         assert main(["policy", "replay", str(log)]) == 2
         assert f"{log}:2: " in capsys.readouterr().err
+
+
+def test_what_turns_add_up_to_is_served_logged_and_replayed(guard, folders, open_client, tmp_path):
+    """Turns that are each below the threshold, under a memory just below and just above what they add up to."""
+    turns = [user(WORDS[0]), {"role": "assistant", "content": "red"}, user(WORDS[1])]
+    asked = Request((Turn("user", WORDS[0]), Turn("assistant", "red"), Turn("user", WORDS[1])))
+    lenient = guard.policy.model_dump() | {"unsafe_threshold": 1.0}
+    wide = Policy.model_validate(lenient | {"memory": {"decay": 0.5, "threshold": 99.0, "level": "low"}})
+    (verdict,) = Guard(guard.model, guard.processor, wide).verdicts([asked])
+    assert (verdict.action, verdict.highest_score < 1.0 < verdict.accumulated) == ("allow", True)
+    for factor, code in ((0.99, "accumulated"), (1.01, "clean")):
+        memory = {"decay": 0.5, "threshold": verdict.accumulated * factor, "level": "low"}
+        policy = Policy.model_validate(lenient | {"memory": memory})
+        log = tmp_path / f"{code}.jsonl"
+        client = open_client(Guard(guard.model, guard.processor, policy, guard.model_hash), audit=AuditLog(log))
+        psa = client.post("/v1/chat/completions", json=chat(*turns)).json()["psa"]
+        assert (psa["code"], psa["action"]) == (code, "hint" if code == "accumulated" else "allow")
+        client.server.batcher.close()
+        row = json.loads(log.read_text())
+        assert row["accumulated"] == pytest.approx(verdict.accumulated)
+        assert (replay(log, policy).rows, replay(log, policy).same) == (1, 1)
+    with pytest.raises(ValueError, match="reads no turn's words alone"):
+        open_client(load_guard(folders[1]), shadow=wide)
