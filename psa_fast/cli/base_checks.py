@@ -13,7 +13,9 @@ from torch import Tensor
 
 from psa_fast.data import Turn, collate, encode, pack
 from psa_fast.data.chat import counts_by_size, prepare_images
+from psa_fast.files import shown
 from psa_fast.models import PsaVLM, commit_of, load_base, load_processor
+from psa_fast.models.base_model import read_base_config
 from psa_fast.models.batch import read_batch_inputs
 from psa_fast.models.packing import SDPA_BY_SAMPLE
 
@@ -36,10 +38,14 @@ def check_base_model(name: str | Path, dtype: torch.dtype, device: torch.device)
     """Load a base and run every check on it; its model type and the checks, a failed one among them too.
 
     Raises:
-        OSError: there is no such base.
-        ValueError: its files are damaged, or its model type is not supported.
+        ValueError: there is no such base, its files are damaged, or its model type is not supported.
     """
-    vlm: Any = load_base(name, dtype)
+    try:
+        read_base_config(name)  # before the weights
+        vlm: Any = load_base(name, dtype, SDPA_BY_SAMPLE)  # of padded rows it is transformers' SDPA
+    except OSError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"base model {shown(name)} cannot be loaded: {reason[:200]}") from error
     vlm = vlm.to(device).eval().requires_grad_(False)
     subject = _Subject(vlm, lambda tokens: _processor(name, tokens, commit_of(vlm)))
     found = [_run(title, check) for title, check in subject.checks()]
@@ -167,16 +173,9 @@ class _Subject:
         """With the attention that training takes for packed rows."""
         psa, rows = self.psa(_SAFETY_TOKENS), self.rows(_SAFETY_TOKENS)
         psa.family.require("packing")
-        language: Any = psa.family.module(self.vlm, "language")
-        before = language.config._attn_implementation
         padded = self.batch(rows, "right")
         single = self.logits(psa, padded)[padded["attention_mask"].bool()]
-        language.set_attn_implementation(SDPA_BY_SAMPLE)
-        try:
-            together = self.logits(psa, self.batch(rows, "packed"))[0]
-        finally:
-            language.set_attn_implementation(before)
-        return self.compared(together, single)
+        return self.compared(self.logits(psa, self.batch(rows, "packed"))[0], single)
 
     @torch.no_grad()
     def generation(self) -> tuple[bool, str]:

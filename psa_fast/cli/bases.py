@@ -45,7 +45,8 @@ def _check(args: argparse.Namespace) -> int:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, found = check_base_model(args.model, dtype, device)
-    table = Table(title=f"{args.model}: {family}, {args.dtype} on {device.type}")
+    print(f"{args.model}: {family}, {args.dtype} on {device.type}")
+    table = Table()
     for column in ("what must hold", "", "found"):
         table.add_column(column)
     for one in found:

@@ -318,10 +318,10 @@ def test_positions_are_transformers_own_with_safety_tokens_as_text(name):
 def test_what_does_not_work_yet_is_one_sentence(name):
     made = make(name)
     psa = build(made, S0)
-    with pytest.raises(ValueError, match=f"--feature_cache does not work with {name} yet"):
+    with pytest.raises(ValueError, match=f"--feature_cache: not supported yet for a base of type {name} "):
         psa.family.require("--feature_cache")
     batch = batch_of(made, made.rows(S0)[2:])
-    with pytest.raises(ValueError, match="--feature_cache does not work"):
+    with pytest.raises(ValueError, match="--feature_cache: not supported yet"):
         psa(**batch, vision_features=torch.zeros(0, 1, psa.config.vision_hidden_size))
     wrong = batch_of(made, made.rows(S0)[:2])
     wrong["image_counts"] = torch.tensor([2, 1])

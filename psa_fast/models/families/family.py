@@ -78,7 +78,7 @@ class Family(ABC):
     def require(self, part: str) -> None:
         """Raise ValueError for one of PARTS that does not work with this family."""
         if part not in self.works:
-            raise ValueError(f"{part} does not work with {self.config.model_type} yet ({PARTS[part]})")
+            raise ValueError(f"{part}: not supported yet for a base of type {self.config.model_type} ({PARTS[part]})")
 
     def without_language_layers(self, config: Any) -> Any:
         """A copy of the base's config whose language model has no decoder layer; its embeddings and head stay."""
@@ -91,11 +91,13 @@ class Family(ABC):
 
     def vision_choices(self) -> dict[str, Any]:
         """JSON values that decide, beside the tower's weights, what `vision_features` returns."""
-        raise ValueError(f"--feature_cache does not work with {self.config.model_type} yet")
+        self.require("--feature_cache")
+        raise NotImplementedError
 
     def vision_run(self) -> tuple[int, int]:
         """Encoder layers that `vision_features` runs, and an image's positions in them."""
-        raise ValueError(f"the FLOPs of the vision tower of {self.config.model_type} are not known")
+        self.require("MFU")
+        raise NotImplementedError
 
     @abstractmethod
     def blank_image(self, device: torch.device) -> Images:
@@ -107,7 +109,8 @@ class Family(ABC):
 
     def features_of_tower(self, tower: nn.Module, pixel_values: Tensor) -> Tensor:
         """`vision_features` of a tower like the model's own that stands by itself."""
-        raise ValueError(f"stage 0 does not work with {self.config.model_type} yet")
+        self.require("pixel attacks")
+        raise NotImplementedError
 
     @abstractmethod
     def project(self, vlm: nn.Module, vision: Any) -> Any:
