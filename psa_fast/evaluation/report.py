@@ -149,7 +149,7 @@ def render(
 ) -> str:
     """The report as Markdown."""
     data, decoding, refusal = (provenance[key] for key in ("data", "decoding", "refusal"))
-    read_alone = bool(provenance["settings"].get("concepts_only"))
+    read_alone = bool(provenance.get("settings", {}).get("concepts_only"))
     lines = [
         "# Safety evaluation",
         "",
