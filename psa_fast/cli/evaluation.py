@@ -224,9 +224,8 @@ def _run(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from psa_fast.evaluation.cards import shown_alone
-    from psa_fast.evaluation.evaluate import batch_seconds, compute_metrics, per_source, per_type, run_stage
+    from psa_fast.evaluation.evaluate import batch_seconds, run_stage
     from psa_fast.evaluation.evaluate import unread as count_unread
-    from psa_fast.evaluation.report import StageReport
     from psa_fast.evaluation.sharding import share_of
     from psa_fast.safety.load import addon_hash, load_guard, load_plain
 
@@ -279,16 +278,31 @@ def _run(
                 "batch_seconds": batch_seconds(times),
                 "neutral_question": guard.neutral_question,
             }
-            has_head = guard.has_head
-            metrics = compute_metrics(results, has_head, args.seed)
-            sources, others = (per_source(results, has_head, args.seed, left_out) for left_out in (False, True))
             forced = ranks.from_first(partial(_forced, args, guard, records, image_folder))
-            reports[stage] = StageReport(metrics, per_type(results), facts, sources, others, forced)
+            reports[stage] = _stage_report(args, results, guard.has_head, facts, forced)
             everything[stage] = results
             unread[stage] = {name: count_unread(results, name == "guarded") for name in ("guarded", "unguarded")}
             del guard  # one model at a time: two copies of a large base do not fit
             gc.collect()
     return Answered(reports, unread, everything)
+
+
+def _stage_report(
+    args: argparse.Namespace,
+    results: Sequence[Result],
+    has_head: bool,
+    facts: dict[str, Any],
+    forced: dict[str, dict[str, Estimate]],
+) -> StageReport:
+    from psa_fast.evaluation.evaluate import compute_metrics, concept_metrics, per_source, per_type
+    from psa_fast.evaluation.report import StageReport
+    from psa_fast.evaluation.results import by_group
+
+    sources, others = (per_source(results, has_head, args.seed, left_out) for left_out in (False, True))
+    if args.concepts_only:
+        return StageReport(concept_metrics(by_group(results), args.seed), {}, facts, sources, others)
+    metrics = compute_metrics(results, has_head, args.seed)
+    return StageReport(metrics, per_type(results), facts, sources, others, forced)
 
 
 def _complete(
@@ -385,5 +399,5 @@ def _report(
         **environment(),
     }
     curves = {stage: threshold_curve(results) for stage, results in answered.results.items()}
-    between = differences(answered.results)
+    between = {} if args.concepts_only else differences(answered.results)
     write_report(Path(args.out), answered.reports, provenance, between, curves if args.thresholds else None)

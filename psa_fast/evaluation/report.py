@@ -164,7 +164,7 @@ def render(
 ) -> str:
     """The report as Markdown."""
     data, decoding, refusal = (provenance[key] for key in ("data", "decoding", "refusal"))
-    read_alone = bool(provenance["settings"].get("concepts_only"))
+    read_alone = bool(provenance.get("settings", {}).get("concepts_only"))
     lines = [
         "# Safety evaluation",
         "",
@@ -189,8 +189,9 @@ def render(
     }
     if reasons:
         lines += ["", "n/a: " + "; ".join(sorted(reasons)) + "."]
-    lines += ["", "## Attack success by risk type", ""]
-    lines += _split_table("risk type", {stage: report.per_type for stage, report in stages.items()})
+    if not read_alone:
+        lines += ["", "## Attack success by risk type", ""]
+        lines += _split_table("risk type", {stage: report.per_type for stage, report in stages.items()})
     if any(report.per_source for report in stages.values()):
         lines += ["", "## By source", ""]
         lines += _split_table("source", {stage: report.per_source for stage, report in stages.items()})

@@ -247,12 +247,15 @@ def test_concept_heads_alone(world, tmp_path, monkeypatch, capsys):
     for stage, metrics in report["stages"].items():
         for name in REQUIRED_HEAD:
             assert metrics[name] == pytest.approx(whole["stages"][stage][name], abs=1e-6), name
-        assert all(metrics[name]["value"] is None for name in REQUIRED - REQUIRED_HEAD)
+        assert not REQUIRED & set(metrics)
     assert report["thresholds"]["stage1"]["risky"] == 8
     text = (out / "report.md").read_text()
     assert "nothing was answered" in text
     assert "refusals: list" not in text
     assert "not read" not in text
+    assert "attack_success" not in text
+    assert report["per_type"] == {"stage1": {}, "stage2": {}}
+    assert report["differences"] == {}
 
     # what is made of answers says that there are none
     assert not (out / "report.html").exists()
