@@ -46,7 +46,7 @@ class CrossWalk:
 def read_taxonomy(name: str | Path) -> Taxonomy:
     """A shipped taxonomy by its name, or the one of a YAML file.
 
-    Raises ValueError, naming the file, for one that is none, and for a file that takes a shipped name for other classes.
+    Raises ValueError, naming the file, for one that is none, and for one of other classes under a shipped name.
     """
     path = FOLDER / f"{name}.yaml" if str(name) in SHIPPED else Path(name)
     if not path.is_file():

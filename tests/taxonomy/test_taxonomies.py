@@ -1,5 +1,7 @@
 """Taxonomies and cross-walks as files: the shipped ones, and what is refused of others."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -46,7 +48,7 @@ def test_every_shipped_cross_walk_is_total_and_lands_on_classes_that_exist(name)
 def test_the_cross_walk_of_holisafe_is_the_importers_table():
     from psa_fast.data.importers import __file__ as importers
 
-    table = yaml.safe_load(open(importers.replace("__init__.py", "holisafe.yaml")))["types"]
+    table = yaml.safe_load(Path(importers).with_name("holisafe.yaml").read_text())["types"]
     other = read_taxonomy("holisafe-20")
     walk = read_crosswalk(other, PSA)
     assert {other.types[i]: [PSA.types[k], PSA.levels[level]] for i, (k, level) in enumerate(walk.types) if i} == table
@@ -88,9 +90,9 @@ def test_the_level_follows_from_the_type_where_risks_are_not_graded():
 )
 def test_what_is_no_taxonomy_is_refused_with_its_file(tmp_path, change, said):
     file = write(tmp_path / "t.yaml", SMALL | change)
-    with pytest.raises(ValueError, match="t.yaml") as error:
+    with pytest.raises(ValueError, match=r"t\.yaml") as error:
         read_taxonomy(file)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize(
