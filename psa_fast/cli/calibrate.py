@@ -16,6 +16,7 @@ from psa_fast.compat.argparse import Subcommands
 if TYPE_CHECKING:
     from psa_fast.evaluation.held_out import Fit, HeldOut
     from psa_fast.safety.policy import Policy
+    from psa_fast.taxonomy import PSA
 
 TARGET = "over_refusal"
 MARK = "# calibrated:"  # begins the comments that this command writes, and takes out again
@@ -65,6 +66,7 @@ def calibrate(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise ValueError(f"--batch_size is {args.batch_size}; expected at least 1")
     given = Policy.load(args.policy)
+    given.require_taxonomy(PSA, "what this command counts")
     policy = given.model_copy(update={"calibration": None, "type_thresholds": None})
     text = Path(args.policy or DEFAULT_POLICY).read_text(encoding="utf-8-sig")
     if Path(args.out).exists() and not args.overwrite:

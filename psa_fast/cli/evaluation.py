@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from psa_fast.evaluation.results import Result
     from psa_fast.safety import Guard
     from psa_fast.safety.policy import Policy
+    from psa_fast.taxonomy import PSA
 
 
 def register(subparsers: Subcommands) -> None:
@@ -105,6 +106,7 @@ def evaluate_on(args: argparse.Namespace, ranks: Ranks) -> int:
 
     with alike():
         todo, policy = asked(args), Policy.load(args.policy)
+        policy.require_taxonomy(PSA, "what this command counts")
         file, image_folder = find_data(args.data, args.split, args.image_folder)
     out, settings = OutputFolder(Path(args.out)), _settings(args, todo)
 

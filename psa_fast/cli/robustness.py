@@ -61,6 +61,7 @@ def robustness(args: argparse.Namespace) -> int:
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.load import addon_hash
     from psa_fast.safety.policy import Policy
+    from psa_fast.taxonomy import PSA
 
     for name in ("limit", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -77,6 +78,7 @@ def robustness(args: argparse.Namespace) -> int:
     surrogates = _surrogates(args.surrogate, chosen)
     todo = plan(args.run, args.base, stages)  # type: ignore[arg-type]
     policy = Policy.load(args.policy)
+    policy.require_taxonomy(PSA, "what this command counts")
     if set(chosen) & set(white_box.SUITES):
         require_one_threshold(policy)
     hashes = {name: addon_hash(path) for name, path in todo.addons.items()}

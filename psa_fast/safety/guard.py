@@ -18,7 +18,6 @@ from psa_fast.safety.prepared import Prepared
 from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, take, weigh
 from psa_fast.safety.request import OnError, Prompter, Request, check_count, checked, keep_mark, text_positions
 from psa_fast.safety.verdict import Answer, Verdict, as_applied, read_verdict, refusing_verdict, unread_verdict
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
     from psa_fast.models import PsaVLM
@@ -49,7 +48,7 @@ class Guard:
         neutral_question: asked of the concept head beside the request's own words (reading.py); None: not asked. A
             model whose query is no text (query="first") is never asked it, nor one whose learned query asks alone.
 
-    Raises ValueError for a model whose concepts are not those of the taxonomy, which the policy decides on, for one
+    Raises ValueError for a model of another taxonomy than the policy's, for one
     that a calibrated policy was not fitted to, and for a `max_length` or question that the model cannot take.
     """
 
@@ -67,12 +66,8 @@ class Guard:
         if neutral_question is not None and not isinstance(neutral_question, str):
             raise ValueError(f"neutral_question is {shorten(neutral_question)}; expected a line of text")
         if not isinstance(model, PlainVLM):
-            names = tuple(model.config.risk_types), tuple(model.config.risk_levels)
-            if names != (RISK_TYPES, RISK_LEVELS):
-                raise ValueError(
-                    f"the model's risk types and levels are {shorten(names)}; the policy knows only the taxonomy's"
-                )
             policy = policy or Policy.load()
+            policy.require_taxonomy(model.config.concepts, "the model")
             if model.config.query != "prompt" or model.config.neutral_query:
                 neutral_question = None
             policy.require_model(model_hash)
@@ -335,7 +330,10 @@ class Guard:
                 decision = Decision(action, None, None, verdict.rule, None, response=response, code=verdict.code)
             else:
                 weighed = weigh(self.policy, readings[request.number])
-                verdict, decision = read_verdict(*weighed, readings[request.number]), weighed.decision
+                verdict, decision = (
+                    read_verdict(*weighed, readings[request.number], self.policy.taxonomy),
+                    weighed.decision,
+                )
             rows.append((self._signed(verdict), decision))
         return rows
 

@@ -24,5 +24,6 @@ def redecide(policy: Policy, verdict: Verdict) -> Verdict:
         return replace(found, applied=policy.on_error == "block", **signed)  # type: ignore[arg-type]
     if not verdict.readings:
         raise ValueError("the verdict's readings were not kept, so no other policy can decide on them")
-    readings = [reading.under(policy.temperatures) for reading in verdict.readings]
-    return replace(read_verdict(*weigh(policy, readings), readings), **signed)  # type: ignore[arg-type]
+    types = len(policy.taxonomy.types)
+    readings = [reading.under(policy.temperatures, types) for reading in verdict.readings]
+    return replace(read_verdict(*weigh(policy, readings), readings, policy.taxonomy), **signed)  # type: ignore[arg-type]

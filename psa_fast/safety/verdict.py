@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from psa_fast.safety.policy import Action, Code, Decision
 from psa_fast.safety.reading import Query, Reading
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,11 @@ class Answer:
 
 
 def read_verdict(
-    reading: Reading, decision: Decision, highest_score: float | None = None, readings: Sequence[Reading] = ()
+    reading: Reading,
+    decision: Decision,
+    highest_score: float | None = None,
+    readings: Sequence[Reading] = (),
+    taxonomy: Taxonomy = PSA,
 ) -> Verdict:
     """The verdict of a request that the concept head has read: by which reading, and what to keep of all of them."""
     finite = decision.unsafe_score is not None
@@ -82,12 +87,12 @@ def read_verdict(
         unsafe=decision.unsafe,
         action=decision.action,
         rule=decision.rule,
-        type=None if decision.type is None else RISK_TYPES[decision.type],
-        level=None if decision.level is None else RISK_LEVELS[decision.level],
+        type=None if decision.type is None else taxonomy.types[decision.type],
+        level=None if decision.level is None else taxonomy.levels[decision.level],
         unsafe_score=decision.unsafe_score,
         highest_score=highest_score,
-        type_probs=dict(zip(RISK_TYPES, reading.type_probs, strict=True)) if finite else None,
-        level_probs=dict(zip(RISK_LEVELS, reading.level_probs, strict=True)) if finite else None,
+        type_probs=dict(zip(taxonomy.types, reading.type_probs, strict=True)) if finite else None,
+        level_probs=dict(zip(taxonomy.levels, reading.level_probs, strict=True)) if finite else None,
         hint=decision.hint,
         query=reading.query,
         query_number=reading.number,

@@ -100,7 +100,10 @@ class Taxonomy:
         return cls(value["name"], types, harmless, levels)
 
 
-def require_same(wanted: Taxonomy, found: Taxonomy, whose: str, others: str) -> None:
+CONVERT = "`psa-fast data convert` makes records of one taxonomy into records of another"
+
+
+def require_same(wanted: Taxonomy, found: Taxonomy, whose: str, others: str, advice: str = CONVERT) -> None:
     """Raise ValueError, with what to do, where two things are of different taxonomies.
 
     Args:
@@ -108,6 +111,7 @@ def require_same(wanted: Taxonomy, found: Taxonomy, whose: str, others: str) -> 
         found: that of `others`.
         whose: in words, as "the add-on runs/stage1".
         others: in words, as "the policy mine.yaml".
+        advice: what mends it.
     """
     if wanted == found:
         return
@@ -116,10 +120,7 @@ def require_same(wanted: Taxonomy, found: Taxonomy, whose: str, others: str) -> 
             f"{whose} and {others} are of two taxonomies called {wanted.name}, whose classes differ "
             f"({wanted.hash[:12]} and {found.hash[:12]}); give the file that both were made with"
         )
-    raise ValueError(
-        f"{whose} is of the taxonomy {wanted.name}, {others} of {found.name}: `psa-fast data convert` makes records "
-        f"of one taxonomy into records of another"
-    )
+    raise ValueError(f"{whose} is of the taxonomy {wanted.name}, {others} of {found.name}: {advice}")
 
 
 def _check_classes(head: str, names: Any) -> None:

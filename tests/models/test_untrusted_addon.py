@@ -73,7 +73,7 @@ def loss_of(psa):
         ("base_model_name_or_path", ""),
         ("base_revision", "main"),
         ("base_fingerprint", {}),
-        ("version", 5),
+        ("version", 6),
         ("version", True),
         ("version", "2"),
         ("checksums", "none"),
