@@ -85,8 +85,8 @@ class PsaConfig:
     projector_hidden_size: int | None = None
     projector_depth: int = 3
     query: str = "prompt"
-    risk_types: list[str] = field(default=None)  # type: ignore[assignment]
-    risk_levels: list[str] = field(default=None)  # type: ignore[assignment]
+    risk_types: list[str] = field(default=None)  # type: ignore[arg-type]
+    risk_levels: list[str] = field(default=None)  # type: ignore[arg-type]
     compat: str | None = None
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
