@@ -49,7 +49,8 @@ def build_model(
     model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **{**asked, **(unlearnt or {})})
     if addon:
         told = f"--addon {addon}", f"--taxonomy {config.taxonomy}"
-        require_same(model.config.concepts, config.concepts, *told)
+        advice = "an add-on goes on with its own taxonomy; another one needs a new add-on"
+        require_same(model.config.concepts, config.concepts, *told, advice)
         differing = [
             f"{k} {getattr(model.config, k)!r} != {v!r}" for k, v in asked.items() if getattr(model.config, k) != v
         ]
