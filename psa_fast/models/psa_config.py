@@ -71,7 +71,7 @@ class PsaConfig:
             to version 2 have none of the three, and mean: not trained.
         num_text_tokens: learned features that stand in for the picture of a request without one; None: as many as head
             tokens, or 0 where such requests are not read. Files up to version 3 mean 0: read from head tokens alone.
-        taxonomy: what a taxonomy's file holds; None, and files up to version 4: PSA's own.
+        taxonomy: what a taxonomy's file holds; None, or not in the file: PSA's own.
         version: format of this file.
         checksums: SHA-256 of what the add-on's files held when they were saved, see addon.py; None: not on record.
     """
@@ -191,8 +191,9 @@ class PsaConfig:
     def to_json_file(self, path: str | Path) -> None:
         """Write the configuration as JSON, whole or not at all."""
         values = asdict(self)
-        if values["checksums"] is None:
-            del values["checksums"]
+        for name in ("checksums", "taxonomy"):
+            if values[name] is None:
+                del values[name]
         write_text(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
@@ -207,7 +208,8 @@ class PsaConfig:
         unknown = sorted(set(raw) - known)
         if unknown:
             raise ValueError(f"{path} has unknown keys: {shorten(', '.join(unknown))}")
-        needed = (*_REQUIRED, *(name for added in range(2, version + 1) for name in _ADDED[added]))
+        # later ones are written only where they say something
+        needed = (*_REQUIRED, *(name for added in range(2, min(version, 4) + 1) for name in _ADDED[added]))
         if missing := [name for name in needed if name not in raw]:
             raise ValueError(f"{path} lacks: {', '.join(missing)}")
         if later:

@@ -154,7 +154,7 @@ def test_version_1_keeps_the_eps_it_was_trained_with(tmp_path):
     loaded.vlm.requires_grad_(False)
     loaded.save_addon(tmp_path / "again")  # stage 2 writes version 2, which says so
     again = json.loads((tmp_path / "again/psa_config.json").read_text())
-    assert (again["version"], again["layer_norm_eps"]) == (4, 1e-6)
+    assert (again["version"], again["layer_norm_eps"]) == (5, 1e-6)
     assert torch.equal(loss_of(PsaVLM.from_pretrained(make_vlm(), tmp_path / "again")), loss_of(psa))
     new = PsaVLM.build(make_vlm(), num_safety_tokens=3, **SMALL)
     assert {m.eps for m in new.bottleneck.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
