@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from psa_fast.cli.sources import STAGE_DIRS, find_data
 from psa_fast.compat.argparse import Subcommands
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.evaluation.held_out import Fit, HeldOut
     from psa_fast.safety.policy import Policy
-    from psa_fast.taxonomy import PSA
 
 TARGET = "over_refusal"
 MARK = "# calibrated:"  # begins the comments that this command writes, and takes out again

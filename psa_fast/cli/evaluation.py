@@ -19,6 +19,7 @@ from psa_fast.cli.sources import STAGE_DIRS, Plan, add_sources, find_data, plan,
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from psa_fast.evaluation.results import Result
     from psa_fast.safety import Guard
     from psa_fast.safety.policy import Policy
-    from psa_fast.taxonomy import PSA
 
 
 def register(subparsers: Subcommands) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from psa_fast.cli.sources import add_sources, find_data, plan
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.attacks.conditions import Case, Condition, Others
@@ -61,7 +62,6 @@ def robustness(args: argparse.Namespace) -> int:
     from psa_fast.evaluation.output import OutputFolder
     from psa_fast.safety.load import addon_hash
     from psa_fast.safety.policy import Policy
-    from psa_fast.taxonomy import PSA
 
     for name in ("limit", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
