@@ -5,6 +5,7 @@ import torch
 import yaml
 from builders.tiny_llava import build_base
 
+from psa_fast.cli import main
 from psa_fast.models import PsaConfig, PsaVLM, load_processor
 from psa_fast.models.addon import check_files
 from psa_fast.safety.guard import Guard, Request
@@ -123,3 +124,23 @@ def test_moderations_name_the_risks_of_the_taxonomy():
     }
     assert categories(PSA)["illicit"] == "illegal risk"
     assert categories(PSA)["psa/privacy"] == "privacy"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "--out"),
+        ("calibrate", "--target", "over_refusal=0.1", "--out"),
+        ("robustness", "--out"),
+    ],
+)
+def test_what_counts_psas_classes_refuses_a_policy_of_others(trained, policy, tmp_path, command, capsys):
+    base, addon = trained
+    file = tmp_path / "policy.yaml"
+    values = yaml.safe_load(DEFAULT_POLICY.read_text()) | {"taxonomy": SMALL.to_json()}
+    file.write_text(yaml.safe_dump(values | {"types": policy.types, "levels": {"risky": {"action": "refuse"}}}))
+    named = ("--addon", addon) if command[0] == "calibrate" else ("--stage", f"one={addon}")
+    sources = ("--base", base, *named, "--data", tmp_path / "rows.jsonl", "--policy", file)
+    (tmp_path / "rows.jsonl").write_text("")
+    assert main([*command, *map(str, (tmp_path / "out.yaml", *sources))]) == 2
+    assert "is of the taxonomy psa, the policy of small" in capsys.readouterr().err
