@@ -84,6 +84,8 @@ def run(typed: dict[str, str], prog: str) -> int:
         everywhere = True
         config = resolve(typed)
         policy = Policy.load(config.policy)
+        if config.stage:
+            policy.require_taxonomy(config.concepts, f"--taxonomy {config.taxonomy}")
         from psa_fast.models.versions import check_versions
 
         check_versions()

@@ -22,7 +22,7 @@ from psa_fast.data.records import Turn
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.request import Request
 from psa_fast.safety.verdict import Answer, Verdict
-from psa_fast.taxonomy import IGNORE_INDEX, RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import IGNORE_INDEX, PSA, RISK_LEVELS, RISK_TYPES
 
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
@@ -86,6 +86,7 @@ class Target:
         self.model: Any = guard.model
         self.frame = Frame(guard.processor)
         if guard.policy is not None:
+            guard.policy.require_taxonomy(PSA, "an attack's margins")
             require_one_threshold(guard.policy)
             self._temperatures = guard.policy.temperatures
             self._types = guard.policy.types

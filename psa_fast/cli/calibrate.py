@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from psa_fast.cli.sources import addons_of, find_data
 from psa_fast.compat.argparse import Subcommands
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.evaluation.held_out import Fit, HeldOut
@@ -74,6 +75,7 @@ def calibrate(args: argparse.Namespace) -> int:
         raise ValueError(
             "the policy has a memory, which flags more than a threshold promises; calibrate one without it"
         )
+    given.require_taxonomy(PSA, "what this command counts")
     policy = given.model_copy(update={"calibration": None, "type_thresholds": None})
     text = Path(args.policy or DEFAULT_POLICY).read_text(encoding="utf-8-sig")
     if Path(args.out).exists() and not args.overwrite:

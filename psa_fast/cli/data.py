@@ -1,4 +1,4 @@
-"""`psa-fast data check`, `psa-fast data import` and `psa-fast data overlap`."""
+"""`psa-fast data check`, `psa-fast data import` and `psa-fast data overlap`; taxonomies.py has the others."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+from psa_fast.cli import taxonomies
 from psa_fast.data.importers import IMPORTERS, load_importer
 from psa_fast.data.importers.source import Source
 from psa_fast.data.importers.writing import Import, import_rows
 from psa_fast.data.overlap import KINDS, MAX_DISTANCE, MIN_JACCARD, Overlaps
 from psa_fast.data.records import Problem, list_problems, read_records, unread_sentence
 from psa_fast.files import write_text
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.crosswalk import read_taxonomy
+from psa_fast.taxonomy.heads import Taxonomy
 
 MAX_REASONS = 20
 
@@ -35,7 +38,9 @@ def register(subparsers: Any) -> None:
         metavar="KEY",
         help="keys that look like ours (label, say) and are to be left unread; other such keys are problems",
     )
+    taxonomies.add_taxonomy(check)
     check.set_defaults(func=check_command)
+    taxonomies.register(commands)
 
     parser = commands.add_parser("overlap", help="what files of records, or the splits of one, have in common")
     parser.add_argument("files", nargs="+", metavar="FILE", help="records as .jsonl, or .json with one list")
@@ -93,7 +98,7 @@ def _add_folder_arguments(parser: argparse.ArgumentParser, importer: Any) -> Non
 
 def check_command(args: argparse.Namespace) -> int:
     """Print every problem and return 2, or print counts and return 0."""
-    return report(args.file, args.image_folder, args.keep_keys)
+    return report(args.file, args.image_folder, args.keep_keys, read_taxonomy(args.taxonomy))
 
 
 def list_command(args: argparse.Namespace) -> int:
@@ -187,9 +192,9 @@ def overlap_command(args: argparse.Namespace) -> int:
     return 1 if args.strict and found["overlaps"] else 0
 
 
-def report(path: str, image_folder: str | None, keep_keys: Collection[str] = ()) -> int:
+def report(path: str, image_folder: str | None, keep_keys: Collection[str] = (), taxonomy: Taxonomy = PSA) -> int:
     """Print what is wrong with a data file, or what it holds; return the exit code."""
-    records, problems, unread = read_records(path, image_folder, keep_keys=keep_keys)
+    records, problems, unread = read_records(path, image_folder, keep_keys=keep_keys, taxonomy=taxonomy)
     if not records and not problems:
         problems = [Problem(path, 1, "the file holds no records")]
     for line in list_problems(problems):
@@ -200,13 +205,13 @@ def report(path: str, image_folder: str | None, keep_keys: Collection[str] = ())
             print(f"  not read: {unread_sentence(unread)}", file=sys.stderr)
         return 2
     print(f"{len(records)} record(s) in {path}, no problem")
-    _print_counts(Counter((r.safe_type, r.safe_level, r.group, len(r.images)) for r in records))
+    _print_counts(Counter((r.safe_type, r.safe_level, r.group, len(r.images)) for r in records), taxonomy)
     if unread:
         print(f"  not read: {unread_sentence(unread)}")
     return 0
 
 
-def _print_counts(counts: Counter[tuple[int | None, int | None, str, int]]) -> None:
+def _print_counts(counts: Counter[tuple[int | None, int | None, str, int]], taxonomy: Taxonomy = PSA) -> None:
     """Numbers of records by type, level, group and number of images; `counts` as in Import."""
 
     def name(value: int | None, names: tuple[str, ...]) -> str:
@@ -214,8 +219,8 @@ def _print_counts(counts: Counter[tuple[int | None, int | None, str, int]]) -> N
 
     titles: dict[str, Counter[Any]] = {title: Counter() for title in ("type", "level", "group", "images")}
     for (safe_type, safe_level, group, images), count in counts.items():
-        titles["type"][name(safe_type, RISK_TYPES)] += count
-        titles["level"][name(safe_level, RISK_LEVELS)] += count
+        titles["type"][name(safe_type, taxonomy.types)] += count
+        titles["level"][name(safe_level, taxonomy.levels)] += count
         titles["group"][group or "none, in no safety metric"] += count
         titles["images"][images] += count
     for title, found in titles.items():

@@ -19,6 +19,7 @@ from psa_fast.cli.sources import STAGE_DIRS, Plan, add_sources, find_data, plan,
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -130,6 +131,7 @@ def evaluate_on(args: argparse.Namespace, ranks: Ranks) -> int:
 
     with alike():
         todo, policy = asked(args), Policy.load(args.policy)
+        policy.require_taxonomy(PSA, "what this command counts")
         file, image_folder = find_data(args.data, args.split, args.image_folder)
     out, settings = OutputFolder(Path(args.out)), _settings(args, todo)
 

@@ -126,7 +126,8 @@ def check_policy(args: argparse.Namespace) -> int:
 def policy_table(policy: Policy, name: str) -> list[str]:
     """The lines of a table: which risk types are on, and what each level of risk leads to."""
     switches = {state: ", ".join(t for t, on in policy.types.items() if on == state) for state in (True, False)}
-    score = "max(1 - p(clean), 1 - p(none))"
+    taxonomy = policy.taxonomy
+    score = f"max(1 - p({taxonomy.types[taxonomy.harmless]}), 1 - p({taxonomy.levels[0]}))"
     if policy.type_thresholds is None:
         thresholds = [("unsafe", f"from {policy.unsafe_threshold:g}", score)]
     else:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from psa_fast.cli.sources import add_sources, find_data, plan
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.attacks.conditions import Case, Condition, Others
@@ -89,6 +90,7 @@ def robustness(args: argparse.Namespace) -> int:
     surrogates = _surrogates(args.surrogate, chosen)
     todo = plan(args.run, args.base, stages)  # type: ignore[arg-type]
     policy = Policy.load(args.policy)
+    policy.require_taxonomy(PSA, "what this command counts")
     if set(chosen) & set(white_box.SUITES):
         require_one_threshold(policy)
     hashes = {name: addon_hash(path) for name, path in todo.addons.items()}

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{others} files of {args.images} are no pictures by their names and are left out")
     else:
         folder = args.image_folder or Path(args.data).parent
-        items = record_items(load_records(args.data, folder, decode=False), folder)
+        items = record_items(load_records(args.data, folder, decode=False, taxonomy=policy.taxonomy), folder)
 
     from psa_fast.safety.load import base_of, checked_hash, load_guard
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from psa_fast.data.labels import BENIGN_GROUPS, GROUPS, default_group
 from psa_fast.files import shorten
-from psa_fast.taxonomy import CLEAN, level_id
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 IMAGE_MARK = "<image>"
 SPLIT_MARK = "<split>"  # the official format's separator of two images in one path
@@ -88,24 +89,46 @@ def read_turns(value: Any) -> tuple[tuple[Turn, ...] | None, list[str]]:
     return (tuple(turns) if len(turns) == len(value) else None), faults
 
 
-def read_group(value: Any, safe_type: int | None, labels: tuple[str | None, ...] = (None, None, None)) -> str:
+def read_group(
+    value: Any,
+    safe_type: int | None,
+    labels: tuple[str | None, ...] = (None, None, None),
+    taxonomy: Taxonomy = PSA,
+) -> str:
     """Return the evaluation group, checked against the type; the default one where the row names none."""
     if value is None:
-        return default_group(safe_type, labels)
+        return default_group(safe_type, labels, taxonomy)
     if value not in GROUPS:
         raise ValueError(f"group is {shorten(value)}; expected one of: {', '.join(GROUPS)}")
-    if value in BENIGN_GROUPS and safe_type not in (CLEAN, None):
-        raise ValueError(f"group is {value!r}, but safe_type is {safe_type}, which is not clean")
-    if value in ("risk", "joint_risk") and safe_type == CLEAN:
-        raise ValueError(f"group is {value!r}, but safe_type is {CLEAN} (clean)")
+    harmless = taxonomy.types[taxonomy.harmless]
+    if value in BENIGN_GROUPS and safe_type not in (taxonomy.harmless, None):
+        raise ValueError(f"group is {value!r}, but safe_type is {safe_type}, which is not {harmless}")
+    if value in ("risk", "joint_risk") and safe_type == taxonomy.harmless:
+        raise ValueError(f"group is {value!r}, but safe_type is {safe_type} ({harmless})")
     return str(value)
 
 
-def read_level(value: Any, row_type: Any) -> int | None:
+def foreign_taxonomy(row: Mapping[str, Any], wanted: Taxonomy) -> str | None:
+    """Return a sentence for a row whose labels are not of the taxonomy that is read, else None.
+
+    A row without the field `taxonomy` is of the default, for there ids alone would mean other classes elsewhere. One
+    without a type has no label that could be misread.
+    """
+    named = row.get("taxonomy")
+    if named is not None and not isinstance(named, str):
+        return f"field taxonomy is {shorten(named)}; expected the name of one"
+    found = named or PSA.name
+    if found == wanted.name or (named is None and row.get("safe_type") is None):
+        return None
+    said = f"its labels are of the taxonomy {shorten(found)}" + ("" if named else ", as it names no other")
+    return f"{said}, what is read here of {wanted.name!r}: --taxonomy, or `psa-fast data convert` first"
+
+
+def read_level(value: Any, row_type: Any, taxonomy: Taxonomy = PSA) -> int | None:
     """Return the level's id, checked against the row's value of safe_type: a level is a level of some risk."""
     if value is None:
         return None
-    level = level_id(value)
+    level = taxonomy.level_id(value)
     if level and row_type is None:
         raise ValueError(f"safe_level is {level}, but the row has no safe_type")
     return level

@@ -10,7 +10,7 @@ from typing import Any
 
 FIELDS = (
     "image", "safe_type", "safe_level", "conversations", "id", "source", "source_label", "split", "group",
-    "image_label", "text_label", "joint_label", "regions", "twin", "licence", "rejected",
+    "image_label", "text_label", "joint_label", "regions", "twin", "licence", "rejected", "taxonomy",
 )  # fmt: skip
 
 TEMPLATE = "answer_from"  # key of a record whose answer is a sentence of ours, with the value "template"
@@ -26,6 +26,7 @@ _MEANT = {name: field for field, names in _OTHER_NAMES.items() for name in names
 # a letter too many or too few in these changes what is trained or measured
 _CHECKED_SPELLING = (
     "image", "safe_type", "safe_level", "conversations", "group", "image_label", "text_label", "joint_label",
+    "taxonomy",
 )  # fmt: skip
 
 _CONVERT = 'turn it into records first (docs/data.md, "Your own data")'

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from psa_fast.files import shorten
-from psa_fast.taxonomy import CLEAN, RISK_LEVELS
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 SAFE, UNSAFE, UNKNOWN = VERDICTS = ("safe", "unsafe", "unknown")
 LABELS = ("image_label", "text_label", "joint_label")
@@ -30,7 +31,9 @@ _OF_GROUP = {
 }
 
 
-def default_group(safe_type: int | None, labels: tuple[str | None, ...] = (None, None, None)) -> str:
+def default_group(
+    safe_type: int | None, labels: tuple[str | None, ...] = (None, None, None), taxonomy: Taxonomy = PSA
+) -> str:
     """The group of a row that names none, by its type and the labels that it gives.
 
     "" without a type, for nothing is known of such a row. A risk is one in the image unless the labels say that it is
@@ -38,7 +41,7 @@ def default_group(safe_type: int | None, labels: tuple[str | None, ...] = (None,
     """
     if safe_type is None:
         return ""
-    if safe_type == CLEAN:
+    if safe_type == taxonomy.harmless:
         return "clean"
     image, text, _ = labels
     if image == SAFE:
@@ -67,29 +70,35 @@ def read_label(name: str, value: Any) -> str | None:
 
 
 def contradictions(
-    labels: tuple[str | None, ...], group: str, safe_type: int | None, has_images: bool, named: bool = True
+    labels: tuple[str | None, ...],
+    group: str,
+    safe_type: int | None,
+    has_images: bool,
+    named: bool = True,
+    taxonomy: Taxonomy = PSA,
 ) -> list[str]:
     """What the labels that a row gives contradict: its type, its group, its images or each other; a sentence each.
 
     `named`: whether the row names its group, or has it by default.
     """
     found = []
+    harmless = taxonomy.harmless
     image, _, joint = labels
     given = {name: value for name, value in zip(LABELS, labels, strict=True) if value not in (None, UNKNOWN)}
     unsafe = [name for name, value in given.items() if value == UNSAFE]
     if "image_label" in given and not has_images:
         found.append(f"image_label is {image!r}, but the row has no image")
-    if joint == SAFE and safe_type not in (CLEAN, None):
+    if joint == SAFE and safe_type not in (harmless, None):
         found.append(f"joint_label is 'safe', but safe_type is {safe_type}, which is a risk")
     if joint == SAFE:
         found += [f"joint_label is 'safe', but {name} is 'unsafe'" for name in unsafe]
-    if safe_type == CLEAN and group != "text_risk":  # there the type may be the image's alone
-        found += [f"{name} is 'unsafe', but safe_type is {CLEAN} (clean)" for name in unsafe]
-    if group in _OF_GROUP and not (group in BENIGN_GROUPS and safe_type == CLEAN):
+    if safe_type == harmless and group != "text_risk":  # there the type may be the image's alone
+        found += [f"{name} is 'unsafe', but safe_type is {harmless} ({taxonomy.types[harmless]})" for name in unsafe]
+    if group in _OF_GROUP and not (group in BENIGN_GROUPS and safe_type == harmless):
         expected = dict(zip(LABELS, _OF_GROUP[group], strict=True))
         if group == "text_risk":  # the picture may be risky besides
             del expected["image_label"]
-        if joint == SAFE and safe_type not in (CLEAN, None):  # said already
+        if joint == SAFE and safe_type not in (harmless, None):  # said already
             del expected["joint_label"]
         for name, value in given.items():
             if expected.get(name, UNKNOWN) not in (UNKNOWN, value):
@@ -99,8 +108,10 @@ def contradictions(
     return list(dict.fromkeys(found))
 
 
-def own_label(label: str, safe_type: int | None, safe_level: int | None) -> tuple[int | None, int | None]:
-    """(type, level) of what a label is about, by itself: the row's where unsafe, clean where safe, else None."""
+def own_label(
+    label: str, safe_type: int | None, safe_level: int | None, taxonomy: Taxonomy = PSA
+) -> tuple[int | None, int | None]:
+    """(type, level) of what a label is about, by itself: the row's where unsafe, harmless where safe, else None."""
     if label == UNKNOWN:
         return None, None
-    return (safe_type, safe_level) if label == UNSAFE else (CLEAN, RISK_LEVELS.index("none"))
+    return (safe_type, safe_level) if label == UNSAFE else (taxonomy.harmless, 0)

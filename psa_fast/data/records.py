@@ -17,6 +17,7 @@ from psa_fast.data.fields import (
     Box,
     Turn,
     count_marks,
+    foreign_taxonomy,
     json_name,
     read_group,
     read_images,
@@ -38,10 +39,12 @@ from psa_fast.data.labels import (
     own_label,
     read_label,
 )
+from psa_fast.data.problems import MAX_LISTED, DataError, Problem, list_problems
 from psa_fast.data.progress import progress
 from psa_fast.data.rows import read_rows
 from psa_fast.files import shorten
-from psa_fast.taxonomy import CLEAN, type_id
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 __all__ = [
     "FIELDS",
@@ -66,21 +69,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 100
-MAX_OF_A_KIND = 3  # what is wrong with one row in this way is wrong with most
 NO_IMAGE_FOLDER = "needs an image folder (--image_folder)"
-
-
-class Problem(NamedTuple):
-    """What is wrong with one row. `kind` is the part of the message that other rows of the file are likely to share."""
-
-    path: str
-    line: int
-    message: str
-    kind: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.path}:{self.line}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ class Record:
     type: such a row takes part in no safety metric. `image_label`, `text_label` and `joint_label` say what is unsafe
     (psa_fast.data.labels), by default what follows from group and type. `regions` are the boxes of the images that the
     label rests on, where they are known. Rows of one `twin` belong in one split; `rejected` holds answers that were
-    judged worse than the last one. Keys that we do not know are kept in `extra`.
+    judged worse than the last one. Keys that we do not know are kept in `extra`. `taxonomy` is what the ids are of.
     """
 
     images: tuple[str, ...]
@@ -115,11 +104,12 @@ class Record:
     twin: str | None = None
     licence: str | None = None
     rejected: tuple[str, ...] = ()
+    taxonomy: Taxonomy = field(default=PSA, repr=False)
 
     def __post_init__(self) -> None:
         if not self.group:
             given = self.image_label or None, self.text_label or None, self.joint_label or None
-            object.__setattr__(self, "group", default_group(self.safe_type, given))
+            object.__setattr__(self, "group", default_group(self.safe_type, given, self.taxonomy))
         for name, default in zip(LABELS, self._default_labels, strict=True):
             if not getattr(self, name):
                 object.__setattr__(self, name, default)
@@ -131,12 +121,13 @@ class Record:
     @property
     def picture(self) -> tuple[int | None, int | None]:
         """Type and level of the picture by itself, whatever is said about it; None where that is not known."""
-        return own_label(self.image_label if self.images else UNKNOWN, self.safe_type, self.safe_level)
+        label = self.image_label if self.images else UNKNOWN
+        return own_label(label, self.safe_type, self.safe_level, self.taxonomy)
 
     @property
     def words(self) -> tuple[int | None, int | None]:
         """Type and level of the words by themselves, whatever is shown; None where that is not known."""
-        return own_label(self.text_label, self.safe_type, self.safe_level)
+        return own_label(self.text_label, self.safe_type, self.safe_level, self.taxonomy)
 
     @property
     def where(self) -> str:
@@ -145,12 +136,14 @@ class Record:
 
     def to_row(self) -> dict[str, Any]:
         """The record as a JSON row in our own spelling (ids as numbers, roles user and assistant)."""
-        others = ("image", "conversations", "regions", "rejected", *LABELS)
+        others = ("image", "conversations", "regions", "rejected", "taxonomy", *LABELS)
         optional = {name: getattr(self, name) for name in FIELDS if name not in others}
         row = {name: value for name, value in optional.items() if value is not None and (name, value) != ("group", "")}
         for name, default in zip(LABELS, self._default_labels, strict=True):
             if (value := getattr(self, name)) != default:
                 row[name] = value
+        if self.taxonomy != PSA and self.safe_type is not None:
+            row["taxonomy"] = self.taxonomy.name
         if self.images:
             row["image"] = self.images[0] if len(self.images) == 1 else list(self.images)
         if self.regions:
@@ -169,45 +162,13 @@ class Reading(NamedTuple):
     unread_keys: Counter[str]
 
 
-class DataError(ValueError):
-    """Bad rows; `problems` holds all of them, the message the first MAX_LISTED."""
-
-    def __init__(self, path: str | Path, problems: Sequence[Problem]):
-        self.problems = list(problems)
-        listed = list_problems(problems, MAX_LISTED)
-        super().__init__(
-            "\n".join([f"{len(problems)} problem(s) in {str(path)!r}:", *(f"  {line}" for line in listed)])
-        )
-
-
-def list_problems(problems: Sequence[Problem], limit: int | None = None) -> list[str]:
-    """Return lines that show the problems in their order: MAX_OF_A_KIND of each kind, `limit` in all, and the rest
-    as numbers."""
-    lines: list[str] = []
-    alike: Counter[tuple[str, str]] = Counter()
-    left_out = 0
-    for problem in problems:
-        alike[problem.path, problem.kind] += 1
-        if problem.kind and alike[problem.path, problem.kind] > MAX_OF_A_KIND:
-            continue
-        if limit is not None and len(lines) >= limit:
-            left_out += 1
-            continue
-        lines.append(str(problem))
-    for (path, kind), count in alike.items():
-        if kind and count > MAX_OF_A_KIND:
-            lines.append(f"... and {count - MAX_OF_A_KIND} more in {path}: {kind}")
-    if left_out:
-        lines.append(f"... and {left_out} more; `psa-fast data check` lists all of them")
-    return lines
-
-
 def load_records(
     path: str | Path,
     image_folder: str | Path | None,
     on_bad_sample: Literal["error", "skip"] = "error",
     decode: bool = True,
     keep_keys: Collection[str] = (),
+    taxonomy: Taxonomy = PSA,
 ) -> list[Record]:
     """Records of a .jsonl or .json file, in file order.
 
@@ -218,10 +179,11 @@ def load_records(
         decode: decode every image now; False reads headers only, and a truncated file is met when it is used.
         keep_keys: keys that look like ours (`label`, say) and are to be kept in `extra` unread; others of that kind
             make a row bad.
+        taxonomy: what labels are of; a labelled row of another one is bad.
     """
     if on_bad_sample not in ("error", "skip"):
         raise ValueError(f"on_bad_sample is {on_bad_sample!r}; expected 'error' or 'skip'")
-    records, problems, unread = read_records(path, image_folder, decode, keep_keys)
+    records, problems, unread = read_records(path, image_folder, decode, keep_keys, taxonomy)
     if problems and on_bad_sample == "error":
         raise DataError(path, problems)
     if problems:
@@ -251,7 +213,11 @@ def find_problems(path: str | Path, image_folder: str | Path | None, keep_keys: 
 
 
 def read_records(
-    path: str | Path, image_folder: str | Path | None, decode: bool = True, keep_keys: Collection[str] = ()
+    path: str | Path,
+    image_folder: str | Path | None,
+    decode: bool = True,
+    keep_keys: Collection[str] = (),
+    taxonomy: Taxonomy = PSA,
 ) -> Reading:
     """The good records and the problems of the bad rows. Raises ValueError if file or folder do not exist."""
     if image_folder is not None and not Path(image_folder).is_dir():
@@ -267,7 +233,7 @@ def read_records(
             if row.error:
                 problems.append((number, Problem(name, row.line, row.error)))
                 continue
-            found, record = parse_row(row.value, name, row.line, keep)
+            found, record = parse_row(row.value, name, row.line, keep, taxonomy)
             if record is not None:
                 unread.update(record.extra.keys() - {TEMPLATE})  # a mapping's values would be taken for counts
                 if record.id is not None:
@@ -312,7 +278,9 @@ def image_faults(names: set[str], image_folder: str | Path | None, decode: bool 
     return found
 
 
-def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -> tuple[list[Problem], Record | None]:
+def parse_row(
+    row: Any, path: str, line: int, keep_keys: Collection[str] = (), taxonomy: Taxonomy = PSA
+) -> tuple[list[Problem], Record | None]:
     """Validate one decoded JSON row: the problems, and the record if its fields could be read at all.
 
     A record comes back beside problems too, so that its images are checked in the same pass.
@@ -321,6 +289,8 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
         return [Problem(path, line, f"the row is a JSON {json_name(row)}; expected an object")], None
     if layout := foreign_layout(row, keep_keys):
         return [Problem(path, line, layout, layout)], None
+    if foreign := foreign_taxonomy(row, taxonomy):
+        return [Problem(path, line, foreign, foreign)], None
     messages: list[str] = []
 
     def read(reader: Any, *args: Any) -> Any:
@@ -332,17 +302,21 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
 
     images = read(read_images, row.get("image"))
     names, glued = images or ((), False)
-    safe_type = None if row.get("safe_type") is None else read(type_id, row["safe_type"])
-    safe_level = read(read_level, row.get("safe_level"), row.get("safe_type"))
-    if safe_type == CLEAN and safe_level:
-        messages.append(f"safe_level is {safe_level}, but safe_type is {CLEAN} (clean), whose only level is 0")
+    safe_type = None if row.get("safe_type") is None else read(taxonomy.type_id, row["safe_type"])
+    safe_level = read(read_level, row.get("safe_level"), row.get("safe_type"), taxonomy)
+    if safe_type == taxonomy.harmless and safe_level:
+        kind = f"{safe_type} ({taxonomy.types[safe_type]})"
+        messages.append(f"safe_level is {safe_level}, but safe_type is {kind}, whose only level is 0")
+    if not taxonomy.graded and safe_level == 0 and safe_type not in (taxonomy.harmless, None):
+        messages.append(f"safe_level is 0, but safe_type is {safe_type} ({taxonomy.types[safe_type]}), which is a risk")
+    safe_level = taxonomy.level_of(safe_type, safe_level)
     turns, faults = read_turns(row.get("conversations"))
     messages += faults
     before = len(messages)
     labels = tuple(read(read_label, name, row.get(name)) for name in LABELS)
-    group = read(read_group, row.get("group"), safe_type, labels)
+    group = read(read_group, row.get("group"), safe_type, labels, taxonomy)
     if len(messages) == before:  # what could not be read contradicts nothing
-        messages += contradictions(labels, group, safe_type, bool(names), row.get("group") is not None)
+        messages += contradictions(labels, group, safe_type, bool(names), row.get("group") is not None, taxonomy)
     texts = {name: read(read_text, name, row.get(name)) for name in ("id", "source", "split", "twin", "licence")}
     regions = read(read_regions, row.get("regions"), len(names))
     rejected = read(read_rejected, row.get("rejected"))
@@ -369,6 +343,7 @@ def parse_row(row: Any, path: str, line: int, keep_keys: Collection[str] = ()) -
         extra=extra,
         regions=regions or (),
         rejected=rejected or (),
+        taxonomy=taxonomy,
         **texts,
         **{name: label or "" for name, label in zip(LABELS, labels, strict=True)},
     )
@@ -388,12 +363,14 @@ def _misnamed(keys: Iterable[str], path: str, line: int, keep_keys: Collection[s
 def fingerprint(records: Sequence[Record]) -> str:
     """SHA-256 of what training takes from the records, in their order: images by path, labels and turns.
 
-    A picture's own label counts where it is not the row's.
+    A picture's own label counts where it is not the row's, a taxonomy where it is not the default.
     """
     digest = hashlib.sha256()
     for record in records:
         row: tuple[Any, ...] = (record.images, record.safe_type, record.safe_level, [tuple(t) for t in record.turns])
         if record.images and record.picture != row[1:3]:
             row += (record.picture,)
+        if record.taxonomy != PSA:
+            row += (record.taxonomy.hash,)
         digest.update(repr(row).encode())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from psa_fast.data.records import Record
-from psa_fast.taxonomy import CLEAN, RISK_TYPES
+from psa_fast.taxonomy import PSA
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ def balance(
     by_type: dict[int | None, list[Record]] = defaultdict(list)
     for record in records:
         by_type[record.safe_type].append(record)
-    clean = by_type.pop(CLEAN, [])
+    taxonomy = next((record.taxonomy for record in records), PSA)
+    clean = by_type.pop(taxonomy.harmless, [])
     unlabelled = by_type.pop(None, [])
     largest = max(map(len, by_type.values()), default=0)
 
@@ -41,12 +42,12 @@ def balance(
     chosen = rng.sample(clean, min(wanted, len(clean)))
     if wanted > len(clean):
         logger.warning("balance: %d clean records wanted, only %d there; taking all of them", wanted, len(clean))
-    logger.info("balance: %s: %d of %d", RISK_TYPES[CLEAN], len(chosen), len(clean))
+    logger.info("balance: %s: %d of %d", taxonomy.types[taxonomy.harmless], len(chosen), len(clean))
     for safe_type, group in sorted(by_type.items(), key=lambda entry: entry[0] or 0):
         target = min(largest, max_repeats * len(group))
         rounds, rest = divmod(target, len(group))
         chosen += group * rounds + rng.sample(group, rest)
-        logger.info("balance: %s: %d from %d records", RISK_TYPES[safe_type or 0], target, len(group))
+        logger.info("balance: %s: %d from %d records", taxonomy.types[safe_type or 0], target, len(group))
     if unlabelled:
         logger.info("balance: without a type: all %d", len(unlabelled))
     chosen += unlabelled

@@ -17,6 +17,7 @@ from psa_fast.evaluation.evaluate import (
 from psa_fast.evaluation.metrics import Estimate, rate
 from psa_fast.evaluation.refusal import DEFAULT_LIST, get_list
 from psa_fast.evaluation.results import ATTACKED, REFUSED, Result
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.models import PsaVLM
@@ -47,6 +48,7 @@ class DevSet:
         self, path: str, image_folder: str | None, base: str, policy: Policy, batch_size: int, answers: bool
     ) -> None:
         self.path, self.image_folder, self.base, self.policy = path, image_folder or ".", base, policy
+        policy.require_taxonomy(PSA, "what an evaluation counts")
         if policy.calibration is not None:
             raise ValueError("the policy was calibrated on a finished add-on; evaluate training without calibration")
         self.records = load_records(path, image_folder)

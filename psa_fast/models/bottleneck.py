@@ -54,6 +54,7 @@ class ConceptBottleneck(nn.Module):
     def __init__(self, config: PsaConfig):
         super().__init__()
         self.image_tokens = config.image_tokens
+        self.harmless = config.concepts.harmless
         width = config.projector_hidden_size
         assert width is not None  # PsaConfig filled it in
         self.projector = SafetyProjector(
@@ -129,7 +130,7 @@ class ConceptBottleneck(nn.Module):
             with torch.no_grad():
                 tried = asked if learned is None else asked + learned
                 logits = self.heads(self.attention(tried, tokens, features, features_mask))
-                worst = unsafe_log_odds(logits, self.heads.head_sizes).argmax(1)
+                worst = unsafe_log_odds(logits, self.heads.head_sizes, self.harmless).argmax(1)
             query = torch.cat([query, asked[torch.arange(b, device=asked.device), worst].unsqueeze(1)], 1)
         if learned is not None:
             query = query + learned

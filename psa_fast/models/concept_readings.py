@@ -19,7 +19,7 @@ from psa_fast.models.image_features import GridFeatures, Ragged
 from psa_fast.models.psa_config import PsaConfig
 from psa_fast.models.queries import spaced_windows
 from psa_fast.models.transfer import to_device
-from psa_fast.taxonomy import CLEAN, IGNORE_INDEX
+from psa_fast.taxonomy import IGNORE_INDEX
 
 Pair = tuple["Tensor | None", "Tensor | None"]
 
@@ -92,7 +92,8 @@ def read_batch(
     pictured = to_device([count > 0 for count in counts], device).unsqueeze(1)
     request, picture, words = (_targets(pair, samples, device) for pair in labels)
     if apart:  # of their own reading
-        request = request.masked_fill((words[:, :1] != IGNORE_INDEX) & (words[:, :1] != CLEAN) & pictured, IGNORE_INDEX)
+        risky = (words[:, :1] != IGNORE_INDEX) & (words[:, :1] != config.concepts.harmless)
+        request = request.masked_fill(risky & pictured, IGNORE_INDEX)
     query, targets = [prompt], [request]
     if config.neutral_query and labels.picture != (None, None):
         query.append(torch.zeros_like(prompt))

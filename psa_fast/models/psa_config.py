@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from psa_fast.files import read_json, shorten, write_text
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 VERSION = 5
 QUERIES = ("prompt", "first")
@@ -35,7 +36,7 @@ _ADDED: dict[int, dict[str, Any]] = {
     2: {"layer_norm_eps": 1e-6},
     3: {"neutral_query": False, "query_window": 0, "reads_text": False},
     4: {"num_text_tokens": 0},
-    5: {},  # image_tokens may be null
+    5: {"taxonomy": None},  # image_tokens may be null
 }
 DEFAULT_WINDOW = 16
 
@@ -57,7 +58,7 @@ class PsaConfig:
         projector_depth: blocks in each of the projector's two stages.
         query: "prompt" = mean of the prompt's text embeddings plus a learned vector; "first" = embedding of the first
             token (BOS), as in the paper's code (the text then never reaches the concept head).
-        risk_types, risk_levels: names of the classes, in the order of the heads' rows.
+        risk_types, risk_levels: names of the classes, in the order of the heads' rows; None: the taxonomy's.
         compat: "paper" reproduces the paper's choices where the model has one (query="first"); None: ours.
         base_model_name_or_path, base_revision, base_fingerprint: the base model the add-on was trained on: an absolute
             folder, or a name on the hub, which has a revision (a commit).
@@ -71,6 +72,7 @@ class PsaConfig:
             to version 2 have none of the three, and mean: not trained.
         num_text_tokens: learned features that stand in for the picture of a request without one; None: as many as head
             tokens, or 0 where such requests are not read. Files up to version 3 mean 0: read from head tokens alone.
+        taxonomy: what a taxonomy's file holds; None, or not in the file: PSA's own.
         version: format of this file.
         checksums: SHA-256 of what the add-on's files held when they were saved, see addon.py; None: not on record.
     """
@@ -84,8 +86,8 @@ class PsaConfig:
     projector_hidden_size: int | None = None
     projector_depth: int = 3
     query: str = "prompt"
-    risk_types: list[str] = field(default_factory=lambda: list(RISK_TYPES))
-    risk_levels: list[str] = field(default_factory=lambda: list(RISK_LEVELS))
+    risk_types: list[str] = field(default=None)  # type: ignore[arg-type]
+    risk_levels: list[str] = field(default=None)  # type: ignore[arg-type]
     compat: str | None = None
     base_model_name_or_path: str | None = None
     base_revision: str | None = None
@@ -95,6 +97,7 @@ class PsaConfig:
     query_window: int | None = None
     reads_text: bool | None = None
     num_text_tokens: int | None = None
+    taxonomy: dict[str, Any] | None = None
     version: int = VERSION
     checksums: dict[str, str] | None = field(default=None, compare=False, repr=False)
 
@@ -138,8 +141,13 @@ class PsaConfig:
         eps = self.layer_norm_eps
         if type(eps) not in (int, float) or not (math.isfinite(eps) and 1e-12 <= eps <= 0.1):
             raise ValueError(f"layer_norm_eps is {shorten(eps)}; expected a number from 1e-12 to 0.1")
-        for name in ("risk_types", "risk_levels"):
+        for name, classes in (("risk_types", self.concepts.types), ("risk_levels", self.concepts.levels)):
+            if getattr(self, name) is None:
+                setattr(self, name, list(classes))
             _check_names(name, getattr(self, name))
+            if getattr(self, name) != list(classes):
+                known = ", ".join(classes)
+                raise ValueError(f"{name} is {shorten(getattr(self, name))}; this psa-fast knows {known}")
         _check_text(
             "base_model_name_or_path", self.base_model_name_or_path, r"[^\x00-\x1f]{1,4096}", "a folder or name"
         )
@@ -150,6 +158,14 @@ class PsaConfig:
                 raise ValueError(f"checksums is {shorten(self.checksums)}; expected an object")
             for name, value in self.checksums.items():
                 _check_text(f"checksums.{shorten(name)}", value or "", r"[0-9a-f]{64}", "64 hexadecimal digits")
+
+    @property
+    def concepts(self) -> Taxonomy:
+        """The taxonomy that the heads were trained on. Raises ValueError for a field that holds none."""
+        try:
+            return PSA if self.taxonomy is None else Taxonomy.from_json(self.taxonomy)
+        except ValueError as error:
+            raise ValueError(f"taxonomy: {error}") from None
 
     @property
     def head_sizes(self) -> tuple[int, int]:
@@ -184,8 +200,9 @@ class PsaConfig:
     def to_json_file(self, path: str | Path) -> None:
         """Write the configuration as JSON, whole or not at all."""
         values = asdict(self)
-        if values["checksums"] is None:
-            del values["checksums"]
+        for name in ("checksums", "taxonomy"):
+            if values[name] is None:
+                del values[name]
         write_text(path, json.dumps(values, indent=2) + "\n")
 
     @classmethod
@@ -200,7 +217,8 @@ class PsaConfig:
         unknown = sorted(set(raw) - known)
         if unknown:
             raise ValueError(f"{path} has unknown keys: {shorten(', '.join(unknown))}")
-        needed = (*_REQUIRED, *(name for added in range(2, version + 1) for name in _ADDED[added]))
+        # later ones are written only where they say something
+        needed = (*_REQUIRED, *(name for added in range(2, min(version, 4) + 1) for name in _ADDED[added]))
         if missing := [name for name in needed if name not in raw]:
             raise ValueError(f"{path} lacks: {', '.join(missing)}")
         if version < VERSION:
@@ -211,9 +229,6 @@ class PsaConfig:
             config = cls(**raw)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        for name, ours in (("risk_types", RISK_TYPES), ("risk_levels", RISK_LEVELS)):
-            if getattr(config, name) != list(ours):
-                raise ValueError(f"{path}: {name} is {shorten(raw[name])}; this psa-fast knows {', '.join(ours)}")
         return config
 
 

@@ -37,10 +37,13 @@ def spaced_windows(text: Tensor, size: int, most: int = TRAINED_WINDOWS) -> Tens
     return text.unsqueeze(1) & (rank >= starts) & (rank < starts + size)
 
 
-def unsafe_log_odds(logits: Tensor, head_sizes: tuple[int, int]) -> Tensor:
-    """How strongly either head calls a row risky: logits [..., 7 + 4] -> [...], the larger of two log-odds."""
+def unsafe_log_odds(logits: Tensor, head_sizes: tuple[int, int], harmless: int = CLEAN) -> Tensor:
+    """How strongly either head calls a row risky: logits [..., 7 + 4] -> [...], the larger of two log-odds.
+
+    `harmless` is the id of the harmless type; the harmless level comes first.
+    """
     types, levels = logits.split(list(head_sizes), dim=-1)
-    risky = torch.cat([types[..., :CLEAN], types[..., CLEAN + 1 :]], -1)
-    by_type = risky.logsumexp(-1) - types[..., CLEAN]
+    risky = torch.cat([types[..., :harmless], types[..., harmless + 1 :]], -1)
+    by_type = risky.logsumexp(-1) - types[..., harmless]
     by_level = levels[..., 1:].logsumexp(-1) - levels[..., 0]
     return torch.maximum(by_type, by_level)

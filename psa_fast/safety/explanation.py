@@ -11,7 +11,7 @@ from psa_fast.safety.flips import Flip, nearest_flips
 from psa_fast.safety.policy import Policy
 from psa_fast.safety.reading import Reading, strictest_first
 from psa_fast.safety.verdict import Verdict
-from psa_fast.taxonomy import RISK_TYPES
+from psa_fast.taxonomy import PSA, RISK_TYPES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -125,8 +125,10 @@ def reading_name(reading: Reading | Verdict | Look) -> str:
 def explained(policy: Policy, verdict: Verdict) -> Explanation:
     """Explain a verdict of a policy without any model.
 
-    Raises ValueError for a verdict of another policy, and for one that was read but whose readings were not kept.
+    Raises ValueError for a verdict of another policy, for one that was read but whose readings were not kept, and for
+    another taxonomy than PSA's.
     """
+    policy.require_taxonomy(PSA, "explanations")
     if verdict.policy_hash is not None and verdict.policy_hash != policy.hash:
         raise ValueError(f"the verdict is of policy {verdict.policy_hash[:12]}, not of {policy.hash[:12]}")
     if verdict.code == "not_checked":

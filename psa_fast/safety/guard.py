@@ -28,7 +28,7 @@ from psa_fast.safety.request import (
     text_positions,
 )
 from psa_fast.safety.verdict import Answer, Verdict, as_applied, decided, refusing_verdict, unread_verdict
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.models import PsaVLM
@@ -59,7 +59,7 @@ class Guard:
         neutral_question: asked of the concept head beside the request's own words (reading.py); None: not asked. A
             model whose query is no text (query="first") is never asked it, nor one whose learned query asks alone.
 
-    Raises ValueError for a model whose concepts are not those of the taxonomy, which the policy decides on, for one
+    Raises ValueError for a model of another taxonomy than the policy's, for one
     that a calibrated policy was not fitted to, and for a `max_length` or question that the model cannot take.
     """
 
@@ -77,12 +77,8 @@ class Guard:
         if neutral_question is not None and not isinstance(neutral_question, str):
             raise ValueError(f"neutral_question is {shorten(neutral_question)}; expected a line of text")
         if not isinstance(model, PlainVLM):
-            names = tuple(model.config.risk_types), tuple(model.config.risk_levels)
-            if names != (RISK_TYPES, RISK_LEVELS):
-                raise ValueError(
-                    f"the model's risk types and levels are {shorten(names)}; the policy knows only the taxonomy's"
-                )
             policy = policy or Policy.load()
+            policy.require_taxonomy(model.config.concepts, "the model")
             if model.config.query != "prompt" or model.config.neutral_query:
                 neutral_question = None
             policy.require_model(model_hash)
@@ -270,6 +266,8 @@ class Guard:
         found = self._prepare(request, max_new_tokens, number)
         if request.intervention is not None and not found.readable:
             raise ValueError("the concept head does not read it, so there is no concept to intervene on")
+        if request.intervention is not None and self.policy is not None:
+            self.policy.require_taxonomy(PSA, "interventions")
         return replace(found, intervention=request.intervention)
 
     def _prepare(self, request: Request, max_new_tokens: int, number: int) -> Prepared:

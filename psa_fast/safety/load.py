@@ -51,9 +51,10 @@ def checked_hash(addon: str | Path, policy: Policy | None = None) -> str:
     """
     from psa_fast.models.addon import check_files
 
-    check_files(addon)
+    config = check_files(addon)
     found = addon_hash(addon)
     if policy is not None:
+        policy.require_taxonomy(config.concepts, f"the add-on {addon}")
         policy.require_model(found)
     return found
 

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from psa_fast.files import read_yaml, shorten, unwritable_text
-from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES, level_id, type_id
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.crosswalk import SHIPPED, read_taxonomy
+from psa_fast.taxonomy.heads import Taxonomy, require_same
 
 DEFAULT_POLICY = Path(__file__).with_name("policy.yaml")
 POLICY_VERSION = 1
@@ -26,8 +28,8 @@ ACTIONS: tuple[Action, ...] = ("allow", "hint", "refuse", "block")
 # itself), type_off, not_finite (it gave no number). Not read:
 # no_image, no_head (a base without an add-on), not_checked (the request cannot be read, see `Verdict.error`)
 Code = Literal["clean", "unsafe", "accumulated", "type_off", "not_finite", "no_image", "no_head", "not_checked"]
-RISKY_TYPES = tuple(name for i, name in enumerate(RISK_TYPES) if i != CLEAN)
-RISKY_LEVELS = RISK_LEVELS[1:]
+RISKY_TYPES = PSA.risks
+RISKY_LEVELS = PSA.levels[1:]
 _SHA256 = r"^[0-9a-f]{64}$"
 
 
@@ -167,6 +169,18 @@ class Policy(_Strict):
     type_thresholds: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = None
     calibration: Calibration | None = None
     memory: Memory | None = None
+    taxonomy: Taxonomy = Field(default=PSA, exclude=True)
+
+    @field_validator("taxonomy", mode="before")
+    @classmethod
+    def _known_taxonomy(cls, value: Any) -> Taxonomy:
+        if isinstance(value, Taxonomy):
+            return value
+        if isinstance(value, str):
+            if value not in SHIPPED:
+                raise ValueError(f"{shorten(value)} is none of: {', '.join(SHIPPED)}; another one stands here itself")
+            return read_taxonomy(value)
+        return Taxonomy.from_json(value)
 
     @field_validator("version")
     @classmethod
@@ -179,12 +193,14 @@ class Policy(_Strict):
     def _complete(self) -> Policy:
         if self.memory is not None and self.calibration is not None:
             raise ValueError("memory: it flags more requests than a calibration promises; leave it or that out")
+        if self.memory is not None and self.memory.level not in self.taxonomy.levels[1:]:
+            raise ValueError(f"memory: level {self.memory.level} is none of {', '.join(self.taxonomy.levels[1:])}")
         tables: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [
-            ("types", self.types, RISKY_TYPES),
-            ("levels", self.levels, RISKY_LEVELS),
+            ("types", self.types, self.taxonomy.risks),
+            ("levels", self.levels, self.taxonomy.levels[1:]),
         ]
         if self.type_thresholds is not None:
-            tables.append(("type_thresholds", self.type_thresholds, RISKY_TYPES))
+            tables.append(("type_thresholds", self.type_thresholds, self.taxonomy.risks))
         for key, names, wanted in tables:
             unknown = [shorten(name, 30) for name in sorted(set(names) - set(wanted))]
             wrong = [*unknown[:MAX_FAULTS], *sorted(set(wanted) - set(names))]
@@ -210,6 +226,8 @@ class Policy(_Strict):
     def hash(self) -> str:
         """SHA-256 of the content: comments, key order and spacing do not change it."""
         values = self.model_dump()
+        if self.taxonomy != PSA:
+            values["taxonomy"] = self.taxonomy.to_json()
         for name in ("on_error", "type_thresholds", "calibration", "memory"):
             if values[name] == type(self).model_fields[name].default:  # what a file without the key means
                 del values[name]
@@ -226,16 +244,25 @@ class Policy(_Strict):
     def threshold(self, safe_type: int) -> float:
         """The unsafe score from which on a request is unsafe whose likeliest risk is the type, by its id."""
         given = self.type_thresholds
-        return self.unsafe_threshold if given is None else given[RISK_TYPES[safe_type]]
+        return self.unsafe_threshold if given is None else given[self.taxonomy.types[safe_type]]
+
+    def require_taxonomy(self, taxonomy: Taxonomy, whose: str) -> None:
+        """Raise ValueError, with what to do, if the policy is of another taxonomy than `whose`, in words."""
+        advice = "a policy names its taxonomy, types and levels; docs/taxonomies.md has one to start from"
+        require_same(taxonomy, self.taxonomy, whose, "the policy", advice)
 
     @property
     def enabled(self) -> list[int]:
         """Ids of the risk types that are on."""
-        return [i for i, name in enumerate(RISK_TYPES) if self.types.get(name)]
+        return [i for i, name in enumerate(self.taxonomy.types) if self.types.get(name)]
+
+    @property
+    def _risky_ids(self) -> list[int]:
+        return [i for i, name in enumerate(self.taxonomy.types) if name in self.taxonomy.risks]
 
     def likeliest_risk(self, type_probs: Sequence[float]) -> int:
         """The id of the likeliest risk type that is on (of all, if none is), whose threshold and name count."""
-        return max(self.enabled or [type_id(name) for name in RISKY_TYPES], key=lambda i: type_probs[i])
+        return max(self.enabled or self._risky_ids, key=lambda i: type_probs[i])
 
     def require_model(self, model_hash: str | None) -> None:
         """Raise ValueError if the policy was calibrated, and not for the add-on of this hash: its promise is void.
@@ -254,21 +281,22 @@ class Policy(_Strict):
 
     def hint(self, safe_type: int | str, safe_level: int | str) -> str | None:
         """The hint for a (type, level), or None where the policy gives none (clean, switched off, another action)."""
-        kind, level = type_id(safe_type), level_id(safe_level)
-        if kind == CLEAN or level == 0 or not self.types[RISK_TYPES[kind]]:
+        names, levels = self.taxonomy.types, self.taxonomy.levels
+        kind, level = self.taxonomy.type_id(safe_type), self.taxonomy.level_id(safe_level)
+        if kind == self.taxonomy.harmless or level == 0 or not self.types[names[kind]]:
             return None
-        text = self.levels[RISK_LEVELS[level]].hint
-        return None if text is None else text.format(type=RISK_TYPES[kind])
+        text = self.levels[levels[level]].hint
+        return None if text is None else text.format(type=names[kind])
 
     def decide(self, type_probs: Sequence[float], level_probs: Sequence[float]) -> Decision:
         """Decide one request by the fail-closed joint rule.
 
         Args:
-            type_probs: 7 probabilities in the order of RISK_TYPES.
-            level_probs: 4 probabilities in the order of RISK_LEVELS.
+            type_probs: a probability of each type, in the taxonomy's order (PSA: 7).
+            level_probs: one of each level (PSA: 4).
 
         The heads need not agree: max(1 - p(clean), 1 - p(none)) >= threshold makes the request unsafe, which is that of
-        the likeliest risky type. Its type is then that type and its level the likeliest of low, medium, high (the
+        the likeliest risky type. Its type is then that type and its level the likeliest but none (the
         higher one if equal).
         Switched off types take their part of the risk with them: what the enabled types keep must itself reach the
         threshold. Probabilities that are not finite are blocked.
@@ -276,14 +304,15 @@ class Policy(_Strict):
         Raises ValueError for a wrong number of probabilities, a negative one, or a sum other than 1.
         """
         types, levels = [float(p) for p in type_probs], [float(p) for p in level_probs]
+        names, grades, harmless = self.taxonomy.types, self.taxonomy.levels, self.taxonomy.harmless
         if not all(map(math.isfinite, types + levels)):
             rule = "not_finite: the concept head gave no number"
             return Decision("block", None, None, rule, None, response=self.responses.unchecked, code="not_finite")
-        for name, probs, count in (("type", types, len(RISK_TYPES)), ("level", levels, len(RISK_LEVELS))):
+        for head, probs, count in (("type", types, len(names)), ("level", levels, len(grades))):
             if len(probs) != count or min(probs) < 0.0 or abs(sum(probs) - 1.0) > 1e-3:
-                raise ValueError(f"{name}_probs must be {count} probabilities that sum to 1, not {shorten(probs)}")
+                raise ValueError(f"{head}_probs must be {count} probabilities that sum to 1, not {shorten(probs)}")
 
-        risky_ids = [type_id(name) for name in RISKY_TYPES]
+        risky_ids = self._risky_ids
         enabled = self.enabled
         # sums of the risky entries, not 1 - p: a small risk keeps its digits, which a ranking by score needs
         by_type, by_level = sum(types[i] for i in risky_ids), sum(levels[1:])
@@ -292,14 +321,14 @@ class Policy(_Strict):
         kind = self.likeliest_risk(types)
         threshold = self.threshold(kind)
         if score < threshold:
-            return Decision("allow", CLEAN, 0, "clean", score, code="clean")
+            return Decision("allow", harmless, 0, "clean", score, code="clean")
 
         if not enabled or self.kept_risk(types, levels) < threshold:
             off = max((i for i in risky_ids if i not in enabled), key=lambda i: types[i])
-            return Decision("allow", off, level, f"type_off: {RISK_TYPES[off]} is switched off", score, code="type_off")
+            return Decision("allow", off, level, f"type_off: {names[off]} is switched off", score, code="type_off")
 
         unsafe_heads = [name for name, p in (("type", by_type), ("level", by_level)) if p >= threshold]
-        rule = f"{RISK_LEVELS[level]}: unsafe by {' and '.join(unsafe_heads)}"
+        rule = f"{grades[level]}: unsafe by {' and '.join(unsafe_heads)}"
         return self._unsafe(kind, level, rule, score, "unsafe")
 
     def decide_over_turns(
@@ -318,25 +347,27 @@ class Policy(_Strict):
         total = sum(parts)
         most = max(range(len(parts)), key=lambda place: parts[place])
         if not self.enabled or total < self.memory.threshold:
-            return most, Decision("allow", CLEAN, 0, "clean", kept[most], accumulated=total, code="clean")
-        kind, level = self.likeliest_risk(turns[most][0]), level_id(self.memory.level)
+            return most, Decision(
+                "allow", self.taxonomy.harmless, 0, "clean", kept[most], accumulated=total, code="clean"
+            )
+        kind, level = self.likeliest_risk(turns[most][0]), self.taxonomy.level_id(self.memory.level)
         rule = f"{self.memory.level}: unsafe by what {len(turns)} turns add up to"
         return most, replace(self._unsafe(kind, level, rule, kept[most], "accumulated"), accumulated=total)
 
     def kept_risk(self, types: Sequence[float], levels: Sequence[float]) -> float:
         """The unsafe score of what the types keep that are on: by type, or as their share of the level head's risk."""
-        by_type = sum(types[type_id(name)] for name in RISKY_TYPES)
+        by_type = sum(types[i] for i in self._risky_ids)
         kept = sum(types[i] for i in self.enabled)
         share = kept / by_type if by_type > 0.0 else float(bool(self.enabled))
         return max(kept, sum(levels[1:]) * share)
 
     def _unsafe(self, kind: int, level: int, rule: str, score: float, code: Code) -> Decision:
         """The decision of a level's action."""
-        action = self.levels[RISK_LEVELS[level]].action
+        action = self.levels[self.taxonomy.levels[level]].action
         hint = self.hint(kind, level) if action == "hint" else None
         response: str | None = None
         if action in ("refuse", "block"):
-            response = getattr(self.responses, action).format(type=RISK_TYPES[kind])
+            response = getattr(self.responses, action).format(type=self.taxonomy.types[kind])
         return Decision(action, kind, level, rule, score, hint, response, code=code)
 
 

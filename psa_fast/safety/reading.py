@@ -19,7 +19,7 @@ from psa_fast.data.chat import Encoded
 from psa_fast.models.queries import window_starts
 from psa_fast.pictures import Pictures
 from psa_fast.safety.policy import ACTIONS, Decision, Policy
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import RISK_TYPES
 
 if TYPE_CHECKING:
     from psa_fast.models import PsaVLM
@@ -56,12 +56,15 @@ class Reading:
     logits: list[float] | None = None
     words_alone: bool = False
 
-    def under(self, temperatures: tuple[float, float]) -> Reading:
-        """The same reading with the probabilities of other temperatures. Raises ValueError if it holds no logits."""
+    def under(self, temperatures: tuple[float, float], types: int = len(RISK_TYPES)) -> Reading:
+        """The same reading with the probabilities of other temperatures, the first `types` logits being the types'.
+
+        Raises ValueError if it holds no logits.
+        """
         if self.logits is None:
             raise ValueError("the reading's logits were not kept, so no other policy can decide on it")
-        types, levels = probabilities(torch.tensor(self.logits, dtype=torch.float64), temperatures)
-        return replace(self, type_probs=types.tolist(), level_probs=levels.tolist())
+        kinds, levels = probabilities(torch.tensor(self.logits, dtype=torch.float64), temperatures, types)
+        return replace(self, type_probs=kinds.tolist(), level_probs=levels.tolist())
 
 
 class Part(NamedTuple):
@@ -131,7 +134,7 @@ def read_head(
     for the probabilities.
     """
     logits = read_logits(model, questions, features, pad).double()
-    types, levels = probabilities(logits, temperatures)
+    types, levels = probabilities(logits, temperatures, model.config.head_sizes[0])
     asked = [(question, part) for question in questions for part in (Part(question.query, ()), *question.parts)]
     rows = zip(asked, types.tolist(), levels.tolist(), logits.tolist(), strict=True)
     return [
@@ -142,10 +145,12 @@ def read_head(
     ]
 
 
-def probabilities(logits: torch.Tensor, temperatures: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+def probabilities(
+    logits: torch.Tensor, temperatures: tuple[float, float], types: int = len(RISK_TYPES)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [..., 7 + 4] as probabilities of types [..., 7] and of levels [..., 4], each with its temperature."""
-    types, levels = logits.split([len(RISK_TYPES), len(RISK_LEVELS)], dim=-1)
-    return (types / temperatures[0]).softmax(-1), (levels / temperatures[1]).softmax(-1)
+    kinds, levels = logits[..., :types], logits[..., types:]
+    return (kinds / temperatures[0]).softmax(-1), (levels / temperatures[1]).softmax(-1)
 
 
 def read_logits(
@@ -176,7 +181,7 @@ def read_logits(
             end, most = end + 1, widest
         found += _launch(model, questions[start:end], projected, pad)
         start = end
-    return torch.cat(found) if found else torch.zeros(0, len(RISK_TYPES) + len(RISK_LEVELS))
+    return torch.cat(found) if found else torch.zeros(0, sum(model.config.head_sizes))
 
 
 def _launch(

@@ -23,6 +23,7 @@ def redecide(policy: Policy, verdict: Verdict) -> Verdict:
         return replace(found, applied=policy.on_error == "block", **signed)  # type: ignore[arg-type]
     if not verdict.readings:
         raise ValueError("the verdict's readings were not kept, so no other policy can decide on them")
-    readings = [reading.under(policy.temperatures) for reading in verdict.readings]
+    types = len(policy.taxonomy.types)
+    readings = [reading.under(policy.temperatures, types) for reading in verdict.readings]
     found, _ = decided(policy, readings, verdict.intervention)
     return replace(found, **signed)  # type: ignore[arg-type]

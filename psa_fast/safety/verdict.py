@@ -9,7 +9,8 @@ from typing import Any, Literal
 from psa_fast.safety.intervention import Intervention, intervened
 from psa_fast.safety.policy import Action, Code, Decision, Policy
 from psa_fast.safety.reading import Query, Reading, weigh
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def read_verdict(
     decision: Decision,
     highest_score: float | None = None,
     readings: Sequence[Reading] = (),
+    taxonomy: Taxonomy = PSA,
     intervention: Intervention | None = None,
 ) -> Verdict:
     """The verdict of a request that the concept head has read: by which reading, and what to keep of all of them."""
@@ -91,12 +93,12 @@ def read_verdict(
         unsafe=decision.unsafe,
         action=decision.action,
         rule=decision.rule,
-        type=None if decision.type is None else RISK_TYPES[decision.type],
-        level=None if decision.level is None else RISK_LEVELS[decision.level],
+        type=None if decision.type is None else taxonomy.types[decision.type],
+        level=None if decision.level is None else taxonomy.levels[decision.level],
         unsafe_score=decision.unsafe_score,
         highest_score=highest_score,
-        type_probs=dict(zip(RISK_TYPES, reading.type_probs, strict=True)) if finite else None,
-        level_probs=dict(zip(RISK_LEVELS, reading.level_probs, strict=True)) if finite else None,
+        type_probs=dict(zip(taxonomy.types, reading.type_probs, strict=True)) if finite else None,
+        level_probs=dict(zip(taxonomy.levels, reading.level_probs, strict=True)) if finite else None,
         hint=decision.hint,
         query=reading.query,
         query_number=reading.number,
@@ -115,7 +117,7 @@ def decided(
 ) -> tuple[Verdict, Decision]:
     """What a policy says to the readings of a request, after an intervention where there is one."""
     weighed = weigh(policy, intervened(intervention, readings))
-    return read_verdict(*weighed, readings, intervention), weighed.decision
+    return read_verdict(*weighed, readings, policy.taxonomy, intervention), weighed.decision
 
 
 def as_applied(verdict: Verdict, decision: Decision) -> Verdict:

@@ -167,7 +167,7 @@ class Server:
     async def _moderate(self, request: HttpRequest) -> Response:
         requests = await self._read(request, MODERATIONS, read_moderation)
         verdicts = [result.verdict for result in await self._ask(request, MODERATIONS, requests, None)]
-        found = moderation(requests, verdicts, self.reads_words, self.settings)
+        found = moderation(requests, verdicts, self.reads_words, self.settings, self.policy.taxonomy)
         return JSONResponse(found, headers=self._headers(None))
 
     async def _guardrail(self, request: HttpRequest) -> Response:

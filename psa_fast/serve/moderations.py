@@ -8,13 +8,14 @@ from typing import Any
 
 from psa_fast.data.records import IMAGE_MARK, Turn
 from psa_fast.files import shorten
-from psa_fast.safety.policy import RISKY_TYPES
 from psa_fast.safety.request import Request
 from psa_fast.safety.verdict import Verdict
 from psa_fast.serve.chat_completions import check_model
 from psa_fast.serve.settings import ServerSettings
 from psa_fast.serve.wire_content import Content, checked, only
 from psa_fast.serve.wire_errors import ApiError, bad
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 #: OpenAI's categories, and the risk type that one of them is filled from
 STANDARD: dict[str, str | None] = {
@@ -32,7 +33,12 @@ STANDARD: dict[str, str | None] = {
     "violence": None,
     "violence/graphic": None,
 }
-CATEGORIES = STANDARD | {f"psa/{kind.replace(' ', '-')}": kind for kind in RISKY_TYPES}
+
+
+def categories(taxonomy: Taxonomy) -> dict[str, str | None]:
+    """OpenAI's categories, which are filled for PSA's own types alone, and NAME/TYPE for each risk of the taxonomy."""
+    standard = STANDARD if taxonomy == PSA else dict.fromkeys(STANDARD)
+    return standard | {f"{taxonomy.name}/{kind.replace(' ', '-')}": kind for kind in taxonomy.risks}
 
 
 def read_moderation(body: dict[str, Any], settings: ServerSettings) -> list[Request]:
@@ -54,30 +60,35 @@ def read_moderation(body: dict[str, Any], settings: ServerSettings) -> list[Requ
 
 
 def moderation(
-    requests: Sequence[Request], verdicts: Sequence[Verdict], reads_words: bool, settings: ServerSettings
+    requests: Sequence[Request],
+    verdicts: Sequence[Verdict],
+    reads_words: bool,
+    settings: ServerSettings,
+    taxonomy: Taxonomy = PSA,
 ) -> dict[str, Any]:
     """The reply. `reads_words` tells whether the concept head asks with the request's words.
 
     Raises ApiError where a request was not read: a score of 0 would call it safe.
     """
     pairs = zip(requests, verdicts, strict=True)
-    results = [_result(request, verdict, reads_words) for request, verdict in pairs]
+    named = categories(taxonomy)
+    results = [_result(request, verdict, reads_words, named) for request, verdict in pairs]
     return {"id": f"modr-{uuid.uuid4().hex}", "model": settings.model_name, "results": results}
 
 
-def _result(request: Request, verdict: Verdict, reads_words: bool) -> dict[str, Any]:
+def _result(request: Request, verdict: Verdict, reads_words: bool, named: dict[str, str | None]) -> dict[str, Any]:
     require_read(verdict)
     probs = verdict.type_probs or {}
     looked_at = input_types(request, reads_words)
     return {
         "flagged": verdict.unsafe,
-        "categories": {name: verdict.unsafe and kind == verdict.type for name, kind in CATEGORIES.items() if kind}
-        | {name: False for name, kind in CATEGORIES.items() if not kind},
-        "category_scores": {name: probs[kind] if kind else 0.0 for name, kind in CATEGORIES.items()},
+        "categories": {name: verdict.unsafe and kind == verdict.type for name, kind in named.items() if kind}
+        | {name: False for name, kind in named.items() if not kind},
+        "category_scores": {name: probs[kind] if kind else 0.0 for name, kind in named.items()},
         # OpenAI's schema knows text alone for those of its categories that we fill
         "category_applied_input_types": {
             name: [] if kind is None else [one for one in looked_at if name not in STANDARD or one == "text"]
-            for name, kind in CATEGORIES.items()
+            for name, kind in named.items()
         },
         "psa": verdict.to_json(),
     }

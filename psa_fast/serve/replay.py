@@ -17,10 +17,11 @@ from psa_fast.safety.reading import Reading
 from psa_fast.safety.redecide import redecide
 from psa_fast.safety.verdict import Verdict
 from psa_fast.serve.audit_log import VERSION
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy, require_same
 
 
-def read_log(path: str | Path) -> Iterator[tuple[int, Verdict]]:
+def read_log(path: str | Path, taxonomy: Taxonomy = PSA) -> Iterator[tuple[int, Verdict]]:
     """The verdicts of an audit log that were applied, with their lines; a shadow policy's are passed by.
 
     Raises ValueError, naming file and line, for what is no row of one.
@@ -32,21 +33,28 @@ def read_log(path: str | Path) -> Iterator[tuple[int, Verdict]]:
             if not isinstance(row.value, dict) or row.value.get("version") != VERSION:
                 raise ValueError(f"no row of an audit log of version {VERSION}")
             if not row.value["shadow"]:
-                yield row.line, _verdict(row.value)
+                yield row.line, _verdict(row.value, taxonomy)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}:{row.line}: no row of an audit log ({shorten(str(error))})") from None
         except ValueError as error:
             raise ValueError(f"{path}:{row.line}: {error}") from None
 
 
-def _verdict(row: dict[str, Any]) -> Verdict:
+def _verdict(row: dict[str, Any], taxonomy: Taxonomy) -> Verdict:
     readings = []
     for one in row["readings"]:
         span = None if one["span"] is None else tuple(one["span"])
         # the probabilities are those of the policy that decides, made of the logits
         readings.append(
             Reading(
-                one["query"], [], [], one["picture"], one["number"], span, _logits(one["logits"]), one["words_alone"]
+                one["query"],
+                [],
+                [],
+                one["picture"],
+                one["number"],
+                span,
+                _logits(one["logits"], taxonomy),
+                one["words_alone"],
             )
         )
     # rows of older versions know of none
@@ -63,9 +71,10 @@ def _verdict(row: dict[str, Any]) -> Verdict:
     )
 
 
-def _logits(values: Any) -> list[float]:
-    if not isinstance(values, list) or len(values) != len(RISK_TYPES) + len(RISK_LEVELS):
-        raise ValueError(f"a reading has {shorten(values)} in the place of {len(RISK_TYPES) + len(RISK_LEVELS)} logits")
+def _logits(values: Any, taxonomy: Taxonomy) -> list[float]:
+    wanted = len(taxonomy.types) + len(taxonomy.levels)
+    if not isinstance(values, list) or len(values) != wanted:
+        raise ValueError(f"a reading has {shorten(values)} in the place of {wanted} logits")
     return [math.nan if value is None else float(value) for value in values]
 
 
@@ -105,7 +114,7 @@ def replay(path: str | Path, policy: Policy) -> Comparison:
     Raises ValueError for a row of another policy, and as `read_log`.
     """
     found = Comparison()
-    for line, verdict in read_log(path):
+    for line, verdict in read_log(path, policy.taxonomy):
         if verdict.policy_hash != policy.hash:
             told = f"decided by policy {str(verdict.policy_hash)[:12]}, not {policy.hash[:12]}"
             raise ValueError(f"{path}:{line}: {told}; give that one, or compare two with `psa-fast policy diff`")
@@ -119,7 +128,8 @@ def difference(path: str | Path, old: Policy, new: Policy) -> Comparison:
     Rows that an operator intervened on are passed by: what was forced says nothing of a policy.
     """
     found = Comparison()
-    for line, verdict in read_log(path):
+    require_same(old.taxonomy, new.taxonomy, "the old policy", "the new one")
+    for line, verdict in read_log(path, old.taxonomy):
         if verdict.intervention is not None:
             continue
         found.add(line, redecide(old, verdict), redecide(new, verdict))

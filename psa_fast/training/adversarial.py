@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from psa_fast.data.labels import CONCEPT_LABELS
-from psa_fast.taxonomy import CLEAN, IGNORE_INDEX
+from psa_fast.taxonomy import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,11 @@ class ConceptAttack:
         pictured = batch["image_counts"] > 0
         words = batch.get("words_type")
         # what the words say by themselves is read without the pixels
-        asked = pictured if words is None else pictured & ((words == IGNORE_INDEX) | (words == CLEAN))
+        asked = (
+            pictured
+            if words is None
+            else pictured & ((words == IGNORE_INDEX) | (words == model.config.concepts.harmless))
+        )
         taught = {"safe": asked, "picture": pictured, "words": torch.zeros_like(pictured)}
         for name in CONCEPT_LABELS:
             if changed.get(name) is not None:

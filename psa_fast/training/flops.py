@@ -30,7 +30,7 @@ from torch import nn
 from psa_fast.models import PsaConfig, PsaVLM
 from psa_fast.models.projector import DepthwiseConv3x3, SqueezeExcite
 from psa_fast.models.queries import TRAINED_WINDOWS
-from psa_fast.taxonomy import CLEAN, IGNORE_INDEX
+from psa_fast.taxonomy import IGNORE_INDEX
 
 from .config import TrainConfig
 
@@ -143,7 +143,7 @@ def _concept_rows(batch: dict[str, Any], head: str, psa: PsaConfig) -> int:
     words = batch.get(f"words_{head}")
     if psa.num_text_tokens:
         kind = batch.get("words_type", torch.full_like(batch["image_counts"], IGNORE_INDEX))
-        request = request & pictured & ((kind == IGNORE_INDEX) | (kind == CLEAN))
+        request = request & pictured & ((kind == IGNORE_INDEX) | (kind == psa.concepts.harmless))
     elif not psa.reads_text:
         request = request & pictured
     count = times * int(request.sum())

@@ -10,6 +10,8 @@ import torch
 
 from psa_fast.models import PsaVLM, load_base
 from psa_fast.models.addon import ADAPTER, CHANGED, check_files
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import require_same
 
 from .config import TrainConfig
 from .engine import compute_dtype
@@ -46,6 +48,9 @@ def build_model(
     asked = _options_of_addon(config)
     model = PsaVLM.from_pretrained(vlm, addon) if addon else PsaVLM.build(vlm, **{**asked, **(unlearnt or {})})
     if addon:
+        told = f"--addon {addon}", f"--taxonomy {config.taxonomy}"
+        advice = "an add-on goes on with its own taxonomy; another one needs a new add-on"
+        require_same(model.config.concepts, config.concepts, *told, advice)
         differing = [
             f"{k} {getattr(model.config, k)!r} != {v!r}" for k, v in asked.items() if getattr(model.config, k) != v
         ]
@@ -57,6 +62,7 @@ def build_model(
 def _options_of_addon(config: TrainConfig) -> dict[str, Any]:
     """The fields of an add-on's configuration that options decide."""
     return {
+        "taxonomy": None if config.concepts == PSA else config.concepts.to_json(),
         "num_safety_tokens": config.num_safety_tokens,
         "num_head_tokens": config.num_head_tokens,
         "num_attention_heads": config.num_attention_heads,

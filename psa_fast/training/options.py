@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from psa_fast.files import shorten, unwritable_text
+from psa_fast.taxonomy.crosswalk import read_taxonomy
+from psa_fast.taxonomy.heads import Taxonomy
 
 # figures that choose a checkpoint (--keep_best): those that answers decide, and those that the concept head decides
 SMALLER_ANSWERS = (
@@ -79,6 +81,7 @@ class TrainConfig:
         "error", "what rows whose answer an importer made up do",
         choices=("error", "drop", "keep"), stage=(1, 2), no_effect=("concept",),
     )  # fmt: skip
+    taxonomy: str = _data("psa", "what the labels are of: a shipped taxonomy's name, or a YAML file")
     keep_keys: str | None = _data(
         None, "keys like ours, by commas, that are to be left unread", unset="none", may_change=True
     )  # fmt: skip
@@ -245,6 +248,11 @@ class TrainConfig:
     resume: str = _run("none", "none, auto (the newest checkpoint) or a checkpoint folder", may_change=True)
     overwrite_output_dir: bool = _run(False, "delete an earlier run of this stage first", may_change=True)
     local_rank: int = _run(-1, "set by the launcher", minimum=-1, hidden=True, may_change=True)
+
+    @property
+    def concepts(self) -> Taxonomy:
+        """What the labels are of. Raises ValueError if the option names none."""
+        return read_taxonomy(self.taxonomy)
 
     @property
     def runs_bottleneck(self) -> bool:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from psa_fast.data import DataError, Problem, PsaDataset, Record, balance, load_records
 from psa_fast.data.dataset import HintFor
 from psa_fast.data.lengths import RowCheck, check_rows
+from psa_fast.data.problems import MAX_LISTED
 from psa_fast.data.progress import progress
-from psa_fast.data.records import MAX_LISTED
 from psa_fast.models import get_family, load_processor
 from psa_fast.models.addon import check_base_folder, check_files
 from psa_fast.models.base_model import check_base, read_base_config, resolve_commit
@@ -158,7 +158,7 @@ def _read(config: TrainConfig, console: Console) -> list[Record]:
     console.print(f"reading {config.data_path}: every row and picture is checked")
     mode: Any = config.on_bad_sample
     keep = [] if config.keep_keys is None else [key.strip() for key in config.keep_keys.split(",")]
-    return load_records(str(config.data_path), config.image_folder, on_bad_sample=mode, keep_keys=keep)
+    return load_records(str(config.data_path), config.image_folder, mode, keep_keys=keep, taxonomy=config.concepts)
 
 
 def _check(dataset: PsaDataset) -> RowCheck:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from psa_fast.data import Record
 from psa_fast.data.keys import TEMPLATE
-from psa_fast.taxonomy import CLEAN, RISK_TYPES
 
 from .config import TrainConfig
 
@@ -22,7 +21,7 @@ def unlearnt_readings(records: Sequence[Record]) -> dict[str, bool]:
     found: dict[str, bool] = {}
     if not any(record.images and record.picture != (None, None) for record in records):
         found["neutral_query"] = False
-    if not any(record.words[0] not in (None, CLEAN) for record in records):
+    if not any(record.words[0] not in (None, record.taxonomy.harmless) for record in records):
         found["reads_text"] = False
     return found
 
@@ -100,7 +99,7 @@ def _check_labels(records: Sequence[Record], pictures: Sequence[Record], config:
     if len(types) == 1:
         (only,) = types
         warnings.append(
-            f"all {len(typed)} labelled pictures are of the type {RISK_TYPES[only or 0]!r}: "
+            f"all {len(typed)} labelled pictures are of the type {typed[0].taxonomy.types[only or 0]!r}: "
             f"the concept head learns to say so of any picture"
         )
     return warnings

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from psa_fast.taxonomy.heads import Taxonomy
+
 RISK_TYPES = (
     "politics",
     "illegal risk",
@@ -14,24 +16,14 @@ RISK_TYPES = (
 CLEAN = RISK_TYPES.index("clean")
 RISK_LEVELS = ("none", "low", "medium", "high")
 IGNORE_INDEX = -100
+PSA = Taxonomy("psa", RISK_TYPES, CLEAN, RISK_LEVELS)
 
 
 def type_id(value: int | str) -> int:
     """Id of a risk type given by id or name. Raises ValueError for an unknown one."""
-    return _lookup(value, RISK_TYPES, "safe_type")
+    return PSA.type_id(value)
 
 
 def level_id(value: int | str) -> int:
     """Id of a risk level given by id or name. Raises ValueError for an unknown one."""
-    return _lookup(value, RISK_LEVELS, "safe_level")
-
-
-def _lookup(value: int | str, names: tuple[str, ...], field: str) -> int:
-    if isinstance(value, str):
-        name = value.strip().lower()
-        if name in names:
-            return names.index(name)
-    elif isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
-        return value
-    choices = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-    raise ValueError(f"{field} is {value!r:.80}; expected one of: {choices}")
+    return PSA.level_id(value)
