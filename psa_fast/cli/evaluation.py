@@ -228,6 +228,7 @@ def _run(
     from psa_fast.evaluation.cards import shown_alone
     from psa_fast.evaluation.evaluate import batch_seconds, run_stage
     from psa_fast.evaluation.evaluate import unread as count_unread
+    from psa_fast.evaluation.forced_concepts import measure_interventions
     from psa_fast.evaluation.sharding import share_of
     from psa_fast.safety.load import addon_hash, load_guard, load_plain
 
@@ -280,7 +281,8 @@ def _run(
                 "batch_seconds": batch_seconds(times),
                 "neutral_question": guard.neutral_question,
             }
-            forced = ranks.from_first(partial(_forced, args, guard, records, image_folder))
+            intervene = partial(measure_interventions, guard, records, image_folder, args.intervene)
+            forced = ranks.from_first(partial(intervene, args.max_new_tokens, args.batch_size))
             reports[stage] = _stage_report(args, results, guard.has_head, facts, forced)
             everything[stage] = results
             unread[stage] = {name: count_unread(results, name == "guarded") for name in ("guarded", "unguarded")}
@@ -322,17 +324,6 @@ def _complete(
     found = with_looks(guard, records, results, image_folder, looks)
     out.merge(stage, (result.to_json() for result in found))
     return found
-
-
-def _forced(
-    args: argparse.Namespace, guard: Guard, records: Sequence[Record], image_folder: Path
-) -> dict[str, dict[str, Estimate]]:
-    """What interventions do, where that was asked for and there is a concept head."""
-    from psa_fast.evaluation.forced_concepts import measure_interventions
-
-    if args.intervene is None or not guard.has_head:
-        return {}
-    return measure_interventions(guard, records, image_folder, args.intervene, args.max_new_tokens, args.batch_size)
 
 
 def _kept(out: OutputFolder, stage: str, records: Sequence[Record]) -> dict[str, Result]:

@@ -28,23 +28,26 @@ def measure_interventions(
     guard: Guard,
     records: Sequence[Record],
     image_folder: str | Path,
-    most: int,
+    most: int | None,
     max_new_tokens: int = 32,
     batch_size: int = 128,
 ) -> dict[str, dict[str, Estimate]]:
     """Force every concept on harmless requests and clear the one that was read in flagged risky ones.
 
     Args:
-        guard: with a concept head.
+        guard: one without a concept head gives none.
         records: held out; those of the groups clean and benign_twin are harmless, risks are risky.
         image_folder: where image paths start.
-        most: requests of each kind, spread evenly over the records.
+        most: requests of each kind, spread evenly over the records; None: none.
         max_new_tokens: of an answer.
         batch_size: requests at once.
 
     Returns estimates by part ("all", a type, a level) and metric (`psa_fast.evaluation.report.INTERVENTIONS`). A part's
     requests are those that were forced to it, or that had been read as it.
     """
+
+    if most is None or not guard.has_head:
+        return {}
 
     def chosen(groups: Sequence[str]) -> list[Request]:
         from psa_fast.safety.request import Request
