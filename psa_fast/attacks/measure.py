@@ -13,7 +13,7 @@ import numpy as np
 
 from psa_fast.attacks.conditions import Case, Condition, Others
 from psa_fast.attacks.visible import keeps_regions
-from psa_fast.evaluation.evaluate import answer_records
+from psa_fast.evaluation.evaluate import answer_records, read_records
 from psa_fast.evaluation.metrics import Estimate, rate
 from psa_fast.evaluation.normalise import same_answer
 from psa_fast.evaluation.refusal import RefusalList, is_safe
@@ -84,10 +84,12 @@ def measure(
     seed: int,
     max_new_tokens: int = 32,
     batch_size: int = 64,
+    concepts_only: bool = False,
 ) -> tuple[list[Row], dict[str, Result]]:
     """Put the cases to the guard under a condition (None: as they are): a row for each group, and all results.
 
-    `plain` holds the results without a condition, by record. A case's draw depends on seed, condition and record alone.
+    `plain` holds the results without a condition, by record. With `concepts_only` the head reads, nothing is answered,
+    and what rests on answers is left out. A case's draw depends on seed, condition and record alone.
     """
     name = "none" if condition is None else condition.name
     began, cpu = time.perf_counter(), time.process_time()
@@ -103,9 +105,11 @@ def measure(
     results: list[Result] = []
     for start in range(0, len(changed), batch_size):
         part = changed[start : start + batch_size]
-        results += answer_records(
-            guard, [c.record for c in part], [c.pictures for c in part], max_new_tokens, words, keep_blocked=True
-        )
+        records, pictures = [c.record for c in part], [c.pictures for c in part]
+        if concepts_only:
+            results += read_records(guard, records, pictures, keep_blocked=True)
+        else:
+            results += answer_records(guard, records, pictures, max_new_tokens, words, keep_blocked=True)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
     about_places = {case.record.where for case in cases if _asks_where(case)}
     rows = []
@@ -115,7 +119,10 @@ def measure(
         facts: dict[str, Any] = {"n": len(mine), "blocked": len(mine) - len(read), "cut": left_out[group]}
         if guard.has_head:
             facts |= _of_risks(read, plain) if group in RISKS else _of_harmless(read, plain)
-        if group == "clean":
+        if concepts_only:
+            facts.pop("attack_success", None)
+            facts.pop("refused", None)
+        elif group == "clean":
             moved = condition is not None and condition.moves
             asked = [result for result in read if not (moved and result.where in about_places)]
             facts["accuracy"] = rate([same_answer(result.unguarded, result.target) for result in asked])

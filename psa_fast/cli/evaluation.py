@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_fast.cli.launch import Ranks, shared
-from psa_fast.cli.sources import STAGE_DIRS, Plan, add_sources, find_data, plan, spread
+from psa_fast.cli.sources import LONGEST, STAGE_DIRS, Plan, add_sources, find_data, plan, spread
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
@@ -103,7 +103,7 @@ def _check_concepts_only(args: argparse.Namespace, todo: Plan) -> None:
     if not todo.addons:
         raise ValueError("--concepts_only needs an add-on: give --run, --stage1, --stage2 or --stage NAME=DIR")
     for name, default in (
-        ("max_new_tokens", 32),
+        ("max_new_tokens", LONGEST),
         ("intervene", None),
         ("refusal_list", DEFAULT_LIST),
         ("refusal_mode", MODES[0]),

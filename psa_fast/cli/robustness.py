@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_fast.cli.sources import add_sources, find_data, plan
+from psa_fast.cli.sources import LONGEST, add_sources, find_data, plan
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
 from psa_fast.taxonomy import PSA
@@ -58,6 +58,10 @@ def register(subparsers: Subcommands) -> None:
         "--limit", type=int, metavar="N",
         help="records of each group (default: 100; as many as the budget, where all suites are attacks on pixels)",
     )  # fmt: skip
+    parser.add_argument(
+        "--concepts_only", action="store_true",
+        help="have the add-ons' concept heads read and answer nothing: flags alone, which cost little",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the changes (default: 0)")
     parser.set_defaults(func=robustness)
 
@@ -84,6 +88,12 @@ def robustness(args: argparse.Namespace) -> int:
         raise ValueError("the suite cloak and --fit_data need one another, and only one of them is given")
     if unknown := [name for name in chosen if name not in suites]:
         raise ValueError(f"--suite {shorten(unknown[0])}: expected all, or some of {', '.join(suites)}")
+    if args.concepts_only and (wrong := sorted(set(chosen) & set(white_box.SUITES))):
+        raise ValueError(
+            f"--concepts_only does nothing for the suite {wrong[0]}, whose attacks are judged by answers too"
+        )
+    if args.concepts_only and args.max_new_tokens != LONGEST:
+        raise ValueError("--max_new_tokens does nothing with --concepts_only, which answers nothing; leave it out")
     stages = [tuple(item.split("=", 1)) for item in args.stage]
     if wrong := [item for item in args.stage if "=" not in item]:
         raise ValueError(f"--stage {shorten(wrong[0])}: expected NAME=DIR")
@@ -110,13 +120,15 @@ def robustness(args: argparse.Namespace) -> int:
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
         "budget": args.budget if set(chosen) & set(white_box.SUITES) else None, "surrogates": surrogates,
     }  # fmt: skip
+    if args.concepts_only:
+        settings["concepts_only"] = True
     if fit_file is not None:
         settings["fit_data_sha256"] = _sha256(fit_file)
     with OutputFolder(Path(args.out)).claim() as out:
         done = _done(out.path, settings, args.overwrite)
         cases, others = _cases(file, image_folder, limit)
         fit_on = None if fit_file is None or fit_folder is None else _cases(fit_file, fit_folder, FIT_RECORDS)[0]
-        for stage in ("base", *todo.addons):
+        for stage in (*(() if args.concepts_only else ("base",)), *todo.addons):
             attacks = white_box.conditions(BUDGETS[args.budget], chosen, list(surrogates)) if stage != "base" else []
             cloaked: list[Condition | str] = (
                 [FITTED, *conditions(None)] if fit_on is not None and stage != "base" else []
@@ -270,8 +282,9 @@ def _stage(
                 else:
                     put = [case for case in mine if condition is None or condition.applies(case)]
                     rows, results = measure(
-                        guard, stage, condition, put, others, plain, words, args.seed, args.max_new_tokens
-                    )
+                        guard, stage, condition, put, others, plain, words, args.seed, args.max_new_tokens,
+                        concepts_only=args.concepts_only,
+                    )  # fmt: skip
                     plain = plain or results
                 done[stage, name] = [row.to_json() for row in rows]
                 with named(folder / PART), (folder / PART).open("a", encoding="utf-8") as stream:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 STAGE_DIRS = ("stage1", "stage2")
 
+LONGEST = 32  # tokens of an answer, unless --max_new_tokens says otherwise
+
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """Add the options that all measurements have."""
@@ -27,7 +29,9 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
         "--stage", action="append", default=[], metavar="NAME=DIR", help="a further add-on; may be given several times"
     )
     parser.add_argument("--policy", metavar="FILE", help="policy YAML of the guarded runs (default: the shipped one)")
-    parser.add_argument("--max_new_tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=LONGEST, metavar="N", help=f"longest answer (default: {LONGEST})"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder the report is written to")
     parser.add_argument("--overwrite", action="store_true", help="replace what other data or settings gave in --out")
 

@@ -136,17 +136,19 @@ def read_stage(guard: Guard, records: Sequence[Record], image_folder: str | Path
     return results
 
 
-def read_records(guard: Guard, records: Sequence[Record], pictures: Sequence[tuple[Any, ...]]) -> list[Result]:
+def read_records(
+    guard: Guard, records: Sequence[Record], pictures: Sequence[tuple[Any, ...]], keep_blocked: bool = False
+) -> list[Result]:
     """Read one batch of records about given pictures without an answer: its kind is "unread".
 
-    Raises ValueError, with file and line, for a record that cannot be asked.
+    `keep_blocked` and errors as for `answer_records`.
     """
     from psa_fast.safety.guard import Request
 
     requests = [Request(record.turns[:-1], row) for record, row in zip(records, pictures, strict=True)]
     verdicts = guard.verdicts(requests, len(requests))
     for record, verdict in zip(records, verdicts, strict=True):
-        if verdict.error is not None:
+        if verdict.error is not None and not keep_blocked:
             raise ValueError(f"{record.where}: {verdict.error}")
     pairs = zip(records, verdicts, strict=True)
     return [_result(record, verdict, ("", ""), ("unread", "unread")) for record, verdict in pairs]

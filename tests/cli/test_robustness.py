@@ -27,18 +27,18 @@ def run(world, tmp_path, capsys):
 def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path, monkeypatch):
     whole, asked = measure.measure, []
 
-    def stops(guard, stage, condition, *rest):
+    def stops(guard, stage, condition, *rest, **more):
         asked.append((stage, "none" if condition is None else condition.name))
         if asked[-1] == ("stage1", chosen[1]):
             raise KeyboardInterrupt
-        return whole(guard, stage, condition, *rest)
+        return whole(guard, stage, condition, *rest, **more)
 
     chosen = ["none", *(condition.name for condition in conditions(["pictures"]))]
     monkeypatch.setattr(measure, "measure", stops)
     assert run("--suite", "pictures", "--limit", 1)[0] == 130
     assert not (tmp_path / JSON).exists()
     before = (tmp_path / PART).read_text()
-    monkeypatch.setattr(measure, "measure", lambda *given: (asked.append(given[1:3]), whole(*given))[1])
+    monkeypatch.setattr(measure, "measure", lambda *given, **more: (asked.append(given[1:3]), whole(*given, **more))[1])
     asked.clear()
     assert run("--suite", "pictures", "--limit", 1)[0] == 0
     # the plain results, which the others are compared with, are taken again; of the base nothing is left to do
@@ -68,6 +68,17 @@ def test_a_cloak_is_fitted_on_one_world_and_tried_on_another(run, world, tmp_pat
     assert (tmp_path / "got_through" / "stage1-cloak.png").is_file()
 
 
+def test_heads_alone_find_what_they_find_with_answers(run, world, tmp_path, capsys):
+    stage, out = f"stage1={world / 'run' / 'stage1'}", tmp_path / "alone"
+    given = ("--data", world / "data", "--stage", stage, "--out", out, "--suite", "pictures", "--limit", 1)
+    assert cli.main(["robustness", "--concepts_only", *map(str, given)]) == 0
+    assert run("--suite", "pictures", "--limit", 1)[0] == 0
+    alone, whole = (json.loads((folder / JSON).read_text())["rows"] for folder in (out, tmp_path))
+    answers = ("attack_success", "refused", "accuracy", "seconds", "cpu_seconds")
+    kept = [{name: row[name] for name in row if name not in answers} for row in whole if row["stage"] != "base"]
+    assert [{name: row[name] for name in row if "seconds" not in name} for row in alone] == kept
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -82,6 +93,8 @@ def test_a_cloak_is_fitted_on_one_world_and_tried_on_another(run, world, tmp_pat
         (["--suite", "text", "--fit_data", "DATA"], "the suite cloak and --fit_data need one another"),
         (["--suite", "cloak", "--fit_data", "DATA"], "a cloak is fitted on others"),
         (["--suite", "cloak", "--fit_data", "nowhere"], "nowhere"),
+        (["--suite", "text,pixels", "--concepts_only"], "--concepts_only does nothing for the suite pixels"),
+        (["--suite", "text", "--concepts_only"], "--max_new_tokens does nothing with --concepts_only"),
     ],
 )
 def test_what_cannot_be_measured_is_named_before_a_model_is_loaded(run, world, monkeypatch, options, named):
