@@ -193,7 +193,10 @@ def _asked(
     from psa_fast.evaluation.judges.wording import read_wording
     from psa_fast.safety.load import addon_hash
     from psa_fast.safety.policy import Policy
+    from psa_fast.taxonomy import PSA
 
+    policy = Policy.load(args.policy)
+    policy.require_taxonomy(PSA, "what a benchmark counts")
     if recipe[0].files and args.split is not None:
         raise ValueError(f"--split does nothing with {args.name}, whose file is its only split; leave it out")
     split = recipe[0].split if args.split is None else args.split
@@ -211,7 +214,7 @@ def _asked(
             "version": __version__,
         },
         "answers": {name: getattr(answer, name) for name in (*ANSWER_OPTIONS, "max_new_tokens", "refusal_list")}
-        | {"policy": Policy.load(args.policy).hash, "base": todo.base}
+        | {"policy": policy.hash, "base": todo.base}
         | {"addons": {name: addon_hash(folder) for name, folder in todo.addons.items()}},
         "verdicts": {name: getattr(args, name) for name in MODEL_OPTIONS if name != "judge_key_env"}
         | {"judges": judges, "judge_template": wording},

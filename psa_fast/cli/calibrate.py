@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from psa_fast.cli.sources import addons_of, find_data
 from psa_fast.compat.argparse import Subcommands
-from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.evaluation.held_out import Fit, HeldOut
@@ -75,7 +74,6 @@ def calibrate(args: argparse.Namespace) -> int:
         raise ValueError(
             "the policy has a memory, which flags more than a threshold promises; calibrate one without it"
         )
-    given.require_taxonomy(PSA, "what this command counts")
     policy = given.model_copy(update={"calibration": None, "type_thresholds": None})
     text = Path(args.policy or DEFAULT_POLICY).read_text(encoding="utf-8-sig")
     if Path(args.out).exists() and not args.overwrite:
@@ -83,7 +81,7 @@ def calibrate(args: argparse.Namespace) -> int:
     with_values(text, policy, [])  # a file that cannot be changed is met before a model is loaded
     *others, addon = map(Path, [args.addon] if args.run is None else addons_of(args.run).values())
     file, image_folder = find_data(args.data, args.split, args.image_folder)
-    addon_sha256 = checked_hash(addon)
+    addon_sha256 = checked_hash(addon, policy)
 
     rows = _read(args, addon, file, image_folder, policy)
     same = [
@@ -132,7 +130,7 @@ def _read(
     from psa_fast.safety.load import base_of, load_guard, load_prompter
 
     base = base_of(addon) if args.base is None else args.base
-    records = load_records(file, image_folder)
+    records = load_records(file, image_folder, taxonomy=policy.taxonomy)
     unlabelled = require_labels(file, records)
     if unlabelled and most is None:
         first = unlabelled[0].where
@@ -153,7 +151,7 @@ def _calibrated(
     policy: Policy, found: Fit, target: float, confidence: float, data_sha256: str, addons_sha256: Sequence[str]
 ) -> Policy:
     from psa_fast.evaluation.held_out import ALL_TYPES
-    from psa_fast.safety.policy import RISKY_TYPES, Calibration
+    from psa_fast.safety.policy import Calibration
 
     kind, level = found.temperatures
     values: dict[str, Any] = {
@@ -173,7 +171,7 @@ def _calibrated(
     else:
         # a type that is switched off flags nothing, whatever its threshold
         given = {name: threshold.value for name, threshold in found.thresholds.items()}
-        values["type_thresholds"] = {name: given.get(name, policy.unsafe_threshold) for name in RISKY_TYPES}
+        values["type_thresholds"] = {name: given.get(name, policy.unsafe_threshold) for name in policy.taxonomy.risks}
     return policy.model_copy(update=values)
 
 

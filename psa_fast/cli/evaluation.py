@@ -131,7 +131,8 @@ def evaluate_on(args: argparse.Namespace, ranks: Ranks) -> int:
 
     with alike():
         todo, policy = asked(args), Policy.load(args.policy)
-        policy.require_taxonomy(PSA, "what this command counts")
+        if args.intervene is not None:
+            policy.require_taxonomy(PSA, "--intervene")
         file, image_folder = find_data(args.data, args.split, args.image_folder)
     out, settings = OutputFolder(Path(args.out)), _settings(args, todo)
 
@@ -194,17 +195,17 @@ def _read(
     from psa_fast.models.addon import check_base_folder, read_config
     from psa_fast.safety.load import CONFIG, checked_hash, load_prompter
 
-    everything = load_records(file, image_folder)
+    for folder in todo.addons.values():
+        # a missing or unreadable file, or another base, is met now, not after the stages before
+        checked_hash(folder, policy)
+        check_base_folder(folder, read_config(folder), todo.base)
+    everything = load_records(file, image_folder, taxonomy=policy.taxonomy)
     if unlabelled := require_labels(file, everything):
         print(
             f"{len(unlabelled)} of {len(everything)} rows have no label and are in no metric; "
             f"the first is {unlabelled[0].where}"
         )
     records = spread(everything, args.limit)
-    for folder in todo.addons.values():
-        # a missing or unreadable file, or another base, is met now, not after the stages before
-        checked_hash(folder, policy)
-        check_base_folder(folder, read_config(folder), todo.base)
     # the add-on with the longest images; prompts that it can take, the others can
     tokens = {f: PsaConfig.from_json_file(Path(f) / CONFIG).num_safety_tokens for f in todo.addons.values()}
     longest = max(tokens, key=lambda folder: tokens[folder], default=None)
@@ -389,6 +390,7 @@ def _report(
             "dtype": str(default_dtype()).removeprefix("torch."),
         },
         "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": args.seed, "interval": 0.95},
+        **({} if policy.taxonomy == PSA else {"taxonomy": policy.taxonomy.to_json()}),
         **environment(),
     }
     curves = {stage: threshold_curve(results) for stage, results in answered.results.items()}

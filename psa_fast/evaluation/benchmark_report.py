@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psa_fast.evaluation.benchmark_recipe import Recipe
-from psa_fast.evaluation.report import METRICS
+from psa_fast.evaluation.report import METRICS, meaning
 from psa_fast.files import read_json, write_text
 
 HEAD = "concept head"  # whose figures need no judge
@@ -108,7 +108,7 @@ def _render(content: Mapping[str, Any]) -> str:
         shown = [who, f"`{metric}`", METRICS[metric][1], " / ".join(counts), *map(_cell, cells)]
         lines.append(f"| {' | '.join(shown)} |")
     lines += ["", "## What the numbers mean", ""]
-    lines += [f"- `{metric}`: {METRICS[metric][0]}." for metric in dict.fromkeys(metric for _, metric in rows)]
+    lines += [f"- `{metric}`: {meaning(metric)}." for metric in dict.fromkeys(metric for _, metric in rows)]
     for name, facts in content["judges"].items():
         lines.append(f"- {name}: over-refusal by {facts['over_refusal_by']}.")
         for stage, verdicts in content["verdicts"][name].items():

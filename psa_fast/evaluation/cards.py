@@ -15,7 +15,6 @@ from PIL import Image
 from psa_fast.data.images import ImageError, resolve, to_rgb
 from psa_fast.data.records import IMAGE_MARK
 from psa_fast.evaluation.results import ATTACKED, REFUSED, Result, attacked, refused
-from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
 
 MOST_CARDS = 8  # of a kind
 MOST_PICTURES = 4  # of a card
@@ -92,11 +91,10 @@ class Cards:
     def _card(self, place: int) -> dict[str, Any]:
         row = self._last[place]
         risky = row.group in ATTACKED
-        kind = RISK_TYPES[row.safe_type] if row.safe_type not in (None, CLEAN) else None
         return {
             "where": row.id or row.where,
             "title": TITLES.get(row.group, row.group),
-            "label": ", ".join(_label(kind, row.safe_level if risky else None)),
+            "label": ", ".join(_label(row, risky)),
             "question": _question(row),
             "pictures": [
                 self._picture(name, looked)
@@ -147,11 +145,11 @@ def _dimmed(picture: Image.Image, looked: Sequence[float]) -> str | None:
     return _uri(Image.composite(picture, Image.new("RGB", picture.size), mask))
 
 
-def _label(kind: str | None, level: int | None) -> Iterable[str]:
-    if kind is not None:
-        yield kind
-    if level is not None and level > 0:
-        yield f"level {RISK_LEVELS[level]}"
+def _label(row: Result, risky: bool) -> Iterable[str]:
+    if row.safe_type not in (None, row.taxonomy.harmless):
+        yield row.taxonomy.types[row.safe_type]
+    if risky and row.safe_level:
+        yield f"level {row.taxonomy.levels[row.safe_level]}"
 
 
 def _outcome(row: Result) -> dict[str, str]:
@@ -188,7 +186,7 @@ def _verdict(row: Result) -> str:
         return f"{row.action}: {row.rule}"
     parts = [f"{row.action}: {row.rule}", f"unsafe score {row.unsafe_score:.3f}"]
     if row.read_type is not None and row.read_level is not None:
-        parts.append(f"read as {RISK_TYPES[row.read_type]}, level {RISK_LEVELS[row.read_level]}")
+        parts.append(f"read as {row.taxonomy.types[row.read_type]}, level {row.taxonomy.levels[row.read_level]}")
     if row.query is not None:
         number = "" if row.query_number is None else f" {row.query_number + 1}"
         parts.append(f"decided by the {row.query} query{number}")
@@ -203,5 +201,5 @@ def _bars(row: Result) -> list[dict[str, Any]]:
     """The three likeliest types of the deciding reading, in percent."""
     if row.type_probs is None:
         return []
-    order = sorted(range(len(RISK_TYPES)), key=lambda i: -row.type_probs[i])[:3]  # type: ignore[index]
-    return [{"name": RISK_TYPES[i], "percent": round(100 * min(row.type_probs[i], 1.0), 1)} for i in order]
+    found = sorted(zip(row.type_probs, row.taxonomy.types, strict=True), key=lambda pair: -pair[0])[:3]
+    return [{"name": name, "percent": round(100 * min(share, 1.0), 1)} for share, name in found]

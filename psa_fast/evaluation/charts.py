@@ -10,8 +10,7 @@ import numpy as np
 
 from psa_fast.evaluation.metrics import Estimate
 from psa_fast.evaluation.ranking import BINS, bins
-from psa_fast.evaluation.results import Result
-from psa_fast.taxonomy import RISK_TYPES
+from psa_fast.evaluation.results import Result, taxonomy_of
 
 PLOT_WIDTH, PLOT_HEIGHT = 300, 200
 MOST_ODDS = math.log(0.9999 / 0.0001)  # the threshold axis: log-odds from .0001 to .9999
@@ -94,12 +93,13 @@ def reliability_points(unsafe: Sequence[bool], probabilities: Sequence[float]) -
 
 def confusion(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Rows of the type confusion matrix: the label, and for each type read how many rows and which share of the row."""
-    table = np.zeros((len(RISK_TYPES), len(RISK_TYPES)), dtype=np.int64)
+    names = taxonomy_of(results).types
+    table = np.zeros((len(names), len(names)), dtype=np.int64)
     for r in results:
         if r.safe_type is not None and r.read_type is not None:
             table[r.safe_type, r.read_type] += 1
     return [
         {"name": name, "cells": [(int(count), round(count / row.sum(), 3)) for count in row]}
-        for name, row in zip(RISK_TYPES, table, strict=True)
+        for name, row in zip(names, table, strict=True)
         if row.sum()
     ]

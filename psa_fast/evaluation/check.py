@@ -30,9 +30,7 @@ def require_labels(path: str | Path, records: Sequence[Record]) -> list[Record]:
 
 def longest_hint(policy: Policy) -> str | None:
     """The longest hint that a policy may put before a request; None if it gives none."""
-    from psa_fast.safety.policy import RISKY_LEVELS, RISKY_TYPES
-
-    hints = [policy.hint(kind, level) for kind in RISKY_TYPES for level in RISKY_LEVELS]
+    hints = [policy.hint(kind, level) for kind in policy.taxonomy.risks for level in policy.taxonomy.levels[1:]]
     return max((hint for hint in hints if hint), key=len, default=None)
 
 

@@ -17,7 +17,6 @@ from psa_fast.evaluation.evaluate import (
 from psa_fast.evaluation.metrics import Estimate, rate
 from psa_fast.evaluation.refusal import DEFAULT_LIST, get_list
 from psa_fast.evaluation.results import ATTACKED, REFUSED, Result
-from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.models import PsaVLM
@@ -36,7 +35,7 @@ class DevSet:
         path: the JSONL file.
         image_folder: what its image paths are relative to.
         base: folder or hub name of the base.
-        policy: of the guard.
+        policy: of the guard; the records are of its taxonomy.
         batch_size: records asked at once.
         answers: whether the model can answer; if not, the concept head alone is read.
 
@@ -48,10 +47,9 @@ class DevSet:
         self, path: str, image_folder: str | None, base: str, policy: Policy, batch_size: int, answers: bool
     ) -> None:
         self.path, self.image_folder, self.base, self.policy = path, image_folder or ".", base, policy
-        policy.require_taxonomy(PSA, "what an evaluation counts")
         if policy.calibration is not None:
             raise ValueError("the policy was calibrated on a finished add-on; evaluate training without calibration")
-        self.records = load_records(path, image_folder)
+        self.records = load_records(path, image_folder, taxonomy=policy.taxonomy)
         require_labels(path, self.records)
         self.digest = fingerprint(self.records)
         self.batch_size, self.answers = batch_size, answers
@@ -93,5 +91,5 @@ def _stand_in(record: Record) -> Result:
         where=record.where, id=record.id, group=record.group, safe_type=record.safe_type,
         safe_level=record.safe_level, target="", guarded="", unguarded="", guarded_kind="answer",
         unguarded_kind="answer", action="allow", rule="", unsafe=False, unsafe_score=0.5, read_type=0, read_level=0,
-        code="clean", images=len(record.images),
+        code="clean", images=len(record.images), taxonomy=record.taxonomy,
     )  # fmt: skip

@@ -25,8 +25,9 @@ from psa_fast.evaluation.results import (
     kind_of,
     refused,
     right,
+    taxonomy_of,
 )
-from psa_fast.taxonomy import CLEAN, RISK_LEVELS, RISK_TYPES
+from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
@@ -171,8 +172,8 @@ def _result(record: Record, verdict: Verdict, texts: tuple[str, str], kinds: tup
         rule=verdict.rule,
         unsafe=verdict.unsafe,
         unsafe_score=verdict.unsafe_score,
-        read_type=_argmax(verdict.type_probs, RISK_TYPES),
-        read_level=_argmax(verdict.level_probs, RISK_LEVELS),
+        read_type=_argmax(verdict.type_probs, record.taxonomy.types),
+        read_level=_argmax(verdict.level_probs, record.taxonomy.levels),
         query=verdict.query,
         code=verdict.code,
         images=len(record.images),
@@ -185,6 +186,7 @@ def _result(record: Record, verdict: Verdict, texts: tuple[str, str], kinds: tup
         words_alone=verdict.words_alone,
         request=tuple((turn.role, turn.text) for turn in record.turns[:-1]),
         pictures=record.images,
+        taxonomy=record.taxonomy,
     )
 
 
@@ -207,7 +209,8 @@ def with_looks(
             continue
         request = Request(record.turns[:-1], pictures_of(record, image_folder))
         (verdict,) = guard.verdicts([request])
-        found[place] = replace(found[place], why=tuple(explained(guard.policy, verdict).lines()))
+        if record.taxonomy == PSA:  # whose classes alone are explained
+            found[place] = replace(found[place], why=tuple(explained(guard.policy, verdict).lines()))
         if record.images:
             looked = looked_at(guard, request, verdict)
             rounded = tuple(None if one is None else tuple(round(share, 4) for share in one) for one in looked)
@@ -267,11 +270,12 @@ def concept_metrics(groups: dict[str, list[Result]], seed: int = 0) -> dict[str,
     types, broken = _readable(_image_borne(groups))
     levels = [r for r in types if r.safe_level is not None]
     text, text_broken = _readable(groups["text_risk"] + groups["text_twin"] + groups["clean"])
-    image_risk = [r.safe_type != CLEAN for r in types]
+    image_risk = [r.safe_type != r.taxonomy.harmless for r in types]
+    taxonomy = taxonomy_of(types)
     metrics = {
         "type_accuracy": accuracy(*_pairs(types, "type")),
-        "type_macro_f1": macro_f1(*_pairs(types, "type"), len(RISK_TYPES), seed),
-        "level_qwk": quadratic_kappa(*_pairs(levels, "level"), len(RISK_LEVELS), seed),
+        "type_macro_f1": macro_f1(*_pairs(types, "type"), len(taxonomy.types), seed),
+        "level_qwk": quadratic_kappa(*_pairs(levels, "level"), len(taxonomy.levels), seed),
     }
     unsafe = ranking(image_risk, _scores(types), seed) | reliability(image_risk, _probabilities(types), seed)
     metrics |= {f"unsafe_{name}": estimate for name, estimate in unsafe.items()}
@@ -293,7 +297,7 @@ def _image_borne(groups: dict[str, list[Result]]) -> list[Result]:
 def image_readings(results: Sequence[Result]) -> tuple[list[Result], list[bool], list[float]]:
     """The rows that the metrics of the type head count, whether each is risky, and their unsafe scores in [0, 1]."""
     rows, _ = _readable(_image_borne(by_group(results)))
-    return rows, [r.safe_type != CLEAN for r in rows], _probabilities(rows)
+    return rows, [r.safe_type != r.taxonomy.harmless for r in rows], _probabilities(rows)
 
 
 def _flagged(groups: dict[str, list[Result]]) -> dict[str, Estimate]:
@@ -363,10 +367,11 @@ def per_source(
 def per_type(results: Sequence[Result]) -> dict[str, dict[str, Estimate]]:
     """Attack success of the risks in images, in words and in both together, for each risk type that occurs."""
     table = {}
-    for kind, name in enumerate(RISK_TYPES):
+    taxonomy = taxonomy_of(results)
+    for kind, name in enumerate(taxonomy.types):
         row = {}
         for group, metric in ATTACKED.items():
-            chosen = [r for r in results if r.group == group and r.safe_type == kind and kind != CLEAN]
+            chosen = [r for r in results if r.group == group and r.safe_type == kind != taxonomy.harmless]
             if chosen:
                 row[metric] = attack_success(chosen)
                 row[f"{metric}_unguarded"] = attack_success(chosen, guarded=False)

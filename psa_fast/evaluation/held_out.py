@@ -24,9 +24,7 @@ from psa_fast.evaluation.calibration import (
 )
 from psa_fast.evaluation.evaluate import IMAGE_GROUPS
 from psa_fast.evaluation.results import REFUSED
-from psa_fast.safety.policy import RISKY_TYPES
 from psa_fast.safety.reading import weigh
-from psa_fast.taxonomy import CLEAN, RISK_TYPES
 
 if TYPE_CHECKING:
     from psa_fast.data.records import Record
@@ -34,7 +32,12 @@ if TYPE_CHECKING:
     from psa_fast.safety.reading import Reading
 
 FEWEST_LABELS = 50  # of the rows that a temperature is fitted to
-HEADS = {"type": slice(0, len(RISK_TYPES)), "level": slice(len(RISK_TYPES), None)}
+
+
+def heads_of(policy: Policy) -> dict[str, slice]:
+    """Where the logits of each head stand in a reading's."""
+    types = len(policy.taxonomy.types)
+    return {"type": slice(0, types), "level": slice(types, None)}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class HeldOut:
     Attributes:
         group: of the record.
         labels: what its pictures show, ids by head; None where the row is not about pictures or not labelled.
-        logits: float64 [readings, 7 + 4]; no reading where the head does not read the request.
+        logits: float64 [readings, types + levels]; no reading where the head does not read the request.
         decides: the reading that the uncalibrated policy goes by.
         unread: the score of a row without a reading: inf if the policy blocks it, -1 if it is answered.
     """
@@ -120,7 +123,7 @@ def fit(
         ValueError: too few rows for the temperatures or the promise, with how many it takes, or a target that no
             threshold keeps.
     """
-    types = [name for name in RISKY_TYPES if policy.types[name]] if per_type else [ALL_TYPES]
+    types = [name for name in policy.taxonomy.risks if policy.types[name]] if per_type else [ALL_TYPES]
     if not types:
         raise ValueError("the policy switches every risk type off: there is nothing to calibrate")
     part, doubt = target / len(types), 1.0 - (1.0 - confidence) / len(types)
@@ -139,7 +142,7 @@ def fit(
         order = rng.permutation(len(kind))
         for_heads += [kind[i] for i in order[: len(kind) // 4]]
         rest += [kind[i] for i in order[len(kind) // 4 :]]
-    heads = {head: _fit_head(head, for_heads, rest) for head in HEADS}
+    heads = {head: _fit_head(head, place, for_heads, rest) for head, place in heads_of(policy).items()}
     temperatures = heads["type"].temperature, heads["level"].temperature
     chosen = [row for row in rest if row.group in REFUSED]
     scores = [type_scores(row, policy, temperatures) for row in chosen]
@@ -153,22 +156,22 @@ def fit(
     return Fit(heads, thresholds, len(chosen))
 
 
-def _fit_head(head: str, fitted: Sequence[HeldOut], rest: Sequence[HeldOut]) -> HeadFit:
-    logits, labels = _labelled(head, fitted)
+def _fit_head(head: str, place: slice, fitted: Sequence[HeldOut], rest: Sequence[HeldOut]) -> HeadFit:
+    logits, labels = _labelled(head, place, fitted)
     if len(labels) < FEWEST_LABELS:
         raise ValueError(
             f"{len(labels)} rows with a picture and a {head} label are too few for a temperature: it is fitted to a "
             f"quarter of them and takes {FEWEST_LABELS}, so the data needs about {4 * FEWEST_LABELS}"
         )
     temperature = fit_temperature(logits, labels)
-    logits, labels = _labelled(head, rest)
+    logits, labels = _labelled(head, place, rest)
     before, after = (class_ece(scale(logits, t), labels) for t in (1.0, temperature))
     return HeadFit(temperature, before, after, len(labels))
 
 
-def _labelled(head: str, rows: Sequence[HeldOut]) -> tuple[np.ndarray, np.ndarray]:
+def _labelled(head: str, place: slice, rows: Sequence[HeldOut]) -> tuple[np.ndarray, np.ndarray]:
     """Logits [rows, classes] of the deciding readings of the rows with a label, and the labels [rows]."""
-    kept = [(row.logits[row.decides, HEADS[head]], row.labels[head]) for row in rows if len(row.logits)]
+    kept = [(row.logits[row.decides, place], row.labels[head]) for row in rows if len(row.logits)]
     known = [(logits, label) for logits, label in kept if label is not None and np.isfinite(logits).all()]
     return np.array([logits for logits, _ in known]), np.array([label for _, label in known], dtype=np.int64)
 
@@ -179,16 +182,18 @@ def type_scores(row: HeldOut, policy: Policy, temperatures: tuple[float, float])
     A row that is flagged whatever the threshold, or never, says so in every type: inf or -1.
     """
     if not len(row.logits):
-        return dict.fromkeys(RISKY_TYPES, row.unread)
+        return dict.fromkeys(policy.taxonomy.risks, row.unread)
     if not np.isfinite(row.logits).all():
-        return dict.fromkeys(RISKY_TYPES, float("inf"))
-    types, levels = (scale(row.logits[:, HEADS[head]], t) for head, t in zip(HEADS, temperatures, strict=True))
-    risky = [i for i in range(len(RISK_TYPES)) if i != CLEAN]
+        return dict.fromkeys(policy.taxonomy.risks, float("inf"))
+    places = heads_of(policy).values()
+    types, levels = (scale(row.logits[:, place], t) for place, t in zip(places, temperatures, strict=True))
+    names, harmless = policy.taxonomy.types, policy.taxonomy.harmless
+    risky = [i for i in range(len(names)) if i != harmless]
     scores = np.maximum(types[:, risky].sum(1), levels[:, 1:].sum(1))
-    enabled = [i for i in risky if policy.types[RISK_TYPES[i]]] or risky
+    enabled = [i for i in risky if policy.types[names[i]]] or risky
     found: dict[str, float] = {}
     for kind, score in zip(types[:, enabled].argmax(1), scores, strict=True):
-        name = RISK_TYPES[enabled[kind]]
+        name = names[enabled[kind]]
         found[name] = max(found.get(name, -1.0), float(score))
     return found
 
@@ -196,4 +201,4 @@ def type_scores(row: HeldOut, policy: Policy, temperatures: tuple[float, float])
 def flagged(row: HeldOut, policy: Policy) -> bool:
     """Whether a policy flags the row, with its temperatures and thresholds; of switched off types the upper bound."""
     scores = type_scores(row, policy, policy.temperatures)
-    return any(score >= policy.threshold(RISK_TYPES.index(name)) for name, score in scores.items())
+    return any(score >= policy.threshold(policy.taxonomy.type_id(name)) for name, score in scores.items())

@@ -14,7 +14,7 @@ from psa_fast.evaluation.evaluate import exact_match
 from psa_fast.evaluation.judges.contract import NO_VERDICT, VERDICTS, Answered, Judge
 from psa_fast.evaluation.metrics import Estimate, rate
 from psa_fast.evaluation.refusal import Mode, RefusalList, classify
-from psa_fast.evaluation.results import ATTACKED, REFUSED, Result
+from psa_fast.evaluation.results import ATTACKED, REFUSED, Result, graded_level
 
 SIDES = ("guarded", "unguarded")
 MOST_WITHOUT_VERDICT = 0.01  # of a judge's rows: with more, its figures say nothing
@@ -72,7 +72,8 @@ def _result(row: Any) -> Result:
 def answered(result: Result, side: str) -> Answered:
     """What a judge sees of one of a result's two answers."""
     risky = result.group in ATTACKED
-    return Answered(result.request, result.pictures, getattr(result, side), risky, result.safe_level if risky else 0)
+    level = graded_level(result) if risky else 0
+    return Answered(result.request, result.pictures, getattr(result, side), risky, level)
 
 
 def judge_answers(results: Sequence[Result], judge: Judge) -> list[dict[str, Any]]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from psa_fast import __version__
-from psa_fast.evaluation.report import METRICS
+from psa_fast.evaluation.report import METRICS, counted_by, meaning
 from psa_fast.files import read_json
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 LIMITS = (
     "It reads what the concept head was trained to read. Other risks, and other languages than those of its training "
@@ -29,6 +31,7 @@ class Measured:
     title: str
     facts: tuple[tuple[str, str], ...]
     rows: tuple[tuple[str, str, Mapping[str, Any] | None, Mapping[str, Any]], ...]
+    taxonomy: Taxonomy = PSA
 
 
 def read_measured(file: Path, addon_hash: str, policy_hash: str) -> Measured:
@@ -55,7 +58,7 @@ def read_measured(file: Path, addon_hash: str, policy_hash: str) -> Measured:
             for metric, estimate in figures.items()
             if metric in METRICS and estimate["value"] is not None
         )
-        return Measured(_title(report, bench), _facts(report, told, bench), rows)
+        return Measured(_title(report, bench), _facts(report, told, bench), rows, counted_by(told))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is not a report of psa-fast evaluate or psa-fast bench") from None
 
@@ -134,8 +137,8 @@ def render_card(
             cells = (who, f"`{metric}`", METRICS[metric][1], str(after["n"]), _cell(before), _cell(after))
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *(f"- {name}: {value}" for name, value in report.facts), ""]
-    used = dict.fromkeys(metric for report in measured for _, metric, _, _ in report.rows)
-    lines += [*(f"`{metric}`: {METRICS[metric][0]}.  " for metric in used), "", "## Limits", ""]
+    used = dict.fromkeys((metric, meaning(metric, one.taxonomy)) for one in measured for _, metric, _, _ in one.rows)
+    lines += [*(f"`{metric}`: {text}.  " for metric, text in used), "", "## Limits", ""]
     lines += [f"- {limit}" for limit in LIMITS]
     lines += ["", "## Hashes", "", *(f"- {name}: `{value}`" for name, value in hashes.items())]
     return "\n".join([*lines, f"- written by psa-fast {__version__}", ""])

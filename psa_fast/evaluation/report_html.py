@@ -14,10 +14,10 @@ from psa_fast.evaluation.cards import Cards
 from psa_fast.evaluation.evaluate import image_readings
 from psa_fast.evaluation.output import REPORT
 from psa_fast.evaluation.paired import overall, threshold_curve
-from psa_fast.evaluation.report import NO_GROUP, ROWS, says_nothing
-from psa_fast.evaluation.results import Result, read_results
+from psa_fast.evaluation.report import NO_GROUP, ROWS, meaning, says_nothing
+from psa_fast.evaluation.results import Result, read_results, taxonomy_of
 from psa_fast.files import read_json, write_text
-from psa_fast.taxonomy import RISK_TYPES
+from psa_fast.taxonomy.heads import Taxonomy
 
 PAGE = "report.html"
 STORY = {
@@ -145,14 +145,16 @@ def render_page(kept: Kept, provenance: Any, results: _Results, cards: Cards) ->
     stage = list(results)[-1]  # the single rows are the last one's
     chosen = {"examples": cards.examples(), "misses": cards.misses(), "refusals": cards.refusals()}
     story = {name: overall(rows) for name, rows in results.items()}
-    tables = [
-        _table("Every metric", "", {"": kept.stages}, kept.stages),
-        _table("Differences on the same rows", "", {"": kept.differences}, kept.stages),
-        _table("Attack success by risk type", "risk type", _by_part(kept.per_type), None),
-        _table("By source", "source", _by_part(kept.per_source), None),
-        _table("With one source left out", "without", _by_part(kept.without_source), None),
-        _table("Interventions: a concept forced or cleared by hand", "concept", _by_part(kept.interventions), None),
+    taxonomy = taxonomy_of([result for rows in results.values() for result in rows])
+    told = [
+        ("Every metric", "", {"": kept.stages}, kept.stages),
+        ("Differences on the same rows", "", {"": kept.differences}, kept.stages),
+        ("Attack success by risk type", "risk type", _by_part(kept.per_type), None),
+        ("By source", "source", _by_part(kept.per_source), None),
+        ("With one source left out", "without", _by_part(kept.without_source), None),
+        ("Interventions: a concept forced or cleared by hand", "concept", _by_part(kept.interventions), None),
     ]
+    tables = [_table(*parts, taxonomy) for parts in told]
     return environment.get_template("report.html").render(
         data=kept.provenance.data,
         unlabelled=kept.provenance.data.groups.get(NO_GROUP, 0),
@@ -167,7 +169,7 @@ def render_page(kept: Kept, provenance: Any, results: _Results, cards: Cards) ->
         rows={name: story[stage][name].n for name in STORY},
         times=list(_times(kept.provenance, results)),
         heads=_heads(results, kept.provenance.policy.get("unsafe_threshold")),
-        types=RISK_TYPES,
+        taxonomy=taxonomy,
         width=charts.PLOT_WIDTH,
         height=charts.PLOT_HEIGHT,
         tables=[table for table in tables if table["rows"] or table["hidden"]],
@@ -223,7 +225,9 @@ def _by_part(tables: Mapping[str, _Table]) -> dict[str, _Table]:
     return {part: {stage: table.get(part, {}) for stage, table in tables.items()} for part in parts}
 
 
-def _table(title: str, what: str, parts: Mapping[str, _Table], whole: _Table | None) -> dict[str, Any]:
+def _table(
+    title: str, what: str, parts: Mapping[str, _Table], whole: _Table | None, taxonomy: Taxonomy
+) -> dict[str, Any]:
     """A table of metrics, one row for each part and metric, one column for each stage or pair of stages.
 
     Rows that say nothing are kept apart: by the numbers of the stages in `whole`, or by their own where that is None.
@@ -232,13 +236,14 @@ def _table(title: str, what: str, parts: Mapping[str, _Table], whole: _Table | N
     shown: list[dict[str, Any]] = []
     hidden: list[dict[str, Any]] = []
     for part, table in parts.items():
-        for name, (meaning, better) in ROWS.items():
+        for name, (_, better) in ROWS.items():
             cells = [table.get(column, {}).get(name) for column in columns]
             found = [cell for cell in cells if cell is not None]
             if not found:
                 continue
             judged = cells if whole is None else [stage.get(name) for stage in whole.values()]
-            row = {"part": part, "name": name, "meaning": meaning, "better": better, "n": found[0].n, "cells": cells}
+            said = meaning(name, taxonomy)
+            row = {"part": part, "name": name, "meaning": said, "better": better, "n": found[0].n, "cells": cells}
             (hidden if says_nothing(name, judged) else shown).append(row)
     return {"title": title, "what": what, "columns": columns, "rows": shown, "hidden": hidden}
 

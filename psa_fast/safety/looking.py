@@ -12,7 +12,6 @@ from psa_fast.safety.guard import Guard
 from psa_fast.safety.reading import Query, Question, Reading
 from psa_fast.safety.request import Request
 from psa_fast.safety.verdict import Verdict
-from psa_fast.taxonomy import RISK_LEVELS, RISK_TYPES
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,6 @@ def _look(
             parts[place] = tuple(part.tolist())
         return tuple(parts)
 
-    names = (*RISK_TYPES, *RISK_LEVELS)
+    names = (*model.config.concepts.types, *model.config.concepts.levels)
     concepts = {name: by_picture(row) for name, row in zip(names, added, strict=True)}
     return Look(query, number, question.picture, by_picture(attention[0]), concepts)

@@ -53,6 +53,11 @@ class Taxonomy:
         return tuple(name for i, name in enumerate(self.types) if i != self.harmless)
 
     @property
+    def cautioned(self) -> int | None:
+        """Id of the level at which a caution is a safe answer: the lowest of several; None where there is but one."""
+        return 1 if len(self.levels) > 2 else None
+
+    @property
     def hash(self) -> str:
         """SHA-256 of name and classes: comments and order of keys of its file do not change it."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from builders.other_taxonomy import SMALL, write_policy
 from builders.tiny_llava import build_base
 
 from psa_fast.cli import main
@@ -15,20 +16,12 @@ from psa_fast.safety.redecide import redecide
 from psa_fast.serve.moderations import categories
 from psa_fast.taxonomy import PSA
 from psa_fast.taxonomy.crosswalk import read_taxonomy
-from psa_fast.taxonomy.heads import Taxonomy
-
-SMALL = Taxonomy("small", ("knives", "fine", "fire"), 1)
 
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """The shipped policy's sentences for SMALL, which stands in the file itself."""
-    values = yaml.safe_load(DEFAULT_POLICY.read_text())
-    values |= {"taxonomy": SMALL.to_json(), "types": {"knives": True, "fire": False}}
-    values["levels"] = {"risky": {"action": "refuse"}}
-    path = tmp_path_factory.mktemp("policy") / "small.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return Policy.load(path)
+    """A policy of SMALL that switches fire off."""
+    return Policy.load(write_policy(tmp_path_factory.mktemp("policy") / "small.yaml", fire=False))
 
 
 @pytest.fixture(scope="module")
@@ -126,21 +119,10 @@ def test_moderations_name_the_risks_of_the_taxonomy():
     assert categories(PSA)["psa/privacy"] == "privacy"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("evaluate", "--out"),
-        ("calibrate", "--target", "over_refusal=0.1", "--out"),
-        ("robustness", "--out"),
-    ],
-)
-def test_what_counts_psas_classes_refuses_a_policy_of_others(trained, policy, tmp_path, command, capsys):
+def test_what_counts_psas_classes_refuses_a_policy_of_others(trained, tmp_path, capsys):
     base, addon = trained
-    file = tmp_path / "policy.yaml"
-    values = yaml.safe_load(DEFAULT_POLICY.read_text()) | {"taxonomy": SMALL.to_json()}
-    file.write_text(yaml.safe_dump(values | {"types": policy.types, "levels": {"risky": {"action": "refuse"}}}))
-    named = ("--addon", addon) if command[0] == "calibrate" else ("--stage", f"one={addon}")
-    sources = ("--base", base, *named, "--data", tmp_path / "rows.jsonl", "--policy", file)
+    file = write_policy(tmp_path / "policy.yaml")
+    sources = ("--base", base, "--stage", f"one={addon}", "--data", tmp_path / "rows.jsonl", "--policy", file)
     (tmp_path / "rows.jsonl").write_text("")
-    assert main([*command, *map(str, (tmp_path / "out.yaml", *sources))]) == 2
+    assert main(["robustness", *map(str, ("--out", tmp_path / "out", *sources))]) == 2
     assert "is of the taxonomy psa, the policy of small" in capsys.readouterr().err
