@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from builders import tiny_families, tiny_llava
@@ -245,3 +246,19 @@ def test_weights_of_another_layout_are_not_taken_along(base, exported, tmp_path)
     assert names & {"consolidated.safetensors", "pytorch_model.bin", "LICENSE.txt"} == {"LICENSE.txt"}
     assert "the base's" not in (tmp_path / "out" / "README.md").read_text()
     assert load_file(tmp_path / "out" / SAFETY_TOKENS).keys() == {SAFETY_KEY}
+
+
+def test_a_base_of_the_hub_is_named_with_its_commit(base, tmp_path, monkeypatch):
+    commit, cache = "1" * 40, tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = cache / "models--some--base"
+    shutil.copytree(base, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    addon = trained("some/base", tmp_path / "addon", lora=True)
+    assert export(addon, tmp_path / "out") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: some/base\n" in card
+    assert f"`some/base`, commit `{commit}`" in card
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
