@@ -5,6 +5,7 @@ import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,6 +206,16 @@ def test_an_engine_that_is_down_is_an_error_and_asked_once_a_batch(guard, engine
     with pytest.raises(EngineDown, match="no connection"):
         writer.answer(ASKED[:2])
     assert asked == len(engine.bodies) == 1
+
+
+def test_what_the_engine_cannot_take_is_refused(guard, engine):
+    with pytest.raises(ApiError, match="one picture a request") as refused:
+        behind(guard, engine, policy(1.0)).answer([Request(f"<image> <image> {QUESTION}", (png(1), png(2)))])
+    assert refused.value.status == 400
+    varying = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(image_tokens=None)))
+    with pytest.raises(ValueError, match="pictures differ in their tokens"):
+        VllmEngine(varying, engine.url, "merged")
+    assert engine.bodies == []
 
 
 def whole(**changes):
