@@ -118,7 +118,11 @@ class VllmEngine:
 
 def check_engine(url: str, key: str | None) -> None:
     """Raise ValueError for an address or key that cannot be used."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+        _ = parts.port  # looked at on use alone
+    except ValueError as error:
+        raise ValueError(f"--engine {shorten(url)}: {error}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"--engine {shorten(url)}: expected http://HOST:PORT/v1")
     if parts.username or parts.password or parts.query or parts.fragment:

@@ -253,6 +253,7 @@ def test_a_redirect_is_not_followed(guard, engine):
         (["--engine", "http://host/v1"], "--engine needs --engine_model"),
         (["--engine", "http://host/v1", "--engine_model", "m"], "give --max_images 1"),
         (["--engine", "file:///etc", "--engine_model", "m", "--max_images", "1"], "expected http://HOST:PORT/v1"),
+        (["--engine", "http://host:70000/v1", "--engine_model", "m", "--max_images", "1"], "Port out of range"),
         (["--engine", "http://u:p@host/v1", "--engine_model", "m", "--max_images", "1"], "leave out user, password"),
     ],
 )
