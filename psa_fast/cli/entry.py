@@ -26,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         data,
         evaluation,
         explain,
+        export,
         generate,
         judge,
         plan,
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (
         data, bases, sandbox, train, plan, generate, explain, serve, score,
-        evaluation, report_page, calibrate, judge, bench, ability, robustness, publish,
+        evaluation, report_page, calibrate, judge, bench, ability, robustness, publish, export,
     ):  # fmt: skip
         command.register(subparsers)
     return parser

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -12,6 +13,7 @@ from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten, shown
 
 AUDIT_MB = 100
+ENGINE_KEY = "PSA_FAST_ENGINE_KEY"
 NEEDED = "this command needs fastapi, uvicorn and prometheus-client: pip install 'psa-fast[serve]'"
 
 
@@ -48,6 +50,10 @@ def register(subparsers: Subcommands) -> None:
         "--open", action="store_true", help="listen on an address that others reach, without any API key"
     )
     parser.add_argument("--ui", action="store_true", help="serve a small page at / too, to try it in a browser")
+    parser.add_argument(
+        "--engine", metavar="URL", help="vLLM server (http://HOST:PORT/v1) of the exported model, to write the answers"
+    )
+    parser.add_argument("--engine_model", metavar="NAME", help="what the engine calls the exported model")
     helps = {
         "model_name": "what clients call the model",
         "max_body_mb": "largest body of a request, in MiB",
@@ -95,6 +101,7 @@ def serve(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--host {shorten(args.host)} is reached by others and there is no API key; give --api_keys FILE, or --open"
         )
+    _check_engine(args)
     policy = Policy.load(args.policy)
     shadow = None if args.shadow is None else Policy.load(args.shadow)
     server, uvicorn = _server_modules()
@@ -103,6 +110,10 @@ def serve(args: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     guard = load_guard(args.model, args.base, policy)
+    if args.engine is not None:
+        from psa_fast.serve.vllm_engine import VllmEngine
+
+        guard.writer = VllmEngine(guard, args.engine, args.engine_model, os.environ.get(ENGINE_KEY), settings.timeout)
     if shadow is not None:
         shadow.require_model(guard.model_hash)
     audit = None if args.audit is None else AuditLog(args.audit, args.audit_mb or AUDIT_MB)
@@ -112,6 +123,21 @@ def serve(args: argparse.Namespace) -> int:
         app, host=args.host, port=args.port, log_config=None, timeout_graceful_shutdown=max(1, int(settings.timeout))
     )
     return 0
+
+
+def _check_engine(args: argparse.Namespace) -> None:
+    """Raise ValueError for an engine that cannot be asked."""
+    if args.engine is None:
+        if args.engine_model is not None:
+            raise ValueError("--engine_model does nothing without --engine")
+        return
+    if args.engine_model is None:
+        raise ValueError("--engine needs --engine_model, the name that the engine knows the exported model by")
+    if args.max_images != 1:
+        raise ValueError("--engine takes one picture a request: give --max_images 1")
+    from psa_fast.serve.vllm_engine import check_engine
+
+    check_engine(args.engine, os.environ.get(ENGINE_KEY))
 
 
 def _server_modules() -> tuple[Any, Any]:

@@ -19,14 +19,14 @@ def commit_at(config: Any) -> str | None:
     return getattr(config, "_commit_hash", None)
 
 
-def mark_adapter(model: Any) -> None:
-    """Tell transformers that PEFT has put an adapter into the model.
+def mark_adapter(model: Any, present: bool = True) -> None:
+    """Tell transformers that PEFT has put an adapter into the model, or that there is none any more.
 
     Without the flag `save_pretrained` would write weights under names with `base_layer`, which no stock model reads;
     with it, the adapter, or a refusal of an old PEFT. Publicly it is set by `model.add_adapter` alone, which refuses
     every PEFT below a version of its choosing.
     """
-    model._hf_peft_config_loaded = True
+    model._hf_peft_config_loaded = present
 
 
 def raised_by_loading(error: BaseException) -> bool:

@@ -54,9 +54,9 @@ class ChatTemplate:
         self, turns: Sequence[Turn], hint: str | None, add_generation_prompt: bool, placeholders: Sequence[str]
     ) -> tuple[str, list[Span], Silent]:
         """The text with answers closed and images expanded, and the spans of the answers and of what is silent."""
-        last = max(i for i, turn in enumerate(turns) if turn.role == "user")
+        last = _last_question(turns)
         hint_text = self.plain(hint.strip()) if hint else ""
-        messages = [self._message(turn, hint_text if i == last else "") for i, turn in enumerate(turns)]
+        messages = self.messages(turns, hint)
         text = self._apply(messages, add_generation_prompt)
 
         answers: list[Span] = []
@@ -87,6 +87,11 @@ class ChatTemplate:
             [(moved(a), moved(b)) for a, b in answers],
             Silent(expanded, [(moved(a), moved(b)) for a, b in hints]),
         )
+
+    def messages(self, turns: Sequence[Turn], hint: str | None = None) -> list[dict[str, Any]]:
+        """The conversation as `apply_chat_template` takes it, texts made plain, the hint before the last question."""
+        last, hint_text = _last_question(turns), self.plain(hint.strip()) if hint else ""
+        return [self._message(turn, hint_text if i == last else "") for i, turn in enumerate(turns)]
 
     def plain(self, text: str) -> str:
         """`text` with every special token broken by a blank: `</s>` becomes `< /s>`."""
@@ -129,6 +134,11 @@ class ChatTemplate:
             prefix = whole[: whole.index(probe)]
             input_ids, offsets = prefix + input_ids, [(-1, -1)] * len(prefix) + offsets
         return input_ids, offsets
+
+    def adds_prefix(self, turns: Sequence[Turn], hint: str | None = None) -> bool:
+        """Whether `tokenize` puts the tokenizer's own prefix before the prompt of these turns."""
+        text, bos = self._apply(self.messages(turns, hint), True), self.tokenizer.bos_token
+        return bos is None or not text.startswith(bos)
 
     def _message(self, turn: Turn, hint: str) -> dict[str, Any]:
         pieces = turn.text.split(IMAGE_MARK)
@@ -173,6 +183,10 @@ class ChatTemplate:
         if not text.startswith(answered[:end]):
             raise ValueError("the chat template rewrites earlier turns, so their answers cannot be supervised")
         return len(prompt), end, closing is not None
+
+
+def _last_question(turns: Sequence[Turn]) -> int:
+    return max(i for i, turn in enumerate(turns) if turn.role == "user")
 
 
 def _alternatives(tokens: Iterable[str | None]) -> str:

@@ -164,6 +164,11 @@ def check_files(addon: str | Path) -> PsaConfig:
     return config
 
 
+def changes_base(addon: str | Path) -> bool:
+    """Whether the add-on holds more than the safety modules: an adapter, or base weights that were trained."""
+    return any(_has(Path(addon), name) for name in (ADAPTER, CHANGED))
+
+
 def _has(folder: Path, name: str) -> bool:
     """Whether there is anything under this name, be it a link to nowhere: it is read or refused, never passed over."""
     first = folder / Path(name).parts[0]

@@ -10,6 +10,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from psa_fast.compat.transformers import mark_adapter
@@ -94,3 +95,31 @@ def inject(vlm: Any, config: Any, name: str = "default") -> None:
     config.base_model_name_or_path = getattr(vlm, "name_or_path", None)
     inject_adapter_in_model(config, vlm, adapter_name=name)
     mark_adapter(vlm)
+
+
+def merge(vlm: Any) -> None:
+    """Add the adapter to the weights that it is on, and take it out: what is left is a stock model, in the same dtypes.
+
+    The sums are formed in fp32 at least and rounded once, layer by layer. Without an adapter nothing happens.
+
+    Raises:
+        ValueError: a sum is beyond the range of the weight's dtype.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[tuple[str, Any]] = [(n, module) for n, module in vlm.named_modules() if isinstance(module, LoraLayer)]
+    for name, layer in layers:
+        linear = layer.get_base_layer()
+        stored = linear.weight.dtype
+        layer.to(
+            torch.promote_types(stored, torch.float32)
+        )  # the factors too: PEFT rounds their product to their dtype
+        layer.merge()
+        linear.to(stored)
+        if not torch.isfinite(linear.weight).all():
+            raise ValueError(f"{name} with its adapter holds numbers beyond the range of {stored}")
+        parent, _, own = name.rpartition(".")
+        setattr(vlm.get_submodule(parent), own, linear)
+    if has_adapter(vlm):
+        del vlm.peft_config
+        mark_adapter(vlm, present=False)

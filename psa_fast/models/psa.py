@@ -328,6 +328,16 @@ class PsaVLM(nn.Module):
         """
         return self.family.insert_images(embeds, input_ids, self.safety_tokens, projected, has_images)
 
+    def image_rows(self, features: Features) -> Tensor:
+        """[s_llm ; h_i] of each image, [N, S0 + S, E]: what stands at its placeholders in the language model's input.
+
+        Raises ValueError for images that differ in their tokens.
+        """
+        if isinstance(features, GridFeatures):
+            raise ValueError("the images differ in their tokens: their rows do not tell all that the model reads")
+        tokens = self.safety_tokens(features.images).to(features.projected.dtype)
+        return torch.cat([tokens, features.projected], dim=1)
+
     def query_text(
         self,
         input_ids: Tensor,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from transformers import AutoModel, PreTrainedModel
 from psa_fast.files import shorten, shown
 from psa_fast.models.base_model import reading_base, weight_files
 from psa_fast.models.families import get_family
+from psa_fast.models.stock_folder import new_folder
 
 # what decides a tower's outputs beside its weights
 _DECIDING = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
@@ -73,24 +72,10 @@ def write_base(vlm: PreTrainedModel, base: str | Path, folder: str | Path) -> No
     Raises:
         ValueError: `folder` is already there.
     """
-    base, folder = Path(base), Path(folder)
-    if os.path.lexists(folder):
-        raise ValueError(f"{shown(folder)} is already there")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name[:40]}.", suffix=".part", dir=folder.parent))
-    try:
-        unfinished.chmod(0o777 & ~_umask())
+    base = Path(base)
+    with new_folder(folder) as unfinished:
         vlm.save_pretrained(unfinished)
         old = {file.name for file in weight_files(base)} | {"model.safetensors.index.json"}
         for file in sorted(base.iterdir()):
             if file.is_file() and file.name not in old and not (unfinished / file.name).exists():
                 shutil.copy(file, unfinished / file.name)
-        os.rename(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from psa_fast.data.chat import Encoded, ImageInputs, encode
 from psa_fast.data.records import IMAGE_MARK, Turn
-from psa_fast.data.template import stop_token_ids
 from psa_fast.files import shorten
 from psa_fast.pictures import join
 from psa_fast.safety.plain import PlainVLM
 from psa_fast.safety.policy import Decision, Policy, require_policy
 from psa_fast.safety.prepared import Prepared
-from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, require_turns, take
+from psa_fast.safety.reading import NEUTRAL_QUESTION, Question, Reading, parts_of, read_head, require_turns
 from psa_fast.safety.request import (
     OnError,
     Prompter,
@@ -28,6 +27,7 @@ from psa_fast.safety.request import (
     text_positions,
 )
 from psa_fast.safety.verdict import Answer, Verdict, as_applied, decided, refusing_verdict, unread_verdict
+from psa_fast.safety.writing import Generated, Job, OwnWriter, Writer, pad
 from psa_fast.taxonomy import PSA
 
 if TYPE_CHECKING:
@@ -36,15 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Guard", "Request", "Verdict"]
 
 UNCHECKED = "I am sorry, but this request cannot be answered, because it could not be read."
-
-
-class _Generated(NamedTuple):
-    """A text of the language model, with the fields of `Answer`."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    complete: bool
 
 
 class Guard:
@@ -92,7 +83,8 @@ class Guard:
         self._prompter = Prompter(processor, length_limit(max_length, text_positions(model.vlm.config)))
         self.model_hash = model_hash
         self._policy_hash = policy.hash if policy else None
-        self._stop_ids = stop_token_ids(processor)
+        #: what writes the answers; another one may take its place
+        self.writer: Writer = OwnWriter(model, processor)
         self._neutral_prompts: dict[tuple[str, ...], Encoded] = {}
         if self.neutral_question is not None and not Request(self.neutral_question).turns[0].text.isprintable():
             raise ValueError(f"neutral_question is {shorten(self.neutral_question)}; expected a line of text")
@@ -239,11 +231,13 @@ class Guard:
             except ValueError as error:
                 refuse(one.number, error)
         keys = [key for key in jobs if asked[key[0]].number not in answers]
-        texts: dict[tuple[int, str | None], _Generated] = {}
+        texts: dict[tuple[int, str | None], Generated] = {}
+        first = [sum(one.count for one in asked[:row]) for row in range(len(asked))]
+        places = [list(range(start, start + one.count)) for start, one in zip(first, asked, strict=True)]
         for start in range(0, len(keys), batch_size):
             chunk = keys[start : start + batch_size]
-            prompts, rows = [jobs[key] for key in chunk], [row for row, _ in chunk]
-            new = self._generate(prompts, rows, [one.count for one in asked], features, max_new_tokens)
+            work = [Job(jobs[row, hint], asked[row].turns, hint, places[row]) for row, hint in chunk]
+            new = self.writer.write(work, features, max_new_tokens)
             texts.update(zip(chunk, new, strict=True))
 
         for row, (one, (verdict, decision)) in enumerate(zip(asked, readings, strict=True)):
@@ -356,43 +350,5 @@ class Guard:
             rows.append((self._signed(verdict), decision))
         return rows
 
-    def _generate(
-        self, encoded: Sequence[Encoded], rows: list[int], counts: list[int], features: Any, max_new_tokens: int
-    ) -> list[_Generated]:
-        ids = self._pad([e.input_ids for e in encoded], self._pad_id, "left")
-        mask = self._pad([[1] * len(e.input_ids) for e in encoded], 0, "left")
-        first = [sum(counts[:row]) for row in range(len(counts))]
-        images = [first[row] + i for row in rows for i in range(counts[row])]
-        new_ids = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            features=take(features, images) if images else None,
-            image_counts=torch.tensor([counts[row] for row in rows], device=ids.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self._pad_id,
-            eos_token_id=self._stop_ids,
-        )
-        texts = self.processor.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        generated = []
-        for text, new, prompt in zip(texts, new_ids.tolist(), encoded, strict=True):
-            end = next((place for place, token in enumerate(new, 1) if token in self._stop_ids), None)
-            generated.append(_Generated(text.strip(), len(prompt.input_ids), end or len(new), end is not None))
-        return generated
-
-    @property
-    def _pad_id(self) -> int:
-        tokenizer = self.processor.tokenizer
-        return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
     def _pad_right(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-        return self._pad(rows, value, "right")
-
-    def _pad(self, rows: Sequence[Sequence[int]], value: int, side: str) -> torch.Tensor:  # -> [rows, longest] int64
-        longest = max(map(len, rows))
-        filled = [
-            [*row, *[value] * (longest - len(row))] if side == "right" else [*[value] * (longest - len(row)), *row]
-            for row in rows
-        ]
-        return torch.tensor(filled, dtype=torch.int64, device=next(self.model.parameters()).device)
+        return pad(rows, value, "right", next(self.model.parameters()).device)

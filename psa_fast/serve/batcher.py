@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from psa_fast.safety.explanation import Explanation, explain
 from psa_fast.safety.redecide import redecide
 from psa_fast.serve.settings import ServerSettings
-from psa_fast.serve.wire_errors import ApiError
+from psa_fast.serve.wire_errors import ApiError, EngineDown
 
 if TYPE_CHECKING:
     from psa_fast.safety.guard import Guard
@@ -170,6 +170,11 @@ class Batcher:
                 explain(self.guard, job.request, verdict) if job.explain else None
                 for job, (verdict, _) in zip(jobs, results, strict=True)
             ]
+        except EngineDown as error:
+            _log.error("a batch of %d has no answer: %s", len(jobs), error)
+            for job in jobs:
+                job.future.set_exception(error)
+            return
         except Exception as error:  # out of memory, a fault of ours: the thread must go on
             if len(jobs) > 1:
                 _log.warning("a batch of %d failed (%s); each is asked alone", len(jobs), type(error).__name__)

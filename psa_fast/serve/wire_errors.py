@@ -44,6 +44,13 @@ class ApiError(Exception):
         return found | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
 
+class EngineDown(ApiError):
+    """The engine that writes the answers is not there: no further try of the same batch makes sense."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(502, f"the engine gives no answer ({reason})", "server_error", code="engine_down")
+
+
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The error of a request that cannot be taken as it is."""
     return ApiError(400, message, param=param, code=code)
