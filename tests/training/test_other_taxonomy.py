@@ -54,7 +54,7 @@ def listed(options):
 
 
 def test_a_run_of_three_classes_and_its_guard(direct, refused, options, base, tmp_path):
-    direct(tmp_path, *listed(options), "--max_steps", 1)
+    direct(tmp_path, *listed(options), "--max_steps", 1, "--stage1_objective", "concept", "--dataloader_num_workers", 0)
     config = read_config(tmp_path / "stage1")
     assert (config.concepts, config.head_sizes) == (SMALL, (3, 2))
     guard = load_guard(tmp_path / "stage1", base, Policy.load(options["--policy"]))
