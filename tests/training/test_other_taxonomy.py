@@ -4,7 +4,6 @@ import os
 from unittest import mock
 
 import pytest
-import torch
 import yaml
 from builders import tiny
 from builders.other_taxonomy import SMALL, write_policy
@@ -39,17 +38,13 @@ def options(world, tmp_path_factory):
 
 
 @pytest.fixture
-def here(base, world, tmp_path, monkeypatch, capsys):
-    """Run train.py in this process, on one rank, and return what it printed."""
-    # ZeRO-3 replaces it for good
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+def refused(base, world, tmp_path, capsys):
+    """Run train.py in this process, which ends before DeepSpeed is set up, and return what it printed."""
 
-    def go(*options, expect=0):
+    def go(*options):
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-            code = train.main(tiny.arguments(base, world, tmp_path, *options))
-        printed = "".join(capsys.readouterr())
-        assert code == expect, printed[-4000:]
-        return printed
+            assert train.main(tiny.arguments(base, world, tmp_path, *options)) == 2
+        return "".join(capsys.readouterr())
 
     return go
 
@@ -58,8 +53,8 @@ def listed(options):
     return [part for pair in options.items() for part in pair]
 
 
-def test_a_run_of_three_classes_and_its_guard(here, options, base, tmp_path):
-    here(*listed(options), "--max_steps", 1)
+def test_a_run_of_three_classes_and_its_guard(direct, refused, options, base, tmp_path):
+    direct(tmp_path, *listed(options), "--max_steps", 1, "--stage1_objective", "concept", "--dataloader_num_workers", 0)
     config = read_config(tmp_path / "stage1")
     assert (config.concepts, config.head_sizes) == (SMALL, (3, 2))
     guard = load_guard(tmp_path / "stage1", base, Policy.load(options["--policy"]))
@@ -68,7 +63,7 @@ def test_a_run_of_three_classes_and_its_guard(here, options, base, tmp_path):
     with pytest.raises(ValueError, match="is of the taxonomy small, the policy of psa"):
         load_guard(tmp_path / "stage1", base)
     # the next stage says which taxonomy it goes on with
-    said = here("--stage", 2, "--tune_type_llm", "full", "--max_steps", 1, expect=2)
+    said = refused("--stage", 2, "--tune_type_llm", "full", "--max_steps", 1)
     assert "is of the taxonomy small, --taxonomy psa of psa" in said
 
 
@@ -79,6 +74,6 @@ def test_a_run_of_three_classes_and_its_guard(here, options, base, tmp_path):
         ("--data_path", "its labels are of the taxonomy 'psa', as it names no other"),
     ],
 )
-def test_what_is_of_another_taxonomy_ends_the_run(here, options, left_out, said):
+def test_what_is_of_another_taxonomy_ends_the_run(refused, options, left_out, said):
     kept = {name: value for name, value in options.items() if name != left_out}
-    assert said in here(*listed(kept), expect=2)
+    assert said in refused(*listed(kept))
