@@ -68,7 +68,7 @@ def load_guard(
     require_policy(policy)  # before the model
     base = base_of(addon) if base is None else os.fspath(base)
     model_hash = checked_hash(addon, policy)
-    with _named(base):
+    with named_base(base):
         model = PsaVLM.from_pretrained(base, addon, dtype=dtype or default_dtype())
         processor = load_processor(base, model.config, commit_of(model.vlm))
     return Guard(_to_device(model), processor, policy, model_hash=model_hash)
@@ -79,7 +79,7 @@ def load_plain(base: str | Path, dtype: Any = None) -> Guard:
     from psa_fast.models import commit_of, load_base, load_processor
 
     base = os.fspath(base)
-    with _named(base):
+    with named_base(base):
         vlm = load_base(base, dtype or default_dtype())
         processor = load_processor(base, revision=commit_of(vlm))
     return Guard(_to_device(PlainVLM(vlm)), processor)
@@ -93,7 +93,7 @@ def load_prompter(base: str | Path, addon: str | Path | None = None) -> Prompter
 
     base = os.fspath(base)
     config = None if addon is None else PsaConfig.from_json_file(Path(addon) / CONFIG)
-    with _named(base):
+    with named_base(base):
         if addon is None or config is None:
             check_base(base)
         else:
@@ -111,7 +111,7 @@ def default_dtype() -> Any:
 
 
 @contextmanager
-def _named(base: str) -> Iterator[None]:
+def named_base(base: str) -> Iterator[None]:
     """The errors about a base that cannot be loaded, which transformers raises pages long, as one sentence.
 
     A name that can only be a folder's is not looked up on the hub.

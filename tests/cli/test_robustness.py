@@ -81,7 +81,9 @@ def test_a_cloak_is_fitted_on_one_world_and_tried_on_another(run, world, tmp_pat
         (["--suite", "cloak"], "the suite cloak and --fit_data need one another"),
         (["--suite", "text", "--fit_data", "DATA"], "the suite cloak and --fit_data need one another"),
         (["--suite", "cloak", "--fit_data", "DATA"], "a cloak is fitted on others"),
-        (["--suite", "cloak", "--fit_data", "nowhere"], "nowhere"),
+        (["--suite", "cloak", "--fit_data", "nowhere"], "--fit_data nowhere: there is no file"),
+        (["--suite", "text,text"], "--suite 'text,text': a suite is named twice"),
+        (["--suite", "text", "--budget", "quick"], "--budget is of attacks on pixels, and none of pixels, joint"),
     ],
 )
 def test_what_cannot_be_measured_is_named_before_a_model_is_loaded(run, world, monkeypatch, options, named):
