@@ -13,11 +13,11 @@ from torch import Tensor
 
 from psa_fast.data import Turn, collate, encode, pack
 from psa_fast.data.chat import counts_by_size, prepare_images
-from psa_fast.files import shown
 from psa_fast.models import PsaVLM, commit_of, load_base, load_processor
-from psa_fast.models.base_model import read_base_config
+from psa_fast.models.base_model import check_base, read_base_config
 from psa_fast.models.batch import read_batch_inputs
 from psa_fast.models.packing import SDPA_BY_SAMPLE
+from psa_fast.safety.load import naming_base
 
 #: largest difference of logits, as a share of their standard deviation, that rounding may make
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -40,12 +40,10 @@ def check_base_model(name: str | Path, dtype: torch.dtype, device: torch.device)
     Raises:
         ValueError: there is no such base, its files are damaged, or its model type is not supported.
     """
-    try:
+    with naming_base(str(name)):
+        check_base(name)
         read_base_config(name)  # before the weights
         vlm: Any = load_base(name, dtype, SDPA_BY_SAMPLE)  # of padded rows it is transformers' SDPA
-    except OSError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"base model {shown(name)} cannot be loaded: {reason[:200]}") from error
     vlm = vlm.to(device).eval().requires_grad_(False)
     subject = _Subject(vlm, lambda tokens: _processor(name, tokens, commit_of(vlm)))
     found = [_run(title, check) for title, check in subject.checks()]

@@ -36,6 +36,8 @@ def explain_policy(args: argparse.Namespace) -> int:
 
     if (args.log is None) is not (args.line is None):
         raise ValueError("--log LOG and --line N go together: one row of a log is explained")
+    if args.line is not None and args.line < 1:
+        raise ValueError(f"--line is {args.line}; expected at least 1")
     if args.log is not None and args.reading is not None:
         raise ValueError("give --log or --reading, not both")
     policy = Policy.load(args.file)
@@ -49,8 +51,9 @@ def explain_policy(args: argparse.Namespace) -> int:
 
 
 def _why(policy: Policy, args: argparse.Namespace) -> Explanation:
-    from psa_fast.safety.explanation import explained
+    from psa_fast.safety.explanation import explained, require_explainable
 
+    require_explainable(policy)  # before numbers are read as those of other classes
     return explained(policy, _reading(policy, args.reading) if args.reading else _logged(policy, args.log, args.line))
 
 

@@ -47,7 +47,7 @@ def register(subparsers: Subcommands) -> None:
         "fits a picture on",
     )  # fmt: skip
     parser.add_argument(
-        "--budget", choices=("quick", "standard"), default="quick",
+        "--budget", choices=("quick", "standard"),
         help="of attacks on pixels: 60 records, 40 steps, 1 start; or 200, 40, 3 (default: quick)",
     )  # fmt: skip
     parser.add_argument(
@@ -94,6 +94,11 @@ def robustness(args: argparse.Namespace) -> int:
         )
     if args.concepts_only and args.max_new_tokens != LONGEST:
         raise ValueError("--max_new_tokens does nothing with --concepts_only, which answers nothing; leave it out")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"--suite {shorten(args.suite)}: a suite is named twice")
+    if args.budget is not None and not set(chosen) & set(white_box.SUITES):
+        raise ValueError(f"--budget is of attacks on pixels, and none of {', '.join(white_box.SUITES)} is chosen")
+    args.budget = args.budget or "quick"
     stages = [tuple(item.split("=", 1)) for item in args.stage]
     if wrong := [item for item in args.stage if "=" not in item]:
         raise ValueError(f"--stage {shorten(wrong[0])}: expected NAME=DIR")
@@ -107,7 +112,9 @@ def robustness(args: argparse.Namespace) -> int:
     for found in hashes.values():
         policy.require_model(found)
     file, image_folder = find_data(args.data, args.split, args.image_folder)
-    fit_file, fit_folder = (None, None) if args.fit_data is None else find_data(args.fit_data, args.split, None)
+    fit_file, fit_folder = (
+        (None, None) if args.fit_data is None else find_data(args.fit_data, args.split, None, "--fit_data")
+    )
     if fit_file is not None and _sha256(fit_file) == _sha256(file):
         raise ValueError(f"--fit_data {fit_file} holds the records of --data; a cloak is fitted on others")
     limit = args.limit
@@ -202,7 +209,7 @@ def _cases(file: Path, image_folder: Path, limit: int) -> tuple[list[Case], Othe
 
     records = [record for record in load_records(file, image_folder) if record.group in (*RISKS, *HARMLESS)]
     if not records:
-        raise ValueError(f"--data {file}: no record has a group that the suites know")
+        raise ValueError(f"{file}: no record has a group that the suites know")
     counts: Counter[str] = Counter()
 
     def case(record: Record) -> Case:
@@ -219,7 +226,7 @@ def _cases(file: Path, image_folder: Path, limit: int) -> tuple[list[Case], Othe
     clean = added or [one for one in cases if one.record.group == "clean" and len(one.pictures) == 1]
     pictures = tuple(one.pictures[0] for one in clean)
     if not pictures:
-        raise ValueError(f"--data {file}: there is no clean record with one picture, which conditions add to others")
+        raise ValueError(f"{file}: there is no clean record with one picture, which conditions add to others")
     asked = [one for one in cases if one.record.group in ("clean", "benign_twin")]
     return cases, Others(pictures, harmless_words(asked))
 

@@ -74,12 +74,12 @@ def plan(run: str | None, base: str | None, stages: Sequence[tuple[str, str]]) -
     return Plan(next(iter(bases.values())), addons)
 
 
-def find_data(data: str, split: str, image_folder: str | None) -> tuple[Path, Path]:
-    """The JSONL file and the image folder of --data. Raises ValueError if they do not exist."""
+def find_data(data: str, split: str, image_folder: str | None, option: str = "--data") -> tuple[Path, Path]:
+    """The JSONL file and the image folder of `option`'s value. Raises ValueError, naming it, if they do not exist."""
     path = Path(data)
     file = path / f"{split}.jsonl" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"--data {data}: there is no file {file}{folder_hint(path)}")
+        raise ValueError(f"{option} {data}: there is no file {file}{folder_hint(path)}")
     return file, Path(image_folder) if image_folder is not None else file.parent
 
 

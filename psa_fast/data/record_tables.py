@@ -46,7 +46,7 @@ def as_records(
         ValueError: there is no table or no such split, or (`DataError`) rows cannot be used.
     """
     source = Path(path)
-    found = tables_of(source, None)
+    found = tables_of(source, None, option)
     names = list(dict.fromkeys(name for _, name in found))
     split = None
     if len(names) > 1:

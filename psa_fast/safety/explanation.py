@@ -122,13 +122,18 @@ def reading_name(reading: Reading | Verdict | Look) -> str:
     return name if reading.picture is None else f"{name}, shown picture {reading.picture + 1} alone"
 
 
+def require_explainable(policy: Policy) -> None:
+    """Raise ValueError for a policy of another taxonomy than PSA's, whose decisions are not explained."""
+    policy.require_taxonomy(PSA, "what explains a decision")
+
+
 def explained(policy: Policy, verdict: Verdict) -> Explanation:
     """Explain a verdict of a policy without any model.
 
     Raises ValueError for a verdict of another policy, for one that was read but whose readings were not kept, and for
     another taxonomy than PSA's.
     """
-    policy.require_taxonomy(PSA, "explanations")
+    require_explainable(policy)
     if verdict.policy_hash is not None and verdict.policy_hash != policy.hash:
         raise ValueError(f"the verdict is of policy {verdict.policy_hash[:12]}, not of {policy.hash[:12]}")
     if verdict.code == "not_checked":

@@ -261,7 +261,7 @@ class Guard:
         if request.intervention is not None and not found.readable:
             raise ValueError("the concept head does not read it, so there is no concept to intervene on")
         if request.intervention is not None and self.policy is not None:
-            self.policy.require_taxonomy(PSA, "interventions")
+            self.policy.require_taxonomy(PSA, "an intervention")
         return replace(found, intervention=request.intervention)
 
     def _prepare(self, request: Request, max_new_tokens: int, number: int) -> Prepared:

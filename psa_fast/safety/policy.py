@@ -154,7 +154,7 @@ class Memory(_Strict):
 
     decay: float = Field(ge=0.0, le=1.0)
     threshold: float = Field(gt=0.0, allow_inf_nan=False)
-    level: Literal["low", "medium", "high"]
+    level: str
 
 
 class Policy(_Strict):
@@ -194,7 +194,8 @@ class Policy(_Strict):
         if self.memory is not None and self.calibration is not None:
             raise ValueError("memory: it flags more requests than a calibration promises; leave it or that out")
         if self.memory is not None and self.memory.level not in self.taxonomy.levels[1:]:
-            raise ValueError(f"memory: level {self.memory.level} is none of {', '.join(self.taxonomy.levels[1:])}")
+            known = ", ".join(self.taxonomy.levels[1:])
+            raise ValueError(f"memory.level is {shorten(self.memory.level, 30)}; expected one of: {known}")
         tables: list[tuple[str, Mapping[str, Any], tuple[str, ...]]] = [
             ("types", self.types, self.taxonomy.risks),
             ("levels", self.levels, self.taxonomy.levels[1:]),

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from psa_fast.safety.policy import RISKY_LEVELS, RISKY_TYPES, Action, Policy
-from psa_fast.taxonomy import type_id
+from psa_fast.safety.policy import Action, Policy
 
 
 def policy_facts(policy: Policy) -> dict[str, Any]:
     """What a policy does with every type and level, and with what is not read, as plain JSON values."""
-    calibration = policy.calibration
+    calibration, taxonomy = policy.calibration, policy.taxonomy
     return {
         "sha256": policy.hash,
         "version": policy.version,
-        "rows": [_row(policy, kind, level) for kind in RISKY_TYPES for level in RISKY_LEVELS],
+        "rows": [_row(policy, kind, level) for kind in taxonomy.risks for level in taxonomy.levels[1:]],
         "not_read": {"action": policy.on_error, "says": policy.responses.unchecked if _blocks(policy) else None},
         "unreadable": {"action": "block", "says": policy.responses.unchecked},
         "memory": None if policy.memory is None else policy.memory.model_dump(),
@@ -34,7 +33,7 @@ def _row(policy: Policy, kind: str, level: str) -> dict[str, Any]:
         "type": kind,
         "level": level,
         "on": on,
-        "threshold": policy.threshold(type_id(kind)),
+        "threshold": policy.threshold(policy.taxonomy.type_id(kind)),
         "action": action,
         "says": says,
     }
@@ -46,18 +45,21 @@ def _blocks(policy: Policy) -> bool:
 
 def policy_in_words(policy: Policy) -> list[str]:
     """What a policy does, a sentence a line."""
-    score = "max(1 - p(clean), 1 - p(none)), so that either head alone is enough"
+    taxonomy = policy.taxonomy
+    risk = f"max(1 - p({taxonomy.types[taxonomy.harmless]}), 1 - p({taxonomy.levels[0]}))"
     if policy.type_thresholds is None:
         lines = [f"A request is unsafe where its unsafe score is at least {policy.unsafe_threshold:g}."]
     else:
         lines = ["A request is unsafe where its unsafe score is at least the threshold of its likeliest risk:"]
         lines += [f"  {kind}: {value:g}" for kind, value in policy.type_thresholds.items() if policy.types[kind]]
-    lines.append(f"The score is {score}; the strictest of all readings of a request decides.")
-    if off := [kind for kind in RISKY_TYPES if not policy.types[kind]]:
+    lines.append(
+        f"The score is {risk}, so that either head alone is enough; the strictest of all readings of a request decides."
+    )
+    if off := [kind for kind in taxonomy.risks if not policy.types[kind]]:
         lines.append(f"Switched off, so allowed, with their part of the risk: {', '.join(off)}.")
-    if on := [kind for kind in RISKY_TYPES if policy.types[kind]]:
+    if on := [kind for kind in taxonomy.risks if policy.types[kind]]:
         lines.append(f"For {', '.join(on)} the likeliest level says what is done:")
-        lines += [f"  {level}: {_deed(policy, level)}" for level in RISKY_LEVELS]
+        lines += [f"  {level}: {_deed(policy, level)}" for level in taxonomy.levels[1:]]
     if policy.memory is not None:
         decay, limit, level = policy.memory.decay, policy.memory.threshold, policy.memory.level
         lines.append(

@@ -55,8 +55,10 @@ def test_what_is_no_base_is_one_sentence(tmp_path, capsys):
     assert cli.main(["base", "check", str(tmp_path)]) == 2
     printed = capsys.readouterr().err
     assert "model type 'gemma3' is not supported; supported: llava, qwen2_5_vl, qwen2_vl, qwen3_vl" in printed
-    assert cli.main(["base", "check", str(tmp_path / "none")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    for name, told in (("none", "there is no such folder"), ("empty", "it has no config.json")):
+        assert cli.main(["base", "check", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.endswith(f"base model {tmp_path / name} cannot be loaded: {told}\n")
 
 
 def test_a_plan_for_another_family_is_refused(tmp_path, capsys):

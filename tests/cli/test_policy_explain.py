@@ -125,6 +125,32 @@ def test_what_is_no_reading_is_one_sentence_with_its_file(tmp_path, capsys, cont
 
 
 def test_options_that_do_nothing_are_refused(capsys):
-    for options in (["--log", "a.jsonl"], ["--line", "1"], ["--log", "a", "--line", "1", "--reading", "b"]):
+    for options in (
+        ["--log", "a.jsonl"],
+        ["--line", "1"],
+        ["--log", "a", "--line", "1", "--reading", "b"],
+        ["--log", "a", "--line", "0"],
+    ):
         assert main(["policy", "explain", *options]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_policy_of_another_taxonomy_is_told_in_its_classes(tmp_path, capsys):
+    small = {"version": 1, "name": "small", "heads": {"type": {"harmless": "fine", "classes": ["fire", "fine"]}}}
+    values = yaml.safe_load(DEFAULT_POLICY.read_text()) | {"taxonomy": small, "types": {"fire": True}}
+    values |= {"levels": {"risky": {"action": "refuse"}}, "memory": {"decay": 0.5, "threshold": 0.8, "level": "risky"}}
+    file, reading = tmp_path / "small.yaml", tmp_path / "reading.json"
+    file.write_text(yaml.safe_dump(values))
+    reading.write_text(json.dumps({"type_probs": [0.9, 0.1], "level_probs": [0.1, 0.9]}))
+    assert main(["policy", "explain", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "max(1 - p(fine), 1 - p(none))" in said
+    assert "For fire the likeliest level says what is done:\n  risky: refuse" in said
+    assert "from 0.8 on that is a risk of level risky" in said
+    assert main(["policy", "explain", str(file), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["type"], row["level"], row["threshold"], row["action"]) == ("fire", "risky", 0.5, "refuse")
+    # the log need not be there: of other classes no decision is explained
+    for options in (["--reading", str(reading)], ["--log", "none.jsonl", "--line", "1"]):
+        assert main(["policy", "explain", str(file), *options]) == 2
+        assert "what explains a decision is of the taxonomy psa, the policy of small" in capsys.readouterr().err

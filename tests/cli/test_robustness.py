@@ -92,9 +92,11 @@ def test_heads_alone_find_what_they_find_with_answers(run, world, tmp_path, caps
         (["--suite", "cloak"], "the suite cloak and --fit_data need one another"),
         (["--suite", "text", "--fit_data", "DATA"], "the suite cloak and --fit_data need one another"),
         (["--suite", "cloak", "--fit_data", "DATA"], "a cloak is fitted on others"),
-        (["--suite", "cloak", "--fit_data", "nowhere"], "nowhere"),
         (["--suite", "text,pixels", "--concepts_only"], "--concepts_only does nothing for the suite pixels"),
         (["--suite", "text", "--concepts_only"], "--max_new_tokens does nothing with --concepts_only"),
+        (["--suite", "cloak", "--fit_data", "nowhere"], "--fit_data nowhere: there is no file"),
+        (["--suite", "text,text"], "--suite 'text,text': a suite is named twice"),
+        (["--suite", "text", "--budget", "quick"], "--budget is of attacks on pixels, and none of pixels, joint"),
     ],
 )
 def test_what_cannot_be_measured_is_named_before_a_model_is_loaded(run, world, monkeypatch, options, named):

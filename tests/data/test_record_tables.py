@@ -215,3 +215,8 @@ def test_splits_that_are_not_meant_are_named(tmp_path, cached):
         as_records(cached.parent / "nothing", None, TRAINED_ON, "--data_path", "error")
     with pytest.raises(ValueError, match="leave --image_folder out"):
         as_records(tmp_path / "harm-0.parquet", tmp_path, TRAINED_ON, "--data_path", "error")
+
+
+def test_a_folder_without_tables_is_named_by_the_option_that_named_it(tmp_path):
+    with pytest.raises(ValueError, match=f"^--data_path {tmp_path}: there is no Parquet file"):
+        as_records(tmp_path, None, TRAINED_ON, "--data_path", "error")

@@ -139,7 +139,7 @@ def test_a_memory_where_nothing_adds_up_is_refused(folders, guard):
     [
         ({"decay": 1.5}, "memory.decay"),
         ({"threshold": 0.0}, "memory.threshold"),
-        ({"level": "none"}, "memory.level"),
+        ({"level": "none"}, "file: memory.level is 'none'; expected one of: low, medium, high"),
         ({"more": 1}, "memory.more"),
     ],
 )

@@ -48,7 +48,7 @@ def read(args: argparse.Namespace) -> Iterator[SourceRow]:
     return _rows(tables, pictures)
 
 
-def tables_of(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
+def tables_of(source: Path, split: str | None, option: str = "--source") -> list[tuple[Path, str | None]]:
     """The files to read with their splits (None: the source does not say), in order.
 
     Raises ValueError if there is none, or none of this split.
@@ -69,7 +69,7 @@ def tables_of(source: Path, split: str | None) -> list[tuple[Path, str | None]]:
         found = [(file, name) for file, name in found if name == split]
     if not found:
         which = f" of the split {split}" if split is not None else ""
-        raise ValueError(f"--source {source}: there is no Parquet file and no folder of save_to_disk{which}")
+        raise ValueError(f"{option} {source}: there is no Parquet file and no folder of save_to_disk{which}")
     return found
 
 
