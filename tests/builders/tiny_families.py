@@ -8,6 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -15,11 +18,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from psa_fast.models import get_family
@@ -48,13 +53,17 @@ def qwen_tokenizer():
     return byte_tokenizer(QWEN_SPECIAL, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def qwen_text(tokenizer, tied, **more):
+def text_sizes(tokenizer, tied, **more):
     return dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}, **more,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=tied, **more,
     )  # fmt: skip
+
+
+def qwen_text(tokenizer, tied, **more):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    return text_sizes(tokenizer, tied, rope_parameters=rope, **more)
 
 
 def qwen_ids(tokenizer):
@@ -92,6 +101,31 @@ def qwen3_vl(tokenizer, tied=False):
 
 def qwen_images():
     return Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024)
+
+
+INTERNVL_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+
+
+def internvl_tokenizer():
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    named = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    around = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    return byte_tokenizer(special, INTERNVL_TEMPLATE, extra_special_tokens=around, **named)
+
+
+def internvl(tokenizer, tied=False):
+    vision = InternVLVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen2Config(**text_sizes(tokenizer, tied)), tie_word_embeddings=tied,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )  # fmt: skip
+    return InternVLForConditionalGeneration(config)
+
+
+def internvl_images():
+    return GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, max_patches=4)
 
 
 LLAVA_TEMPLATE = (
@@ -133,6 +167,7 @@ FAMILIES = {
     "qwen2_vl": (qwen2_vl, qwen_tokenizer, qwen_images),
     "qwen2_5_vl": (qwen2_5_vl, qwen_tokenizer, qwen_images),
     "qwen3_vl": (qwen3_vl, qwen_tokenizer, qwen_images),
+    "internvl": (internvl, internvl_tokenizer, internvl_images),
 }
 
 

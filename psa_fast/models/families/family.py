@@ -52,6 +52,8 @@ class Family(ABC):
     module_names: dict[str, str]
     #: names of PARTS that work
     works: frozenset[str] = frozenset({"packing"})
+    #: whether the model takes the features of all images as one tensor [1, rows, E]; else it takes one for each image
+    one_tensor = False
 
     def __init__(self, config: Any):
         self.config = config
@@ -116,6 +118,12 @@ class Family(ABC):
     def project(self, vlm: nn.Module, vision: Any) -> Any:
         """The VLM's own connector: h_o [N, S, Dv] -> h_i [N, S, E], or GridFeatures -> the same with h_i."""
 
+    def taken(self, images: Images) -> Pictures:
+        """`images` if they are Pictures, ValueError if not."""
+        if not isinstance(images, Pictures):
+            raise ValueError(f"images are {type(images).__name__}; {self.config.model_type} takes Pictures")
+        return images
+
     def encode_images(self, vlm: nn.Module, images: Images) -> Features:
         """One vision pass over images, as `Images` of the family's kind."""
         return self.project(vlm, self.vision_features(vlm, images))
@@ -141,7 +149,7 @@ class Family(ABC):
         assert features.projected is not None
         rows = zip(tokens(features.images), features.projected.split(), strict=True)
         laid: Any = tuple(torch.cat([s.to(h.dtype), h]) for s, h in rows)
-        return BaseModelOutputWithPooling(pooler_output=laid)
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(laid).unsqueeze(0) if self.one_tensor else laid)
 
     def states(
         self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any, has_images: bool = True, **kwargs: Any
@@ -167,7 +175,7 @@ class Family(ABC):
         if has_images:
             return body(**read, **kwargs).last_hidden_state
         # the same modules and gradients in the same order as on a rank that has images, or ZeRO-3 would hang
-        unseen = 0.0 * torch.cat(visual.pooler_output).sum()
+        unseen = 0.0 * torch.cat(list(visual.pooler_output)).sum()
         embedding = cast(Any, vlm).get_input_embeddings()
         hook = embedding.register_forward_hook(lambda _module, _inputs, output: output + unseen.to(output.dtype))
         try:
@@ -209,6 +217,10 @@ class Family(ABC):
         Raises ValueError for one that cannot be used.
         """
         return FamilyProcessor(self, processor.image_processor, processor.tokenizer, num_safety_tokens)
+
+    def around(self, tokenizer: Any) -> tuple[str, str]:
+        """Text that stands before and behind an image's placeholders. ValueError: the tokenizer lacks a token of it."""
+        return "", ""
 
     def prepare(self, images: Sequence[Any], image_processor: Any) -> Pictures:
         """Run the image processor on PIL images."""
