@@ -8,6 +8,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3TextConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -23,6 +27,7 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -128,6 +133,41 @@ def internvl_images():
     return GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, max_patches=4)
 
 
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+GEMMA_IMAGE = {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>",
+               "image_token_index": "<image_soft_token>"}  # fmt: skip
+
+
+def gemma3_tokenizer():
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *GEMMA_IMAGE.values()]
+    return byte_tokenizer(special, GEMMA_TEMPLATE, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>")
+
+
+def gemma3(tokenizer, tied=False):
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
+        vision_use_head=False,
+    )  # fmt: skip
+    text = Gemma3TextConfig(
+        **text_sizes(tokenizer, tied), head_dim=8, query_pre_attn_scalar=8, sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in GEMMA_IMAGE.items()}
+    config = Gemma3Config(
+        vision_config=vision, text_config=text, tie_word_embeddings=tied, mm_tokens_per_image=4, **ids
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def gemma3_images():
+    return Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+
+
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -168,6 +208,7 @@ FAMILIES = {
     "qwen2_5_vl": (qwen2_5_vl, qwen_tokenizer, qwen_images),
     "qwen3_vl": (qwen3_vl, qwen_tokenizer, qwen_images),
     "internvl": (internvl, internvl_tokenizer, internvl_images),
+    "gemma3": (gemma3, gemma3_tokenizer, gemma3_images),
 }
 
 
@@ -175,10 +216,10 @@ def scaled(vlm, seed=0):
     """Weights large enough that attention matters, and nothing zero."""
     torch.manual_seed(seed)
     for parameter in vlm.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(4)
-        elif not parameter.any():
+        if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.ndim > 1:
+            parameter.data.mul_(4)
     vlm.generation_config.eos_token_id = None
     return vlm.eval()
 

@@ -24,7 +24,7 @@ EVERY = sorted(FAMILIES)
 GRIDS = [name for name in EVERY if name != "llava"]
 QWEN = [name for name in EVERY if name.startswith("qwen")]
 #: grids of a picture 40 wide and 12 high
-TURNED = {"internvl": [(2, 2)] * 4} | {name: [(2, 5)] for name in QWEN}
+TURNED = {"internvl": [(2, 2)] * 4, "gemma3": [(2, 2)]} | {name: [(2, 5)] for name in QWEN}
 
 
 @pytest.fixture(scope="module", params=EVERY)
@@ -72,8 +72,9 @@ def stock(made, batch):
     given = {}
     if images is not None:
         given = images.tensors if isinstance(images, Pictures) else {"pixel_values": images}
-        if "mm_token_type_ids" in inspect.signature(made.vlm.forward).parameters:
-            given["mm_token_type_ids"] = (batch["input_ids"] == made.vlm.config.image_token_id).int()
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inspect.signature(made.vlm.forward).parameters:
+            given[name] = (batch["input_ids"] == made.vlm.config.image_token_id).int()
     keys = ("input_ids", "attention_mask", "labels")
     return made.vlm(**{key: batch[key] for key in keys}, **given)
 

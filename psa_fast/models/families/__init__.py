@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from psa_fast.models.families.family import PARTS, Family, Rows
+from psa_fast.models.families.gemma3 import Gemma3Family
 from psa_fast.models.families.internvl import InternVLFamily
 from psa_fast.models.families.llava import LlavaFamily
 from psa_fast.models.families.qwen2_5_vl import Qwen25VLFamily
@@ -18,6 +19,7 @@ FAMILIES: dict[str, type[Family]] = {
     "qwen2_5_vl": Qwen25VLFamily,
     "qwen3_vl": Qwen3VLFamily,
     "internvl": InternVLFamily,
+    "gemma3": Gemma3Family,
 }
 
 

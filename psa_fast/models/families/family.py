@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,21 @@ from psa_fast.models.families.parts_processor import FamilyProcessor
 from psa_fast.models.image_features import Features, GridFeatures
 from psa_fast.pictures import Grid, Images, Pictures
 
-Tokens = Callable[[int], Tensor]
+
+class Tokens(Protocol):
+    """Safety tokens, `count` of them, S0."""
+
+    count: int
+
+    def __call__(self, n: int, /) -> Tensor:
+        """s_llm n times, [n, S0, E]."""
+        ...
+
 
 #: what a family may lack, by the name that messages use -> what it is
 PARTS = {
     "packing": "packed rows",
+    "FlashAttention": "kernels that take no mask",
     "--feature_cache": "the cache of vision features",
     "plan": "the memory that a run needs, known before it starts",
     "MFU": "the FLOPs of a step",
@@ -32,12 +42,13 @@ PARTS = {
 class Rows(NamedTuple):
     """What the language model reads: padded rows, or one packed row.
 
-    `embeds` are the word embeddings [B, T, E]; `position_ids` [B, T] or [P, B, T], None: they count the tokens.
+    `embeds` are the word embeddings [B, T, E]; `attention_mask` is [B, T], or what else the model takes; `position_ids`
+    [B, T] or [P, B, T], None: they count the tokens.
     """
 
     input_ids: Tensor
     embeds: Tensor
-    attention_mask: Tensor | None
+    attention_mask: Any
     position_ids: Tensor | None
 
 
@@ -51,7 +62,7 @@ class Family(ABC):
     #: dotted names inside the VLM: vision, connector, language, lm_head
     module_names: dict[str, str]
     #: names of PARTS that work
-    works: frozenset[str] = frozenset({"packing"})
+    works: frozenset[str] = frozenset({"packing", "FlashAttention"})
     #: whether the model takes the features of all images as one tensor [1, rows, E]; else it takes one for each image
     one_tensor = False
 
@@ -62,6 +73,11 @@ class Family(ABC):
     def image_token_id(self) -> int:
         """Id of the image placeholder."""
         return self.config.image_token_id
+
+    @property
+    def image_mark_id(self) -> int:
+        """Id of the token that stands for an image in the chat template's text."""
+        return self.image_token_id
 
     @property
     @abstractmethod
@@ -142,6 +158,10 @@ class Family(ABC):
         """
         return None
 
+    def token_types(self, input_ids: Tensor, safety_tokens: int) -> dict[str, Tensor]:
+        """What the model takes beside ids to tell text from images, [B, T], by its names; padded or packed rows."""
+        return {}
+
     def visual(self, tokens: Tokens, features: GridFeatures) -> Any:
         """[s_llm ; h_i] of each image, as transformers takes it in place of pixels. Made anew for each call, which may
         change it.
@@ -159,7 +179,7 @@ class Family(ABC):
         Args:
             vlm: the model.
             rows: what it reads.
-            tokens: n -> s_llm n times, [n, S0, E].
+            tokens: the safety tokens.
             features: what `project` returned.
             has_images: False: there are none, and `features` are a blank image's, which stay in the graph only.
             kwargs: reach the attention.
@@ -170,6 +190,7 @@ class Family(ABC):
             "mm_encoder_outputs": {"image": visual} if has_images else None,
             "attention_mask": rows.attention_mask,
             "position_ids": rows.position_ids,
+            **self.token_types(rows.input_ids, tokens.count),
             "use_cache": False,  # with a cache transformers builds no mask from packed position ids: samples would leak
         }
         if has_images:
@@ -186,9 +207,11 @@ class Family(ABC):
     def answer(self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any | None, **kwargs: Any) -> Tensor:
         """New ids only, [B, t], of left-padded rows; features None: no images. kwargs are transformers' options."""
         visual = {} if features is None else {"mm_encoder_outputs": {"image": self.visual(tokens, features)}}
-        positions = {} if rows.position_ids is None else {"position_ids": rows.position_ids}
+        given = self.token_types(rows.input_ids, tokens.count)
+        if rows.position_ids is not None:
+            given["position_ids"] = rows.position_ids
         ids = cast(Any, vlm).generate(
-            input_ids=rows.input_ids, attention_mask=rows.attention_mask, **positions, **visual, **kwargs
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, **given, **visual, **kwargs
         )
         return ids[:, rows.input_ids.shape[1] :]
 

@@ -32,7 +32,8 @@ class FamilyProcessor:
         self.chat_template = tokenizer.chat_template
         if self.chat_template is None:
             raise ValueError("the base's tokenizer has no chat template")
-        self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_token_id)
+        self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_mark_id)
+        self._placeholder: str = tokenizer.convert_ids_to_tokens(family.image_token_id)
         self._around = family.around(tokenizer)
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
@@ -49,7 +50,7 @@ class FamilyProcessor:
 
     def placeholder(self, tokens: int) -> str:
         """What stands in the text for an image of so many tokens."""
-        return (self.image_token * (self.safety_tokens + tokens)).join(self._around)
+        return (self._placeholder * (self.safety_tokens + tokens)).join(self._around)
 
     def positions(self, input_ids: Sequence[int], grids: Sequence[Sequence[Grid]]) -> Tensor | None:
         """Position ids [P, T] of a row without padding, see Family.positions."""
