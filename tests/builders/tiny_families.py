@@ -12,6 +12,9 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3ImageProcessorPil,
     Gemma3TextConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
@@ -28,6 +31,9 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -168,6 +174,43 @@ def gemma3_images():
     return Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
 
 
+IDEFICS_TEMPLATE = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}:{% if m['content'] is string %} {{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def idefics3_tokenizer():
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+    special = ["<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>", *tiles]
+    named = dict(eos_token="<end_of_utterance>", pad_token="<|im_end|>")
+    return byte_tokenizer([*special, "<end_of_utterance>"], IDEFICS_TEMPLATE, **named)
+
+
+def idefics3(tokenizer, tied=False, of=(Idefics3Config, Idefics3ForConditionalGeneration)):
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    config = of[0](
+        vision_config=vision, text_config=LlamaConfig(**text_sizes(tokenizer, tied)), tie_word_embeddings=tied,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return of[1](config)
+
+
+def smolvlm(tokenizer, tied=False):
+    return idefics3(tokenizer, tied, (SmolVLMConfig, SmolVLMForConditionalGeneration))
+
+
+def idefics3_images(of=Idefics3ImageProcessorPil):
+    return of(size={"longest_edge": 48}, max_image_size={"longest_edge": 16})
+
+
+def smolvlm_images():
+    return idefics3_images(SmolVLMImageProcessorPil)
+
+
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
@@ -209,6 +252,8 @@ FAMILIES = {
     "qwen3_vl": (qwen3_vl, qwen_tokenizer, qwen_images),
     "internvl": (internvl, internvl_tokenizer, internvl_images),
     "gemma3": (gemma3, gemma3_tokenizer, gemma3_images),
+    "idefics3": (idefics3, idefics3_tokenizer, idefics3_images),
+    "smolvlm": (smolvlm, idefics3_tokenizer, smolvlm_images),
 }
 
 
@@ -263,3 +308,9 @@ def picture(width, height, seed=0):
     """A picture of random pixels."""
     generator = torch.Generator().manual_seed(seed)
     return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def drawn(rows, columns, cell):
+    """A picture of cells that become lighter row by row."""
+    values = torch.arange(rows * columns, dtype=torch.uint8).reshape(rows, columns) * 15
+    return Image.fromarray(values.repeat_interleave(cell, 0).repeat_interleave(cell, 1).numpy()).convert("RGB")

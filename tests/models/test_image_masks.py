@@ -95,5 +95,5 @@ def test_the_text_around_an_image_is_the_stock_processors(made):
         list(tokenizer.all_special_tokens), tokenizer.chat_template, extra_special_tokens=named
     )
     stock = Gemma3Processor(tiny.gemma3_images(), tokenizer, image_seq_length=S0 + CELLS)
-    assert made.processor.placeholder(CELLS) == stock.replace_image_token({"num_crops": [0]}, 0)
+    assert made.processor.placeholder(CELLS, (20, 12)) == stock.replace_image_token({"num_crops": [0]}, 0)
     assert made.processor.image_token == stock.image_token

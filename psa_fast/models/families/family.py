@@ -245,6 +245,14 @@ class Family(ABC):
         """Text that stands before and behind an image's placeholders. ValueError: the tokenizer lacks a token of it."""
         return "", ""
 
+    def expansion(self, placeholder: str, safety_tokens: int, tokens: int, tiles: Grid | None) -> str:
+        """What stands between for an image of so many tokens, safety tokens not among them; `tiles` as below."""
+        return placeholder * (safety_tokens + tokens)
+
+    def tiles(self, size: tuple[int, int], image_processor: Any) -> Grid | None:
+        """Rows and columns of tiles of an image of that (width, height), if its text depends on them; else None."""
+        return None
+
     def prepare(self, images: Sequence[Any], image_processor: Any) -> Pictures:
         """Run the image processor on PIL images."""
         raise NotImplementedError

@@ -48,9 +48,10 @@ class FamilyProcessor:
         """S of an image of that (width, height), without the image."""
         return self.family.count(size, self.image_processor)
 
-    def placeholder(self, tokens: int) -> str:
-        """What stands in the text for an image of so many tokens."""
-        return (self._placeholder * (self.safety_tokens + tokens)).join(self._around)
+    def placeholder(self, tokens: int, size: tuple[int, int]) -> str:
+        """What stands in the text for an image of so many tokens and of that (width, height)."""
+        tiles = self.family.tiles(size, self.image_processor)
+        return self.family.expansion(self._placeholder, self.safety_tokens, tokens, tiles).join(self._around)
 
     def positions(self, input_ids: Sequence[int], grids: Sequence[Sequence[Grid]]) -> Tensor | None:
         """Position ids [P, T] of a row without padding, see Family.positions."""
