@@ -145,6 +145,7 @@ class _Subject:
         given = {"pixel_values": images} if isinstance(images, Tensor) else dict(images.tensors)
         if "mm_token_type_ids" in inspect.signature(self.vlm.forward).parameters:
             given["mm_token_type_ids"] = (ids == self.vlm.config.image_token_id).int()
+        given |= self.psa(0).family.token_types(ids, 0)
         stock = self.vlm(input_ids=ids, attention_mask=batch["attention_mask"], **given).logits
         return self.compared(self.logits(self.psa(0), batch)[real], stock[real])
 

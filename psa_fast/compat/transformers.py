@@ -29,6 +29,16 @@ def mark_adapter(model: Any, present: bool = True) -> None:
     model._hf_peft_config_loaded = present
 
 
+def more_than_causal(mask: dict[str, Any]) -> bool:
+    """Whether a mask that transformers asks its mask interface for lets tokens see later ones, or hides earlier ones.
+
+    `mask` is what the interface is called with. Packed samples and windows by `local_size` do not count: they come as
+    an intersection of transformers' own making. Whatever else a model overlays comes as a union, or by vmap. That
+    skipping is not allowed says nothing: it is not allowed for packed samples either.
+    """
+    return bool(mask.get("use_vmap")) or getattr(mask.get("mask_function"), "__name__", "") == "or_mask"
+
+
 def raised_by_loading(error: BaseException) -> bool:
     """Whether transformers itself raised it for weights of other shapes than the configuration's.
 

@@ -84,7 +84,8 @@ def prepare_images(images: Sequence[Image.Image], processor: Any) -> ImageInputs
             raise ValueError(f"an image is {shorten(image)}; expected a PIL image")
     if counts_by_size(processor):
         pictures = processor.prepare(images)
-        return ImageInputs(pictures, tuple(processor.placeholder(tokens) for tokens in pictures.tokens))
+        counted = zip(pictures.tokens, images, strict=True)
+        return ImageInputs(pictures, tuple(processor.placeholder(tokens, image.size) for tokens, image in counted))
     processed = processor.image_processor(images=list(images), return_tensors="pt")
     placeholders = tuple(processor.replace_image_token(processed, image_idx=i) for i in range(len(images)))
     return ImageInputs(processed["pixel_values"], placeholders)
@@ -97,7 +98,7 @@ def counts_by_size(processor: Any) -> bool:
 
 def counted_images(sizes: Sequence[tuple[int, int]], processor: Any) -> ImageInputs | None:
     """Images of these (width, height), known by their tokens alone; None for none. For `counts_by_size`."""
-    placeholders = tuple(processor.placeholder(processor.count(size)) for size in sizes)
+    placeholders = tuple(processor.placeholder(processor.count(size), size) for size in sizes)
     return ImageInputs(None, placeholders) if placeholders else None
 
 

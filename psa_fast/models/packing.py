@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from psa_fast.compat.transformers import more_than_causal
 from psa_fast.models.transfer import to_device
 
 #: transformers' name of the attention below
@@ -101,8 +102,9 @@ def sdpa_by_sample(
 
 
 def _mask(**kwargs: Any) -> Tensor | None:
-    """No [T, T] mask where there is no padding, cache or window: what is left is causal within each sample."""
-    if kwargs["attention_mask"] is None and kwargs["q_length"] == kwargs["kv_length"] and not kwargs.get("local_size"):
+    """No [T, T] mask where there is no padding, cache, window or overlay: what is left is causal in each sample."""
+    whole = kwargs["attention_mask"] is None and kwargs["q_length"] == kwargs["kv_length"]
+    if whole and not kwargs.get("local_size") and not more_than_causal(kwargs):
         return None
     return sdpa_mask(**kwargs)
 

@@ -18,7 +18,7 @@ class SafetyTokens(nn.Module):
         std: float = 0.02,
     ):
         super().__init__()
-        self.std = std
+        self.std, self.count = std, n
         self.weight = nn.Parameter(torch.empty(n, embed_dim, device=device, dtype=dtype))
         self.reset_parameters()
 

@@ -39,6 +39,7 @@ class PlainVLM(nn.Module):
             kwargs |= features.tensors if isinstance(features, Pictures) else {"pixel_values": features}
         family, grids = get_family(self.vlm), features.grids if isinstance(features, Pictures) else []
         positions = positions_of(family, 0, input_ids, grids, image_counts.tolist(), attention_mask=attention_mask)
+        kwargs |= family.token_types(input_ids, 0)
         if positions is not None:
             kwargs["position_ids"] = positions
         ids = self.vlm.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[operator]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from psa_fast.models import Family
 from psa_fast.models.packing import SDPA_BY_SAMPLE
 from psa_fast.training.config import TrainConfig
 from psa_fast.training.engine import compute_dtype
@@ -37,4 +38,17 @@ def choose_attention(config: TrainConfig) -> str:
             return name
     if wanted == "eager":
         return wanted
+    return SDPA_BY_SAMPLE if config.packing else "sdpa"
+
+
+def fit_family(attention: str, config: TrainConfig, family: Family) -> str:
+    """`attention`, or SDPA where it was `auto`'s choice and the base cannot have FlashAttention.
+
+    Raises:
+        ValueError: an explicit choice that the base cannot have.
+    """
+    if attention not in _FLASH or "FlashAttention" in family.works:
+        return attention
+    if config.attn_implementation != "auto":
+        family.require("FlashAttention")
     return SDPA_BY_SAMPLE if config.packing else "sdpa"

@@ -17,7 +17,7 @@ from psa_fast.data.dataset import HintFor
 from psa_fast.data.lengths import RowCheck, check_rows
 from psa_fast.data.problems import MAX_LISTED
 from psa_fast.data.progress import progress
-from psa_fast.models import get_family, load_processor
+from psa_fast.models import Family, get_family, load_processor
 from psa_fast.models.addon import check_base_folder, check_files
 from psa_fast.models.base_model import check_base, read_base_config, resolve_commit
 
@@ -124,8 +124,8 @@ def check_positions(config: TrainConfig, commit: str | None) -> None:
         )
 
 
-def check_family(config: TrainConfig, commit: str | None) -> None:
-    """Refuse what the base's family cannot do yet.
+def check_family(config: TrainConfig, commit: str | None) -> Family:
+    """The base's family; refuse what it cannot do yet.
 
     Raises:
         ValueError: naming the option.
@@ -140,6 +140,7 @@ def check_family(config: TrainConfig, commit: str | None) -> None:
     for part, wanted in asked.items():
         if wanted:
             family.require(part)
+    return family
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 from psa_fast.data import GlobalBatchSampler, PsaDataset
 from psa_fast.data.records import fingerprint
 from psa_fast.models.packing import SDPA_BY_SAMPLE
-from psa_fast.training.attention_backend import choose_attention
+from psa_fast.training.attention_backend import choose_attention, fit_family
 from psa_fast.training.recompute import check_liger, prepare_language_model
 
 from . import checkpoint
@@ -158,7 +158,8 @@ def _check(config: TrainConfig, validation: Validation | None, world_size: int, 
     addon = str(resume.folder) if resume else config.addon
     commit = commit_for(config, addon)
     check_positions(config, commit)
-    check_family(config, commit)
+    family = check_family(config, commit)
+    attention = attention and fit_family(attention, config, family)
     processor = read_processor(config, commit)
     if validation is not None:
         check_validation(config, validation, processor, commit)

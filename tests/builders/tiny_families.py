@@ -8,6 +8,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessorPil,
+    Gemma3TextConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -15,11 +25,17 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessorPil,
 )
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from psa_fast.models import get_family
@@ -48,13 +64,17 @@ def qwen_tokenizer():
     return byte_tokenizer(QWEN_SPECIAL, QWEN_TEMPLATE, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def qwen_text(tokenizer, tied, **more):
+def text_sizes(tokenizer, tied, **more):
     return dict(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}, **more,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=tied, **more,
     )  # fmt: skip
+
+
+def qwen_text(tokenizer, tied, **more):
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    return text_sizes(tokenizer, tied, rope_parameters=rope, **more)
 
 
 def qwen_ids(tokenizer):
@@ -92,6 +112,103 @@ def qwen3_vl(tokenizer, tied=False):
 
 def qwen_images():
     return Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=1024)
+
+
+INTERNVL_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+
+
+def internvl_tokenizer():
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    named = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    around = {"start_image_token": "<img>", "end_image_token": "</img>"}
+    return byte_tokenizer(special, INTERNVL_TEMPLATE, extra_special_tokens=around, **named)
+
+
+def internvl(tokenizer, tied=False):
+    vision = InternVLVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen2Config(**text_sizes(tokenizer, tied)), tie_word_embeddings=tied,
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )  # fmt: skip
+    return InternVLForConditionalGeneration(config)
+
+
+def internvl_images():
+    return GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, max_patches=4)
+
+
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<start_of_image>{% else %}{{ c['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+GEMMA_IMAGE = {"boi_token_index": "<start_of_image>", "eoi_token_index": "<end_of_image>",
+               "image_token_index": "<image_soft_token>"}  # fmt: skip
+
+
+def gemma3_tokenizer():
+    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>", *GEMMA_IMAGE.values()]
+    return byte_tokenizer(special, GEMMA_TEMPLATE, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>")
+
+
+def gemma3(tokenizer, tied=False):
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4,
+        vision_use_head=False,
+    )  # fmt: skip
+    text = Gemma3TextConfig(
+        **text_sizes(tokenizer, tied), head_dim=8, query_pre_attn_scalar=8, sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in GEMMA_IMAGE.items()}
+    config = Gemma3Config(
+        vision_config=vision, text_config=text, tie_word_embeddings=tied, mm_tokens_per_image=4, **ids
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def gemma3_images():
+    return Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+
+
+IDEFICS_TEMPLATE = (
+    "<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}:{% if m['content'] is string %} {{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %} {{ c['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def idefics3_tokenizer():
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+    special = ["<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>", "<global-img>", *tiles]
+    named = dict(eos_token="<end_of_utterance>", pad_token="<|im_end|>")
+    return byte_tokenizer([*special, "<end_of_utterance>"], IDEFICS_TEMPLATE, **named)
+
+
+def idefics3(tokenizer, tied=False, of=(Idefics3Config, Idefics3ForConditionalGeneration)):
+    vision = dict(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    config = of[0](
+        vision_config=vision, text_config=LlamaConfig(**text_sizes(tokenizer, tied)), tie_word_embeddings=tied,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"), pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return of[1](config)
+
+
+def smolvlm(tokenizer, tied=False):
+    return idefics3(tokenizer, tied, (SmolVLMConfig, SmolVLMForConditionalGeneration))
+
+
+def idefics3_images(of=Idefics3ImageProcessorPil):
+    return of(size={"longest_edge": 48}, max_image_size={"longest_edge": 16})
+
+
+def smolvlm_images():
+    return idefics3_images(SmolVLMImageProcessorPil)
 
 
 LLAVA_TEMPLATE = (
@@ -133,6 +250,10 @@ FAMILIES = {
     "qwen2_vl": (qwen2_vl, qwen_tokenizer, qwen_images),
     "qwen2_5_vl": (qwen2_5_vl, qwen_tokenizer, qwen_images),
     "qwen3_vl": (qwen3_vl, qwen_tokenizer, qwen_images),
+    "internvl": (internvl, internvl_tokenizer, internvl_images),
+    "gemma3": (gemma3, gemma3_tokenizer, gemma3_images),
+    "idefics3": (idefics3, idefics3_tokenizer, idefics3_images),
+    "smolvlm": (smolvlm, idefics3_tokenizer, smolvlm_images),
 }
 
 
@@ -140,10 +261,10 @@ def scaled(vlm, seed=0):
     """Weights large enough that attention matters, and nothing zero."""
     torch.manual_seed(seed)
     for parameter in vlm.parameters():
-        if parameter.ndim > 1:
-            parameter.data.mul_(4)
-        elif not parameter.any():
+        if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.ndim > 1:
+            parameter.data.mul_(4)
     vlm.generation_config.eos_token_id = None
     return vlm.eval()
 
@@ -187,3 +308,9 @@ def picture(width, height, seed=0):
     """A picture of random pixels."""
     generator = torch.Generator().manual_seed(seed)
     return Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+def drawn(rows, columns, cell):
+    """A picture of cells that become lighter row by row."""
+    values = torch.arange(rows * columns, dtype=torch.uint8).reshape(rows, columns) * 15
+    return Image.fromarray(values.repeat_interleave(cell, 0).repeat_interleave(cell, 1).numpy()).convert("RGB")

@@ -21,7 +21,7 @@ def test_the_table_is_the_one_in_the_docs(capsys):
     assert [line.split("`")[1] for line in printed.splitlines()[2:]] == list(FAMILIES)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "gemma3", "smolvlm"])
 def test_a_good_base_passes_every_check(family, tmp_path, capsys):
     assert cli.main(["base", "check", str(tiny_families.build_folder(family, tmp_path / "base"))]) == 0
     output = capsys.readouterr().out
@@ -51,10 +51,10 @@ def test_a_family_that_is_wrong_fails_the_checks_that_see_it(tmp_path, capsys, m
 
 
 def test_what_is_no_base_is_one_sentence(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    (tmp_path / "config.json").write_text('{"model_type": "mllama"}')
     assert cli.main(["base", "check", str(tmp_path)]) == 2
     printed = capsys.readouterr().err
-    assert "model type 'gemma3' is not supported; supported: llava, qwen2_5_vl, qwen2_vl, qwen3_vl" in printed
+    assert f"model type 'mllama' is not supported; supported: {', '.join(sorted(FAMILIES))}" in printed
     (tmp_path / "empty").mkdir()
     for name, told in (("none", "there is no such folder"), ("empty", "it has no config.json")):
         assert cli.main(["base", "check", str(tmp_path / name)]) == 2

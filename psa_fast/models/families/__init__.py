@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from psa_fast.models.families.family import PARTS, Family, Rows
+from psa_fast.models.families.gemma3 import Gemma3Family
+from psa_fast.models.families.idefics3 import Idefics3Family
+from psa_fast.models.families.internvl import InternVLFamily
 from psa_fast.models.families.llava import LlavaFamily
 from psa_fast.models.families.qwen2_5_vl import Qwen25VLFamily
 from psa_fast.models.families.qwen2_vl import Qwen2VLFamily
@@ -16,6 +19,10 @@ FAMILIES: dict[str, type[Family]] = {
     "qwen2_vl": Qwen2VLFamily,
     "qwen2_5_vl": Qwen25VLFamily,
     "qwen3_vl": Qwen3VLFamily,
+    "internvl": InternVLFamily,
+    "gemma3": Gemma3Family,
+    "idefics3": Idefics3Family,
+    "smolvlm": Idefics3Family,
 }
 
 

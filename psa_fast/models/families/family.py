@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,21 @@ from psa_fast.models.families.parts_processor import FamilyProcessor
 from psa_fast.models.image_features import Features, GridFeatures
 from psa_fast.pictures import Grid, Images, Pictures
 
-Tokens = Callable[[int], Tensor]
+
+class Tokens(Protocol):
+    """Safety tokens, `count` of them, S0."""
+
+    count: int
+
+    def __call__(self, n: int, /) -> Tensor:
+        """s_llm n times, [n, S0, E]."""
+        ...
+
 
 #: what a family may lack, by the name that messages use -> what it is
 PARTS = {
     "packing": "packed rows",
+    "FlashAttention": "kernels that take no mask",
     "--feature_cache": "the cache of vision features",
     "plan": "the memory that a run needs, known before it starts",
     "MFU": "the FLOPs of a step",
@@ -32,12 +42,13 @@ PARTS = {
 class Rows(NamedTuple):
     """What the language model reads: padded rows, or one packed row.
 
-    `embeds` are the word embeddings [B, T, E]; `position_ids` [B, T] or [P, B, T], None: they count the tokens.
+    `embeds` are the word embeddings [B, T, E]; `attention_mask` is [B, T], or what else the model takes; `position_ids`
+    [B, T] or [P, B, T], None: they count the tokens.
     """
 
     input_ids: Tensor
     embeds: Tensor
-    attention_mask: Tensor | None
+    attention_mask: Any
     position_ids: Tensor | None
 
 
@@ -51,7 +62,9 @@ class Family(ABC):
     #: dotted names inside the VLM: vision, connector, language, lm_head
     module_names: dict[str, str]
     #: names of PARTS that work
-    works: frozenset[str] = frozenset({"packing"})
+    works: frozenset[str] = frozenset({"packing", "FlashAttention"})
+    #: whether the model takes the features of all images as one tensor [1, rows, E]; else it takes one for each image
+    one_tensor = False
 
     def __init__(self, config: Any):
         self.config = config
@@ -60,6 +73,11 @@ class Family(ABC):
     def image_token_id(self) -> int:
         """Id of the image placeholder."""
         return self.config.image_token_id
+
+    @property
+    def image_mark_id(self) -> int:
+        """Id of the token that stands for an image in the chat template's text."""
+        return self.image_token_id
 
     @property
     @abstractmethod
@@ -116,6 +134,12 @@ class Family(ABC):
     def project(self, vlm: nn.Module, vision: Any) -> Any:
         """The VLM's own connector: h_o [N, S, Dv] -> h_i [N, S, E], or GridFeatures -> the same with h_i."""
 
+    def taken(self, images: Images) -> Pictures:
+        """`images` if they are Pictures, ValueError if not."""
+        if not isinstance(images, Pictures):
+            raise ValueError(f"images are {type(images).__name__}; {self.config.model_type} takes Pictures")
+        return images
+
     def encode_images(self, vlm: nn.Module, images: Images) -> Features:
         """One vision pass over images, as `Images` of the family's kind."""
         return self.project(vlm, self.vision_features(vlm, images))
@@ -134,6 +158,10 @@ class Family(ABC):
         """
         return None
 
+    def token_types(self, input_ids: Tensor, safety_tokens: int) -> dict[str, Tensor]:
+        """What the model takes beside ids to tell text from images, [B, T], by its names; padded or packed rows."""
+        return {}
+
     def visual(self, tokens: Tokens, features: GridFeatures) -> Any:
         """[s_llm ; h_i] of each image, as transformers takes it in place of pixels. Made anew for each call, which may
         change it.
@@ -141,7 +169,7 @@ class Family(ABC):
         assert features.projected is not None
         rows = zip(tokens(features.images), features.projected.split(), strict=True)
         laid: Any = tuple(torch.cat([s.to(h.dtype), h]) for s, h in rows)
-        return BaseModelOutputWithPooling(pooler_output=laid)
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(laid).unsqueeze(0) if self.one_tensor else laid)
 
     def states(
         self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any, has_images: bool = True, **kwargs: Any
@@ -151,7 +179,7 @@ class Family(ABC):
         Args:
             vlm: the model.
             rows: what it reads.
-            tokens: n -> s_llm n times, [n, S0, E].
+            tokens: the safety tokens.
             features: what `project` returned.
             has_images: False: there are none, and `features` are a blank image's, which stay in the graph only.
             kwargs: reach the attention.
@@ -162,12 +190,13 @@ class Family(ABC):
             "mm_encoder_outputs": {"image": visual} if has_images else None,
             "attention_mask": rows.attention_mask,
             "position_ids": rows.position_ids,
+            **self.token_types(rows.input_ids, tokens.count),
             "use_cache": False,  # with a cache transformers builds no mask from packed position ids: samples would leak
         }
         if has_images:
             return body(**read, **kwargs).last_hidden_state
         # the same modules and gradients in the same order as on a rank that has images, or ZeRO-3 would hang
-        unseen = 0.0 * torch.cat(visual.pooler_output).sum()
+        unseen = 0.0 * torch.cat(list(visual.pooler_output)).sum()
         embedding = cast(Any, vlm).get_input_embeddings()
         hook = embedding.register_forward_hook(lambda _module, _inputs, output: output + unseen.to(output.dtype))
         try:
@@ -178,9 +207,11 @@ class Family(ABC):
     def answer(self, vlm: nn.Module, rows: Rows, tokens: Tokens, features: Any | None, **kwargs: Any) -> Tensor:
         """New ids only, [B, t], of left-padded rows; features None: no images. kwargs are transformers' options."""
         visual = {} if features is None else {"mm_encoder_outputs": {"image": self.visual(tokens, features)}}
-        positions = {} if rows.position_ids is None else {"position_ids": rows.position_ids}
+        given = self.token_types(rows.input_ids, tokens.count)
+        if rows.position_ids is not None:
+            given["position_ids"] = rows.position_ids
         ids = cast(Any, vlm).generate(
-            input_ids=rows.input_ids, attention_mask=rows.attention_mask, **positions, **visual, **kwargs
+            input_ids=rows.input_ids, attention_mask=rows.attention_mask, **given, **visual, **kwargs
         )
         return ids[:, rows.input_ids.shape[1] :]
 
@@ -209,6 +240,18 @@ class Family(ABC):
         Raises ValueError for one that cannot be used.
         """
         return FamilyProcessor(self, processor.image_processor, processor.tokenizer, num_safety_tokens)
+
+    def around(self, tokenizer: Any) -> tuple[str, str]:
+        """Text that stands before and behind an image's placeholders. ValueError: the tokenizer lacks a token of it."""
+        return "", ""
+
+    def expansion(self, placeholder: str, safety_tokens: int, tokens: int, tiles: Grid | None) -> str:
+        """What stands between for an image of so many tokens, safety tokens not among them; `tiles` as below."""
+        return placeholder * (safety_tokens + tokens)
+
+    def tiles(self, size: tuple[int, int], image_processor: Any) -> Grid | None:
+        """Rows and columns of tiles of an image of that (width, height), if its text depends on them; else None."""
+        return None
 
     def prepare(self, images: Sequence[Any], image_processor: Any) -> Pictures:
         """Run the image processor on PIL images."""

@@ -23,7 +23,7 @@ class FamilyProcessor:
         safety_tokens: placeholders before each image's own.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or lacks a token that the family puts around images.
     """
 
     def __init__(self, family: Family, image_processor: Any, tokenizer: Any, safety_tokens: int):
@@ -32,7 +32,9 @@ class FamilyProcessor:
         self.chat_template = tokenizer.chat_template
         if self.chat_template is None:
             raise ValueError("the base's tokenizer has no chat template")
-        self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_token_id)
+        self.image_token: str = tokenizer.convert_ids_to_tokens(family.image_mark_id)
+        self._placeholder: str = tokenizer.convert_ids_to_tokens(family.image_token_id)
+        self._around = family.around(tokenizer)
 
     def apply_chat_template(self, messages: list[dict[str, Any]], **options: Any) -> str:
         """The conversation as text."""
@@ -46,9 +48,10 @@ class FamilyProcessor:
         """S of an image of that (width, height), without the image."""
         return self.family.count(size, self.image_processor)
 
-    def placeholder(self, tokens: int) -> str:
-        """What stands in the text for an image of so many tokens."""
-        return self.image_token * (self.safety_tokens + tokens)
+    def placeholder(self, tokens: int, size: tuple[int, int]) -> str:
+        """What stands in the text for an image of so many tokens and of that (width, height)."""
+        tiles = self.family.tiles(size, self.image_processor)
+        return self.family.expansion(self._placeholder, self.safety_tokens, tokens, tiles).join(self._around)
 
     def positions(self, input_ids: Sequence[int], grids: Sequence[Sequence[Grid]]) -> Tensor | None:
         """Position ids [P, T] of a row without padding, see Family.positions."""

@@ -76,9 +76,7 @@ class Qwen2VLFamily(Family):
 
     def vision_features(self, vlm: nn.Module, images: Images) -> GridFeatures:
         """h_o, [cells, Dv] row by row; without a graph, as nothing below the connector is trained."""
-        if not isinstance(images, Pictures):
-            raise ValueError(f"images are {type(images).__name__}; {self.config.model_type} takes Pictures")
-        tower = self.module(vlm, "vision")
+        images, tower = self.taken(images), self.module(vlm, "vision")
         pixels = images.tensors["pixel_values"].to(next(tower.parameters()).dtype)
         with torch.no_grad():
             output = tower(pixels, grid_thw=images.tensors["image_grid_thw"], return_dict=True)
