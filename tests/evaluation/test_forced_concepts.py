@@ -27,6 +27,8 @@ class Scripted:
     Requests about odd pictures are risky, of the type misleading; clearing that type leaves the last one's hint.
     """
 
+    has_head = True
+
     def answer(self, requests, guarded, max_new_tokens, batch_size, on_error="block"):
         return [Said(self._text(request, guarded)) for request in requests]
 
