@@ -120,7 +120,8 @@ ablation: $(STAMP)
 	psa-fast evaluate --data $(DEMO)/world --stage query_prompt=$(DEMO)/stage1 --stage query_first=runs/query-first/stage1 --out runs/query-first --overwrite
 
 test: $(STAMP) lint
-	PSA_FAST_LOCK=$(LOCK) OMP_NUM_THREADS=1 python -m pytest -m "not gpu" --numprocesses $(TEST_WORKERS) --dist loadfile --durations=15
+	PSA_FAST_LOCK=$(LOCK) OMP_NUM_THREADS=1 python -m pytest -m "not gpu" --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+		--durations=15
 
 lint: $(STAMP)
 	ruff check .

@@ -12,6 +12,15 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+#: folders and files whose tests start runs, ranks or compilers
+LONG = ("training", "kernels", "fuzz", "examples", "test_zero3.py", "test_sharded_evaluation.py", "test_bench.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: workers take whole files, and a long one that is taken last is waited for by all others."""
+    items.sort(key=lambda item: not set(LONG) & set(item.path.parts))
+
+
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"

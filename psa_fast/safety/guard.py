@@ -84,7 +84,7 @@ class Guard:
         self.model_hash = model_hash
         self._policy_hash = policy.hash if policy else None
         #: what writes the answers; another one may take its place
-        self.writer: Writer = OwnWriter(model, processor)
+        self.writer: Writer | None = None  # None: the model itself, whichever it is when it is asked
         self._neutral_prompts: dict[tuple[str, ...], Encoded] = {}
         if self.neutral_question is not None and not Request(self.neutral_question).turns[0].text.isprintable():
             raise ValueError(f"neutral_question is {shorten(self.neutral_question)}; expected a line of text")
@@ -237,7 +237,8 @@ class Guard:
         for start in range(0, len(keys), batch_size):
             chunk = keys[start : start + batch_size]
             work = [Job(jobs[row, hint], asked[row].turns, hint, places[row]) for row, hint in chunk]
-            new = self.writer.write(work, features, max_new_tokens)
+            writer = self.writer or OwnWriter(self.model, self.processor)
+            new = writer.write(work, features, max_new_tokens)
             texts.update(zip(chunk, new, strict=True))
 
         for row, (one, (verdict, decision)) in enumerate(zip(asked, readings, strict=True)):
