@@ -130,7 +130,9 @@ def resolve_inputs(config: Any, hint_for: Any) -> Any:
         path = changes.get(data, getattr(config, data))
         if path is not None and is_table(path):
             images = changes.get(folder, getattr(config, folder))
-            changes[data], changes[folder] = as_records(path, images, split, f"--{data}", config.on_bad_sample)
+            changes[data], changes[folder] = as_records(
+                path, images, split, f"--{data}", config.on_bad_sample, config.kept_keys, config.concepts
+            )
     # --resume auto may find nothing to resume, and must not then start from an untrained add-on
     if config.stage == 2 and config.addon is None and find_resume(config) is None and not is_finished(config.stage_dir):
         stage1 = dataclasses.replace(config, stage=1).stage_dir

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_fast.cli.sources import addons_of, find_data
+from psa_fast.cli.sources import addons_of, file_sha256, find_data
 from psa_fast.compat.argparse import Subcommands
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def calibrate(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     hashes = [addon_sha256, *(checked_hash(one) for one in same)]
-    new = _calibrated(policy, found, target, args.confidence, _sha256(file), hashes)
+    new = _calibrated(policy, found, target, args.confidence, file_sha256(file), hashes)
     told = _told(new, found, file, [addon, *same])
     write_text(args.out, with_values(text, new, told))
     print(*told, *_trade(rows, policy, new), sep="\n")
@@ -112,10 +111,6 @@ def _share(text: str) -> float:
     if name != TARGET or not 0.0 < share < 1.0:
         raise ValueError(f"--target is {text}; expected {TARGET}=SHARE, a share between 0 and 1")
     return share
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _read(

@@ -74,6 +74,8 @@ def register(subparsers: Any) -> None:
             importer.add_arguments(source)
         else:
             _add_folder_arguments(source, importer)
+        if hasattr(importer, "OWN_RECORDS"):
+            taxonomies.add_taxonomy(source)
         source.add_argument("--out", required=True, help="the .jsonl to write")
         source.add_argument(
             "--on_bad_sample",
@@ -118,10 +120,11 @@ def import_command(args: argparse.Namespace) -> int:
     if args.list:
         raise ValueError(f"--list prints all datasets and imports none; leave {args.source_name} or --list out")
     whole = args.on_bad_sample == "error"
+    taxonomy = read_taxonomy(args.taxonomy) if hasattr(args, "taxonomy") else PSA
     if hasattr(args.importer, "add_arguments"):
         source, rows = None, args.importer.read(args)
         image_folder = args.image_folder  # an importer that writes the images says where
-        result = import_rows(rows, args.out, image_folder, not whole)
+        result = import_rows(rows, args.out, image_folder, not whole, taxonomy=taxonomy)
     else:
         source = Source(args.source_name, args.source, args.split, args.images, args.taxonomy_map)
         image_folder = str(source.pictures.root)
@@ -139,7 +142,7 @@ def import_command(args: argparse.Namespace) -> int:
         _print_source(source, result)
     if result.from_template:
         print(f"  {result.from_template} answers are ours, since the source has none: to evaluate, not to learn")
-    _print_counts(result.counts)
+    _print_counts(result.counts, taxonomy)
     if image_folder is None and result.with_images:
         print("  the images were not looked at: no --image_folder")
     return 2 if left_out or not result.written else 0

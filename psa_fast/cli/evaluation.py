@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from psa_fast.cli.launch import Ranks, shared
-from psa_fast.cli.sources import LONGEST, STAGE_DIRS, Plan, add_sources, find_data, plan, spread
+from psa_fast.cli.sources import LONGEST, STAGE_DIRS, Plan, add_sources, find_data, named_stages, plan, spread
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.evaluation.refusal import DEFAULT_LIST, LISTS, MODES, error_rates, get_list
 from psa_fast.files import unwritable_text
@@ -85,12 +85,7 @@ def asked(args: argparse.Namespace) -> Plan:
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}; expected at least 1")
     named = [(name, folder) for name in STAGE_DIRS if (folder := getattr(args, name)) is not None]
-    for item in args.stage:
-        name, equals, folder = item.partition("=")
-        if not (name and equals and folder):
-            raise ValueError(f"--stage {item}: expected NAME=DIR")
-        named.append((name, folder))
-    todo = plan(args.run, args.base, named)
+    todo = plan(args.run, args.base, [*named, *named_stages(args.stage)])
     if args.concepts_only:
         _check_concepts_only(args, todo)
     if wrong := unwritable_text(_settings(args, todo)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
 from collections import Counter
 from datetime import datetime, timezone
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psa_fast.cli.sources import LONGEST, add_sources, find_data, plan
+from psa_fast.cli.sources import LONGEST, add_sources, file_sha256, find_data, named_stages, plan
 from psa_fast.compat.argparse import Subcommands
 from psa_fast.files import shorten
 from psa_fast.taxonomy import PSA
@@ -99,11 +98,9 @@ def robustness(args: argparse.Namespace) -> int:
     if args.budget is not None and not set(chosen) & set(white_box.SUITES):
         raise ValueError(f"--budget is of attacks on pixels, and none of {', '.join(white_box.SUITES)} is chosen")
     args.budget = args.budget or "quick"
-    stages = [tuple(item.split("=", 1)) for item in args.stage]
-    if wrong := [item for item in args.stage if "=" not in item]:
-        raise ValueError(f"--stage {shorten(wrong[0])}: expected NAME=DIR")
+    stages = named_stages(args.stage)
     surrogates = _surrogates(args.surrogate, chosen)
-    todo = plan(args.run, args.base, stages)  # type: ignore[arg-type]
+    todo = plan(args.run, args.base, stages)
     policy = Policy.load(args.policy)
     policy.require_taxonomy(PSA, "what this command counts")
     if set(chosen) & set(white_box.SUITES):
@@ -115,13 +112,13 @@ def robustness(args: argparse.Namespace) -> int:
     fit_file, fit_folder = (
         (None, None) if args.fit_data is None else find_data(args.fit_data, args.split, None, "--fit_data")
     )
-    if fit_file is not None and _sha256(fit_file) == _sha256(file):
+    if fit_file is not None and file_sha256(fit_file) == file_sha256(file):
         raise ValueError(f"--fit_data {fit_file} holds the records of --data; a cloak is fitted on others")
     limit = args.limit
     if limit is None:
         limit = BUDGETS[args.budget].n if set(chosen) <= set(white_box.SUITES) else 100
     settings = {
-        "data": str(file), "data_sha256": _sha256(file), "image_folder": str(image_folder),
+        "data": str(file), "data_sha256": file_sha256(file), "image_folder": str(image_folder),
         "addons_sha256": hashes,
         "base": todo.base, "stages": todo.addons, "limit": limit, "seed": args.seed,
         "policy": policy.hash, "max_new_tokens": args.max_new_tokens, "suites": chosen,
@@ -130,7 +127,7 @@ def robustness(args: argparse.Namespace) -> int:
     if args.concepts_only:
         settings["concepts_only"] = True
     if fit_file is not None:
-        settings["fit_data_sha256"] = _sha256(fit_file)
+        settings["fit_data_sha256"] = file_sha256(fit_file)
     with OutputFolder(Path(args.out)).claim() as out:
         done = _done(out.path, settings, args.overwrite)
         cases, others = _cases(file, image_folder, limit)
@@ -191,13 +188,6 @@ def _done(folder: Path, settings: dict[str, Any], overwrite: bool) -> dict[tuple
             continue
         done[row["stage"], row["condition"]] = row["rows"]
     return done
-
-
-def _sha256(file: Path) -> str:
-    from psa_fast.files import named
-
-    with named(file):
-        return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _cases(file: Path, image_folder: Path, limit: int) -> tuple[list[Case], Others]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psa_fast.data.rows import folder_hint
+from psa_fast.files import named, shorten
 
 if TYPE_CHECKING:
     from psa_fast.data.records import Record
@@ -52,6 +54,23 @@ def addons_of(run: str) -> dict[str, str]:
     if not addons:
         raise ValueError(f"--run {run} holds no add-on: neither {' nor '.join(STAGE_DIRS)} has a {CONFIG}")
     return addons
+
+
+def named_stages(given: Sequence[str]) -> list[tuple[str, str]]:
+    """The names and folders of `--stage NAME=DIR`. Raises ValueError for another text."""
+    found = []
+    for item in given:
+        name, _, folder = item.partition("=")
+        if not name or not folder:
+            raise ValueError(f"--stage {shorten(item)}: expected NAME=DIR")
+        found.append((name, folder))
+    return found
+
+
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes. Raises OSError, naming the file, if it cannot be read."""
+    with named(file):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def plan(run: str | None, base: str | None, stages: Sequence[tuple[str, str]]) -> Plan:

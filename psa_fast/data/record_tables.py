@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from psa_fast.data.importers.records import read, tables_of
@@ -16,6 +17,8 @@ from psa_fast.data.importers.writing import import_rows
 from psa_fast.data.records import DataError
 from psa_fast.files import named
 from psa_fast.made_once import default_cache, once
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 # of a folder with several splits the first of these that is there
 TRAINED_ON, EVALUATED_ON = ("train",), ("validation", "dev", "test")
@@ -29,7 +32,13 @@ def is_table(path: str | Path) -> bool:
 
 
 def as_records(
-    path: str | Path, image_folder: str | Path | None, splits: tuple[str, ...], option: str, on_bad_sample: str
+    path: str | Path,
+    image_folder: str | Path | None,
+    splits: tuple[str, ...],
+    option: str,
+    on_bad_sample: str,
+    keep_keys: Sequence[str] = (),
+    taxonomy: Taxonomy = PSA,
 ) -> tuple[str, str]:
     """The JSONL file and the image folder that tables stand for, made on first use. Safe for several ranks at once.
 
@@ -41,6 +50,8 @@ def as_records(
         splits: of a folder with several, the first of these is read.
         option: that named the path, for messages.
         on_bad_sample: "error", or "skip" to leave out rows that cannot be used.
+        keep_keys: keys that look like ours and are to be left unread.
+        taxonomy: what the labels are of.
 
     Raises:
         ValueError: there is no table or no such split, or (`DataError`) rows cannot be used.
@@ -57,7 +68,8 @@ def as_records(
     files = [file for file, name in found if name == split or split is None]
     with named(source):
         facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps([facts, str(image_folder), on_bad_sample]).encode()).hexdigest()[:16]
+    choices = [facts, str(image_folder), on_bad_sample, sorted(keep_keys), taxonomy.to_json()]
+    key = hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:16]
     cache = default_cache()
     with named(cache):
         cache.mkdir(parents=True, exist_ok=True)
@@ -67,7 +79,8 @@ def as_records(
         images = folder / IMAGES if image_folder is None else None
         args = argparse.Namespace(source=str(source), split=split, images=images, image_folder=image_folder)
         rows = read(args)
-        result = import_rows(rows, folder / RECORDS, args.image_folder, write_partly=on_bad_sample == "skip")
+        partly = on_bad_sample == "skip"
+        result = import_rows(rows, folder / RECORDS, args.image_folder, partly, keep_keys, taxonomy)
         if not result.written:
             raise DataError(source, result.problems) if result.problems else ValueError(f"{option} {source}: no rows")
         for reason, count in result.reasons.items():

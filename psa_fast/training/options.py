@@ -255,6 +255,11 @@ class TrainConfig:
         return read_taxonomy(self.taxonomy)
 
     @property
+    def kept_keys(self) -> list[str]:
+        """The keys of records that are to be left unread."""
+        return [] if self.keep_keys is None else [key.strip() for key in self.keep_keys.split(",")]
+
+    @property
     def runs_bottleneck(self) -> bool:
         """Whether the concept losses are computed at all."""
         return self.concept_loss_weight > 0 and not (self.stage == 1 and self.stage1_objective == "tokens")

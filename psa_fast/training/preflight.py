@@ -158,8 +158,8 @@ def _read(config: TrainConfig, console: Console) -> list[Record]:
     """All usable records. Rank 0 alone looks at every pixel, so it alone knows what `skip` drops."""
     console.print(f"reading {config.data_path}: every row and picture is checked")
     mode: Any = config.on_bad_sample
-    keep = [] if config.keep_keys is None else [key.strip() for key in config.keep_keys.split(",")]
-    return load_records(str(config.data_path), config.image_folder, mode, keep_keys=keep, taxonomy=config.concepts)
+    kept, labels = config.kept_keys, config.concepts
+    return load_records(str(config.data_path), config.image_folder, mode, keep_keys=kept, taxonomy=labels)
 
 
 def _check(dataset: PsaDataset) -> RowCheck:

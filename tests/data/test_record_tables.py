@@ -13,6 +13,8 @@ from psa_fast.cli import main
 from psa_fast.data import load_records, to_rgb
 from psa_fast.data.record_tables import EVALUATED_ON, TRAINED_ON, as_records, is_table
 from psa_fast.data.records import read_records
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.crosswalk import read_taxonomy
 from psa_fast.train import resolve_inputs
 from psa_fast.training.config import resolve
 
@@ -220,3 +222,35 @@ def test_splits_that_are_not_meant_are_named(tmp_path, cached):
 def test_a_folder_without_tables_is_named_by_the_option_that_named_it(tmp_path):
     with pytest.raises(ValueError, match=f"^--data_path {tmp_path}: there is no Parquet file"):
         as_records(tmp_path, None, TRAINED_ON, "--data_path", "error")
+
+
+def test_tables_are_read_with_the_options_of_the_run(tmp_path, cached):
+    """Labels of another taxonomy and keys like ours: what JSONL may have, a table may have too."""
+    other, file = read_taxonomy("llavaguard"), tmp_path / "rows.parquet"
+    table = columns([5, 6]) | {
+        "safe_type": arrow.array([other.risks[0], other.types[other.harmless]]),
+        "taxonomy": arrow.array([other.name] * 2),
+        "label": arrow.array(["a", "b"]),
+    }
+    pyarrow.parquet.write_table(arrow.table(table), file)
+    for keys, taxonomy, told in (([], other, "key 'label'"), (["label"], PSA, "llavaguard")):
+        with pytest.raises(ValueError, match=told):
+            as_records(file, None, TRAINED_ON, "--data_path", "error", keys, taxonomy)
+    made, images = as_records(file, None, TRAINED_ON, "--data_path", "error", ["label"], other)
+    records = load_records(made, images, keep_keys=["label"], taxonomy=other)
+    assert [other.types[record.safe_type] for record in records] == [other.risks[0], other.types[other.harmless]]
+    pyarrow.parquet.write_table(arrow.table({name: table[name] for name in table if name != "label"}), file)
+    command = [
+        "data",
+        "import",
+        "records",
+        "--source",
+        file,
+        "--out",
+        tmp_path / "out.jsonl",
+        "--images",
+        tmp_path / "i",
+    ]
+    assert main([*map(str, command), "--taxonomy", "llavaguard"]) == 0
+    assert len(load_records(tmp_path / "out.jsonl", tmp_path / "i", taxonomy=other)) == 2
+    assert main([*map(str, command)]) == 2

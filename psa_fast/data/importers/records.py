@@ -22,6 +22,7 @@ from psa_fast.files import read_json, shorten
 HELP = "records of our own in Parquet, or in a folder of Hugging Face datasets (save_to_disk)"
 LICENCE = None
 NEEDED = ("conversations",)
+OWN_RECORDS = True  # their labels may be of any taxonomy; what other importers read is PSA's by their tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

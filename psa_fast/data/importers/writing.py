@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,8 @@ from psa_fast.data.keys import TEMPLATE
 from psa_fast.data.progress import progress
 from psa_fast.data.records import Problem, Record, image_fault, parse_row
 from psa_fast.files import shorten, shown, write_with
+from psa_fast.taxonomy import PSA
+from psa_fast.taxonomy.heads import Taxonomy
 
 BAD_IMAGE = "an image that cannot be used"
 CHUNK = 1024  # rows that are held at a time, while their images are looked at
@@ -55,7 +57,12 @@ class _Nothing(Exception):
 
 
 def import_rows(
-    rows: Iterable[SourceRow], out: str | Path, image_folder: str | Path | None, write_partly: bool = True
+    rows: Iterable[SourceRow],
+    out: str | Path,
+    image_folder: str | Path | None,
+    write_partly: bool = True,
+    keep_keys: Collection[str] = (),
+    taxonomy: Taxonomy = PSA,
 ) -> Import:
     """Check rows, and write the good ones as JSONL. CHUNK rows are held at a time, beside the ids of all.
 
@@ -64,6 +71,8 @@ def import_rows(
         out: the file to write.
         image_folder: where the images are; None writes the rows without a look at the images.
         write_partly: write the good rows although there are others.
+        keep_keys: keys that look like ours and are to be left unread.
+        taxonomy: what the labels are of.
 
     Raises:
         OSError: naming the file, if it cannot be written.
@@ -75,7 +84,7 @@ def import_rows(
 
     def write(unfinished: Path) -> None:
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            _write(rows, file, out, image_folder, result)
+            _write(rows, file, out, image_folder, result, keep_keys, taxonomy)
         if not result.written or (result.reasons and not write_partly):
             raise _Nothing
 
@@ -88,14 +97,20 @@ def import_rows(
 
 
 def _write(
-    rows: Iterable[SourceRow], file: TextIO, out: str | Path, image_folder: str | Path | None, result: Import
+    rows: Iterable[SourceRow],
+    file: TextIO,
+    out: str | Path,
+    image_folder: str | Path | None,
+    result: Import,
+    keep_keys: Collection[str],
+    taxonomy: Taxonomy,
 ) -> None:
     used: dict[str, tuple[str, int]] = {}  # id -> where it was used first
     checked: dict[str, tuple[str, str] | None] = {}  # image -> what is wrong with it
     sources: set[str] = set()
     with progress("importing") as advance, ThreadPoolExecutor(max_workers=8) as pool:
         for chunk in _chunks(rows):
-            parsed = [_parse(item, used) for item in chunk]
+            parsed = [_parse(item, used, keep_keys, taxonomy) for item in chunk]
             if image_folder is not None:
                 new = {name for _, one in parsed if one is not None for name in one.images if name not in checked}
                 found = pool.map(lambda name: image_fault(name, image_folder), sorted(new))
@@ -123,10 +138,12 @@ def _chunks(rows: Iterable[SourceRow]) -> Iterator[list[SourceRow]]:
         yield chunk
 
 
-def _parse(item: SourceRow, used: dict[str, tuple[str, int]]) -> tuple[list[Problem], Record | None]:
+def _parse(
+    item: SourceRow, used: dict[str, tuple[str, int]], keep_keys: Collection[str], taxonomy: Taxonomy
+) -> tuple[list[Problem], Record | None]:
     if item.row is None:
         return [Problem(item.path, item.line, item.error or "", item.kind)], None
-    problems, record = parse_row(item.row, item.path, item.line)
+    problems, record = parse_row(item.row, item.path, item.line, keep_keys, taxonomy)
     if record is not None and record.id is not None:
         if record.id in used:
             first = "{}:{}".format(*used[record.id])
