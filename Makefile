@@ -24,7 +24,7 @@ GPU_PYTHON ?= python3
 
 .PHONY: help demo ablation test lint bench gpu compare profile clean
 help:
-	@echo "make demo   base model, both stages, a calibrated policy, evaluation: runs/demo/report.html (about 15 minutes on 2 CPU cores)"
+	@echo "make demo   base model, both stages, a calibrated policy, evaluation: runs/demo/report.html (15 to 22 minutes on 2 CPU cores)"
 	@echo "make test   lint, types, import rule and tests"
 	@echo "make test-newest, test-oldest   the tests with the newest and the oldest versions that pyproject.toml allows"
 	@echo "make lock   remake requirements/*.txt from pyproject.toml and requirements/lock.in"
