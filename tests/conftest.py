@@ -12,20 +12,21 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-#: they count what stock layers keep; Liger's patches, which a test of a run makes, stay in its process
-UNPATCHED = ("planning", "benchmarks")
 #: folders and files whose tests start runs, ranks or compilers
 LONG = ("training", "kernels", "fuzz", "examples", "test_zero3.py", "test_sharded_evaluation.py", "test_bench.py")
 
 
 def pytest_collection_modifyitems(items):
     """Long files early: workers take whole files, and a long one that is taken last is waited for by all others."""
+    items.sort(key=lambda item: not set(LONG) & set(item.path.parts))
 
-    def turn(item):
-        parts = set(item.path.parts)
-        return 0 if parts & set(UNPATCHED) else 1 if parts & set(LONG) else 2
 
-    items.sort(key=turn)
+@pytest.fixture(autouse=True, scope="module")
+def stock_linear():
+    """Take back DeepSpeed's replacement of `F.linear`, which an engine of ZeRO-3 leaves to every later test."""
+    stock = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = stock
 
 
 @pytest.fixture
